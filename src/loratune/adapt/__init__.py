@@ -1,0 +1,7 @@
+"""How a model is adapted: plan, attach, and the handle with every verb."""
+
+from loratune.adapt.handle import Adapters, Count, adapters, attach
+from loratune.adapt.plan import Target, TargetPlan, plan
+from loratune.adapt.summary import by_kind, share_line
+
+__all__ = ["Adapters", "Count", "Target", "TargetPlan", "adapters", "attach", "by_kind", "plan", "share_line"]

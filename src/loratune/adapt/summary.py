@@ -1,0 +1,32 @@
+"""The trainable-parameters printout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loratune.adapt.plan import TargetPlan
+
+
+def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[int, int]]:
+    """(last name, in, out, r) → (modules, trainable parameters in all of them), in the model's order."""
+    rows: dict[tuple[str, int, int, int], tuple[int, int]] = {}
+    for target in target_plan.targets:
+        key = (target.path.rpartition(".")[2], target.in_features, target.out_features, target.r)
+        modules, parameters = rows.get(key, (0, 0))
+        rows[key] = (modules + 1, parameters + target.parameters)
+    return rows
+
+
+def share_line(trainable: int, total: int) -> str:
+    return f"trainable {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
+def summary_of(count: tuple[int, int], plans: Mapping[str, TargetPlan], active: Sequence[str]) -> str:
+    lines = [share_line(*count)]
+    for name, target_plan in plans.items():
+        state = "active" if name in active else "not active"
+        lines.append(f"{name} ({state}): {target_plan.trainable:,} in {len(target_plan.targets)} modules")
+        for (short, inner, outer, r), (modules, parameters) in by_kind(target_plan).items():
+            each = parameters // modules
+            lines.append(f"  {short:<16} {modules:>4} × ({outer} × {inner}), r={r}: {each:,} each, {parameters:,}")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""`TrainConfig`: every option of `loratune train`. `None` means: decide from the model and the data, and say why."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from loratune.config.lora import ALL_LINEAR, LoraConfig
+from loratune.config.setting import Settings, like, setting
+
+_RUN, _DATA, _ADAPTER, _OPTIMISATION, _MACHINE = "Run", "Data", "Adapter", "Optimisation", "Machine"
+
+# What each method stands for; it is expanded into these settings, and the record holds them.
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}}
+
+
+class TrainConfig(Settings):
+    """The settings of one training run, as given: those not given are decided by the run and recorded with reasons.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+
+    out: str | None = setting(None, "run folder; runs/NAME when not given", group=_RUN)
+    seed: int = setting(0, "seed of the adapter's start, the data order and the dropout masks", group=_RUN, ge=0, lt=2**63)
+    val: float | int | str | None = setting(
+        None, "held-out rows: a share below 1, a count, or a file; 0 for none", group=_RUN
+    )
+    eval_every: int | None = setting(None, "validate every so many steps", group=_RUN, ge=1)
+    early_stop: int = setting(
+        0, "stop after so many validations without a better loss, and keep the best adapter; 0 never", group=_RUN, ge=0
+    )
+    save_every: int | None = setting(None, "write a checkpoint every so many steps", group=_RUN, ge=1)
+    keep: int = setting(2, "checkpoints to keep", group=_RUN, ge=1)
+    samples: int = setting(4, "prompts whose answers of base and tuned model are kept; 0 for none", group=_RUN, ge=0)
+    checks: Literal["full", "fast", "off"] = setting(
+        "full", "self-checks before and after training; fast leaves out overfitting a batch and merging", group=_RUN
+    )
+    resume: Literal["auto", "never"] = setting("auto", "continue the unfinished run in the folder, or refuse", group=_RUN)
+    log_with: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio", group=_RUN)
+
+    loss: Literal["assistant", "completion", "all"] = setting(
+        "assistant", "tokens that are learned: every answer, the last answer, or all", group=_DATA
+    )
+    columns: dict[str, str] = setting({}, "names of the data's columns: prompt=question,completion=answer", group=_DATA)
+    max_length: int | None = setting(None, "longest row in tokens", group=_DATA, ge=2)
+    overlong: Literal["error", "drop", "truncate"] = setting("error", "what happens to longer rows", group=_DATA)
+    pack: bool | None = setting(None, "rows side by side without padding, each attending to itself alone", group=_DATA)
+
+    method: Literal["lora", "rslora"] = setting("lora", "preset of the adapter's settings", group=_ADAPTER)
+    r: int | None = like(LoraConfig, "r", None)
+    lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
+    lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)
+    target_modules: str | tuple[str, ...] = like(LoraConfig, "target_modules", ALL_LINEAR)
+    exclude_modules: str | tuple[str, ...] | None = like(LoraConfig, "exclude_modules", None)
+    layers_to_transform: tuple[int, ...] | None = like(LoraConfig, "layers_to_transform", None)
+    use_rslora: bool | None = like(LoraConfig, "use_rslora", None)
+    init_lora_weights: bool | str = like(LoraConfig, "init_lora_weights", True)
+
+    epochs: float | None = setting(None, "passes over the training rows", group=_OPTIMISATION, gt=0)
+    max_steps: int | None = setting(None, "optimizer steps, whatever the epochs say", group=_OPTIMISATION, ge=1)
+    batch_size: int = setting(8, "examples an optimizer step", group=_OPTIMISATION, ge=1)
+    lr: float | None = setting(None, "peak learning rate", group=_OPTIMISATION, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine", "learning rate after warm-up", group=_OPTIMISATION
+    )
+    warmup: float | int = setting(0.05, "warm-up: a share of the steps below 1, or a count", group=_OPTIMISATION, ge=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of A and B", group=_OPTIMISATION, ge=0)
+    clip: float = setting(1.0, "largest norm of the gradient; 0 for no clipping", group=_OPTIMISATION, ge=0)
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw, or sgd with momentum 0.9", group=_OPTIMISATION)
+
+    micro_batch_tokens: int | None = setting(
+        None, "tokens that go through the model at once; changes memory, never the result", group=_MACHINE, ge=1
+    )
+    recompute: Literal["auto", "on", "off"] = setting(
+        "auto", "recompute activations in the backward pass; auto only where memory asks for it", group=_MACHINE
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE)
+    device: str | None = setting(None, "cpu, cuda, cuda:1, mps; the best one when not given", group=_MACHINE)
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+    @field_validator("target_modules", "exclude_modules", "layers_to_transform", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("warmup", "val")
+    @classmethod
+    def _share_or_count(cls, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, float) and value >= 1 and value != int(value)):
+            raise ValueError("a share below 1 or a whole number")
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError("is negative")
+        return int(value) if isinstance(value, float) and value >= 1 else value
+
+    @classmethod
+    def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+        """Expand the method; a setting given beside it that says otherwise is a contradiction."""
+        found = super().prepare(values, problems)
+        for name, implied in METHODS.get(str(found.get("method", "lora")), {}).items():
+            given = found.get(name)
+            if given is not None and given != implied:
+                problems.append(f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}")
+            found[name] = implied
+        return found

@@ -1,0 +1,97 @@
+"""One canonical row, whatever file and shape it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a row came from; `str()` gives `train.jsonl:419`.
+
+    `row` counts from 1: a line number in JSONL, CSV and text files, a row number in JSON arrays, Parquet,
+    hub data sets and rows in memory.
+    """
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row.
+
+    Args:
+        kind: `chat` uses `messages` (and `tools`), `pair` uses `prompt` and `completion`, `text` uses `text`.
+        messages: each with `role` and `content` (strings), and what else the row said (`tool_calls`, `name`, …). An
+            assistant message with `weight` 0 is context: it is never supervised.
+        separator: stands between prompt and completion where no chat template separates them.
+    """
+
+    place: Place
+    kind: Literal["chat", "pair", "text"]
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    separator: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The rows of one source.
+
+    Args:
+        shape: name of the recognised shape, for example `messages` or `prompt/completion`.
+        source: the file, data set id or `rows` that was read.
+        sha256: of the canonical content in order, without places: the same in every process and for every file format.
+        ignored_columns: columns that the shape does not use, sorted.
+    """
+
+    examples: tuple[Example, ...]
+    shape: str
+    source: str
+    sha256: str
+    ignored_columns: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def content_of(example: Example) -> bytes:
+    """The row's content as canonical JSON: equal bytes mean equal rows, wherever they stand.
+
+    Keys keep their order: a template prints a tool's schema in the order it was written.
+    """
+    content = [
+        example.kind,
+        example.messages,
+        example.tools,
+        example.prompt,
+        example.separator,
+        example.completion,
+        example.text,
+    ]
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def hash_of(examples: Iterable[Example]) -> str:
+    """sha256 (hex) of all content in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(content_of(example))
+        digest.update(b"\n")
+    return digest.hexdigest()

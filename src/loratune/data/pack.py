@@ -1,0 +1,65 @@
+"""Which rows make a step, and how a step's rows go through the model: in micro-batches that never change the result."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The rows of each optimizer step, a function of (seed, step) alone.
+
+    Every epoch is a permutation of its own; its last step takes what is left.
+    """
+
+    rows: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    def step(self, number: int) -> tuple[int, ...]:
+        """Row indices of step `number`, counted from 0."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        order = _permutation(self.rows, self.seed, epoch)
+        return order[within * self.batch_size : (within + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(rows))
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    return tuple(order)
+
+
+def micro_batches(lengths: Sequence[int], limit: int, *, packed: bool) -> list[list[int]]:
+    """Split rows into groups that go through the model at once.
+
+    Args:
+        lengths: tokens of each row.
+        limit: tokens of a group: their sum when packed, rows × longest when padded. A longer row goes alone.
+
+    Returns:
+        Indices into `lengths`; every index once, groups of similar lengths when padded.
+    """
+    order = list(range(len(lengths)))
+    if not packed:
+        # Neighbours of equal length waste the least padding; stable, so the plan is the same in every process.
+        order.sort(key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and _cost([lengths[j] for j in groups[-1]] + [lengths[i]], packed) <= limit:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _cost(lengths: Sequence[int], packed: bool) -> int:
+    return sum(lengths) if packed else max(lengths) * len(lengths)

@@ -1,0 +1,5 @@
+"""Decoding."""
+
+from loratune.engine.generate import Answer, Sampling, generate
+
+__all__ = ["Answer", "Sampling", "generate"]

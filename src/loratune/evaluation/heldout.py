@@ -1,0 +1,47 @@
+"""Held-out loss: the same objective as in training, on rows that no step has seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from loratune.data.batch import Batch, make_batch, needed
+from loratune.data.pack import micro_batches
+from loratune.data.render import Rendered
+from loratune.loss import summed_loss
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Mean loss over the supervised tokens, in nats, and how many there were."""
+
+    loss: float
+    supervised_tokens: int
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def held_out_batches(rows: Sequence[Rendered], *, packed: bool, limit: int, pad_id: int) -> list[Batch]:
+    """The rows as micro-batches of at most `limit` tokens."""
+    groups = micro_batches([needed(row) for row in rows], limit, packed=packed)
+    return [make_batch([rows[i] for i in group], packed=packed, pad_id=pad_id) for group in groups]
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> HeldOut:
+    """Mean loss over the supervised tokens of all batches, in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        total = sum(float(summed_loss(model, batch.to(device))) for batch in batches)
+    finally:
+        model.train(training)
+    count = sum(batch.supervised for batch in batches)
+    return HeldOut(total / count, count, sum(batch.examples for batch in batches))

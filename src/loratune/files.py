@@ -1,0 +1,114 @@
+"""The one place that writes files: to a temporary name, flushed to the disk, then renamed.
+
+A kill at any moment leaves the old content or the new one. Several files that belong together are first completed in
+a sibling folder; renaming that folder is the moment they count, and `recover` finishes what a kill interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_STAGED = ".staged"
+_COMMITTED = ".committed"
+
+
+def to_json(value: Any) -> bytes:
+    """JSON as this project writes it: indent 2, sorted keys, a final newline, no NaN."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, to_json(value))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log and hand it to the operating system, so that a killed process has written it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write several files of a folder so that all are the old ones or, after `recover`, all the new ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    staged = folder / _STAGED
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for name, content in contents.items():
+        write_bytes(staged / name, content)
+    os.replace(staged, folder / _COMMITTED)
+    _sync_folder(folder)
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Finish a `write_together` that was killed: complete sets move in, incomplete ones are dropped."""
+    committed = folder / _COMMITTED
+    if committed.is_dir():
+        for path in sorted(committed.iterdir()):
+            os.replace(path, folder / path.name)
+        committed.rmdir()
+        _sync_folder(folder)
+    shutil.rmtree(folder / _STAGED, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends without an error.
+
+    An existing `path` is replaced: it is moved aside first, so a kill leaves the old one, none, or the new one
+    complete, never half of one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        _sync_folder(temporary)
+        if path.exists():
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, aside)
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,39 @@
+"""Base models: where they come from, on what they run, and the attention that packed rows need."""
+
+from loratune.model.attention import packed_inputs, why_not_packed
+from loratune.model.device import (
+    available_memory,
+    device_name,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    processor_name,
+    total_memory,
+)
+from loratune.model.fingerprint import fingerprint
+from loratune.model.head import only_positions
+from loratune.model.load import Base, base_of, empty_model, find_base, load_base, load_tokenizer, stop_ids, tokenizer_hashes
+from loratune.model.recompute import recompute_activations
+
+__all__ = [
+    "Base",
+    "available_memory",
+    "base_of",
+    "device_name",
+    "empty_model",
+    "find_base",
+    "fingerprint",
+    "load_base",
+    "load_tokenizer",
+    "only_positions",
+    "packed_inputs",
+    "peak_memory",
+    "pick_device",
+    "pick_dtype",
+    "processor_name",
+    "recompute_activations",
+    "stop_ids",
+    "tokenizer_hashes",
+    "total_memory",
+    "why_not_packed",
+]

@@ -1,0 +1,237 @@
+"""A base model and its tokenizer from a hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from loratune.errors import MissingExtraError, ModelError
+from loratune.files import new_folder
+from loratune.model.device import Precision, pick_device, pick_dtype
+from loratune.model.fingerprint import fingerprint
+
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model ready to be adapted.
+
+    Attributes:
+        name: what the user called it; written into adapters as their base.
+        fingerprint: tells one base from another, whatever the dtype.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    revision: str | None
+    precision: Precision
+    device: torch.device
+    fingerprint: str
+
+
+def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> Base:
+    """Load a base for adaptation: evaluation mode, frozen, every weight present and finite.
+
+    Raises:
+        ModelError: not found, of an unsupported kind, incomplete, or holding NaN.
+    """
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    folder, source = _folder_of(name)
+    with _quietly(), _as_model_error(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=precision.dtype, output_loading_info=True, attn_implementation=None
+        )
+    _refuse_incomplete(name, info)
+    model.name_or_path = model.config._name_or_path = name
+    model.to(where).eval().requires_grad_(False)
+    revision = getattr(model.config, "_commit_hash", None)
+    return Base(
+        model, load_tokenizer(name), name, source, revision, precision, where, fingerprint(model.named_parameters())
+    )
+
+
+def find_base(model: Any, tokenizer: Any = None, *, dtype: str = "auto", device: str | None = None) -> Base:
+    """The base that `model` names, or is."""
+    if isinstance(model, PreTrainedModel):
+        return base_of(model, tokenizer)
+    if not isinstance(model, str | os.PathLike):
+        raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
+    return load_base(os.fspath(model), dtype=dtype, device=device)
+
+
+def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
+    """A model that is loaded already, frozen in place; its tokenizer is found by its name where none is given."""
+    device = next(model.parameters()).device
+    model.eval().requires_grad_(False)
+    return Base(
+        model,
+        tokenizer or load_tokenizer(model.name_or_path),
+        model.name_or_path,
+        "memory",
+        getattr(model.config, "_commit_hash", None),
+        Precision(model.dtype, "the loaded model's"),
+        device,
+        fingerprint(model.named_parameters()),
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    folder, _ = _folder_of(name)
+    with _quietly(), _as_model_error(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def empty_model(name: str) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device: nothing but its config is read."""
+    folder, _ = _folder_of(name)
+    with _quietly(), _as_model_error(name), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
+
+
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """SHA-256 of the vocabulary with its merges and special tokens, and of the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    special = repr(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()))
+    template = str(tokenizer.chat_template or "")
+    return _sha256(content + special), _sha256(template)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens at which generation ends: the model's own and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+# -- sources -----------------------------------------------------------------------------------------------------
+
+
+def _folder_of(name: str) -> tuple[str, str]:
+    """What `from_pretrained` takes, and the kind of source: a hub id or folder as it is, a GGUF file converted."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return str(_converted(path)), "gguf"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json, so it is no model folder", hint=_is_adapter(path))
+        return str(path), "folder"
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name}: no such model folder", hint="a model is a hub id, a folder or a .gguf file")
+    return name, "hub"
+
+
+def _is_adapter(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return "it holds an adapter: name its base model instead"
+    return "a model folder holds config.json and *.safetensors"
+
+
+def _converted(path: Path) -> Path:
+    """The folder of safetensors made from a GGUF file, kept in the cache under the file's hash."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    target = _cache() / "gguf" / _file_hash(path)[:24]
+    if (target / "config.json").is_file():
+        return target
+    if not _has_gguf():
+        raise MissingExtraError(f"{path} is a GGUF file, and the package 'gguf' that reads it is missing", extra="gguf")
+    # The converter draws a bar of its own on stderr, which no setting of transformers reaches.
+    silence = redirect_stderr(io.StringIO())
+    with _quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
+        # Values become fp32, which holds every dequantised one exactly.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        _refuse_incomplete(str(path), info)
+        # transformers refuses to save a model that it believes to be quantised; this one no longer is.
+        if hasattr(model, "hf_quantizer"):
+            del model.hf_quantizer
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+    return target
+
+
+def _has_gguf() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("gguf") is not None
+
+
+def _cache() -> Path:
+    root = os.environ.get("LORATUNE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loratune"
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def _refuse_incomplete(name: str, info: dict[str, Any]) -> None:
+    """Weights that the files lack would be drawn at random, which nobody asks for."""
+    problems = [f"{name}: {key} is missing in its files" for key in sorted(info.get("missing_keys", ()))]
+    problems += [f"{name}: {entry} has another shape than the config says" for entry in info.get("mismatched_keys", ())]
+    if problems:
+        raise ModelError(problems, hint="the model's files are incomplete, or of another architecture than its config")
+
+
+@contextmanager
+def _as_model_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"{name}: {_first_line(error)}", hint="install the package it names") from error
+    except Exception as error:
+        hint = "a model is a hub id, a folder or a .gguf file of a supported architecture"
+        raise ModelError(f"{name}: cannot be loaded: {_first_line(error)}", hint=hint) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers' own progress bars and warnings would interleave with ours on stderr."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+

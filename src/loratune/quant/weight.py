@@ -1,0 +1,51 @@
+"""Dense weights: `nn.Linear` stores (out, in), GPT-2's `Conv1D` stores (in, out)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenWeight:
+    """A module's weight seen as the linear map from `in_features` to `out_features`.
+
+    Attributes:
+        parameter: the tensor the module multiplies by.
+        transposed: True where it is stored (in, out), as in GPT-2's `Conv1D`.
+    """
+
+    kind: str
+    parameter: nn.Parameter
+    transposed: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.parameter.shape[0 if self.transposed else 1]
+
+    @property
+    def out_features(self) -> int:
+        return self.parameter.shape[1 if self.transposed else 0]
+
+    def plus(self, delta: Tensor) -> Tensor:
+        """The weight with `delta` (out, in) added, in the stored layout and dtype.
+
+        Added in the delta's dtype (fp32 or fp64) and rounded once to the weight's.
+        """
+        stored = delta.T if self.transposed else delta
+        return (self.parameter.detach().to(delta.dtype) + stored).to(self.parameter.dtype)
+
+
+def frozen_weight(module: nn.Module) -> FrozenWeight | None:
+    """The module's weight, or None where it is not a linear map this package can adapt."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not torch.is_floating_point(weight):
+        return None
+    if isinstance(module, nn.Linear):
+        return FrozenWeight("Linear", weight, transposed=False)
+    # transformers' Conv1D is recognised by its name and its `nf`, so that nothing here imports transformers.
+    if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
+        return FrozenWeight("Conv1D", weight, transposed=True)
+    return None

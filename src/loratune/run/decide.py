@@ -1,0 +1,140 @@
+"""What a run decides where the user said nothing: each value with the sentence that explains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.fit import Fit
+from loratune.errors import ConfigError
+
+GIVEN, DEFAULT = "given", "default"
+
+_RANK_FLOOR, _RANK_CEILING = 16, 256
+_SMALL_DATA = 500_000
+
+
+@dataclass
+class Decisions:
+    """Resolved settings by name, each with its reason, in the order they were decided."""
+
+    config: TrainConfig
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in TrainConfig.names():
+            value = getattr(self.config, name)
+            given = name in self.config.model_fields_set and value is not None
+            if given or value is not None:
+                self.values[name], self.reasons[name] = value, GIVEN if given else DEFAULT
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def decide(self, name: str, value: Any, reason: str) -> Any:
+        """Take `value` unless the user gave one; returns what holds."""
+        if self.reasons.get(name) != GIVEN:
+            self.values[name], self.reasons[name] = value, reason
+        return self.values[name]
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {name: {"value": self.values[name], "reason": self.reasons[name]} for name in sorted(self.values)}
+
+
+def decide_length(decisions: Decisions, context: int | None) -> int:
+    """The longest row: the model's context where nobody says less."""
+    if context is not None and decisions.values.get("max_length", 0) > context:
+        raise ConfigError(
+            f"max_length={decisions['max_length']} exceeds the model's context of {context} tokens",
+            hint=f"--max-length {context}",
+        )
+    return int(decisions.decide("max_length", context or 4096, "the model's context" if context else "no context is known"))
+
+
+def decide_val(decisions: Decisions, rows: int) -> Any:
+    """A tenth of the rows, at most 200; none where it would be fewer than two."""
+    count = min(200, rows // 10)
+    if count < 2:
+        return decisions.decide("val", 0, f"{rows} rows are too few to hold some out")
+    return decisions.decide("val", count, f"a tenth of {rows} rows, at most 200")
+
+
+def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_rank: int) -> None:
+    """Epochs, steps, rank, alpha, dropout and learning rate, in that order: later ones use earlier ones."""
+    steps_per_epoch = math.ceil(fit.rows / decisions["batch_size"])
+    _decide_steps(decisions, fit.rows, steps_per_epoch)
+    r = _decide_rank(decisions, fit.supervised_tokens, parameters_per_rank)
+    decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
+    decisions.decide("lora_alpha", 2 * r, "twice the rank")
+    several = decisions["max_steps"] > steps_per_epoch
+    if several and fit.supervised_tokens < _SMALL_DATA:
+        why = f"{fit.supervised_tokens:,} supervised tokens, seen more than once"
+        decisions.decide("lora_dropout", 0.05, why)
+    else:
+        decisions.decide("lora_dropout", 0.0, "no row is seen twice" if not several else "much data")
+    _decide_rate(decisions, hidden)
+
+
+def lora_config(decisions: Decisions) -> LoraConfig:
+    """The adapter that the decisions describe."""
+    names = [name for name in LoraConfig.names() if name in TrainConfig.model_fields and name in decisions.values]
+    return LoraConfig(**{name: decisions[name] for name in names}, task_type="CAUSAL_LM")
+
+
+def learning_rate(hidden: int) -> tuple[float, str]:
+    """10 × 5e-5 × (2000 / hidden)^0.78: LoRA's rate is about ten times full fine-tuning's and falls with the width.
+
+    The fit over Llama and Qwen models of Schulman and Thinking Machines Lab, "LoRA Without Regret" (2025).
+    """
+    rate = 5e-5 * 10 * (2000 / hidden) ** 0.78
+    return float(f"{rate:.2g}"), f"10 × 5e-5 × (2000 / {hidden})^0.78, from the model's width"
+
+
+def _decide_steps(decisions: Decisions, rows: int, steps_per_epoch: int) -> None:
+    if "max_steps" in decisions.values:
+        decisions.decide("epochs", decisions["max_steps"] / steps_per_epoch, "from max_steps")
+        return
+    epochs = min(3, max(1, math.ceil(100 / steps_per_epoch)))
+    why = f"{rows} rows make {steps_per_epoch} steps an epoch; about 100 steps are wanted, in at most 3 epochs"
+    epochs = decisions.decide("epochs", epochs, why)
+    decisions.decide("max_steps", math.ceil(epochs * steps_per_epoch), f"{epochs:g} epochs of {steps_per_epoch} steps")
+
+
+def _decide_rank(decisions: Decisions, supervised: int, per_rank: int) -> int:
+    """The smallest power of two, from 16, whose parameters hold the data at 2 bits each and 1 bit a token."""
+    r = _RANK_FLOOR
+    while r < _RANK_CEILING and 2 * per_rank * r < supervised:
+        r *= 2
+    why = f"{per_rank * r:,} parameters hold about {2 * per_rank * r:,} bits, for {supervised:,} supervised tokens"
+    return int(decisions.decide("r", r, why))
+
+
+def _decide_rate(decisions: Decisions, hidden: int) -> None:
+    if "lr" in decisions.values:
+        return
+    if decisions["optimizer"] != "adamw":
+        raise ConfigError(f"lr: no rate is known for {decisions['optimizer']}", hint="give one with --lr")
+    rate, why = learning_rate(hidden)
+    if decisions["use_rslora"]:
+        rate = float(f"{rate / math.sqrt(decisions['r']):.2g}")
+        why += ", divided by √r because rsLoRA scales by α/√r"
+    decisions.decide("lr", rate, why)
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """A share of the steps, or a count, never all of them."""
+    count = round(warmup * steps) if warmup < 1 else int(warmup)
+    return min(count, max(0, steps - 1))
+
+
+def describe(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each setting that was decided rather than given or left at its default."""
+    return [
+        f"{name} = {entry['value']}: {entry['reason']}"
+        for name, entry in settings.items()
+        if entry["reason"] not in (GIVEN, DEFAULT)
+    ]

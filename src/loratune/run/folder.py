@@ -1,0 +1,114 @@
+"""The run folder: its name, what is in it, and whether a run may write into it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import RunFolderError
+from loratune.files import append_line, write_bytes, write_json
+
+RECORD, METRICS, SAMPLES, CHECKPOINTS = "record.json", "metrics.jsonl", "samples.jsonl", "checkpoints"
+
+_ADJECTIVES = "amber brave calm clever dusty eager fair gentle happy keen lively mellow noble proud quick quiet rapid silent sunny swift tidy vivid warm wise".split()
+_ANIMALS = "badger beaver crane dolphin eagle falcon ferret finch fox hare heron ibex jay lark lynx marten mole newt otter owl puffin raven robin seal stork swan tern vole wren".split()
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def record(self) -> dict[str, Any] | None:
+        """The record, or None where no run has started here."""
+        try:
+            record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"{self.path / RECORD} cannot be read: {error}") from None
+        if not isinstance(record, dict) or "identity" not in record:
+            raise RunFolderError(f"{self.path / RECORD} is no record of a run")
+        return record
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / RECORD, record)
+
+    def add_metrics(self, values: dict[str, Any]) -> None:
+        append_line(self.path / METRICS, json.dumps(values, allow_nan=False))
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop what an interrupted run logged after the checkpoint that it continues from."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_bytes(self.path / SAMPLES, lines.encode())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a line cut off by a kill belongs to no step and is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def choose_folder(out: str | None) -> RunFolder:
+    """The folder asked for, or a new one under `runs/` with a name to remember."""
+    if out is not None:
+        return RunFolder(Path(out))
+    while True:
+        path = Path("runs") / f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}"
+        if not path.exists():
+            return RunFolder(path)
+
+
+def refuse_foreign(folder: RunFolder) -> dict[str, Any] | None:
+    """The record of the run that is in the folder; None where it is new or empty.
+
+    Raises:
+        RunFolderError: the folder holds files that no run of ours made.
+    """
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunFolderError(f"{folder.path} is a file", hint="name a folder with --out")
+    record = folder.record()
+    if record is None and folder.path.is_dir() and any(folder.path.iterdir()):
+        raise RunFolderError(f"{folder.path} holds other files and no run", hint="name another folder with --out")
+    return record
+
+
+def refuse_other_run(folder: RunFolder, before: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+    """Raise unless the folder's run is the one that the settings, data and base describe.
+
+    Raises:
+        RunFolderError: with one line for each difference.
+    """
+    if resume == "never":
+        raise RunFolderError(f"{folder.path} holds a run already", hint="name another folder with --out, or --resume auto")
+    if before["identity"] == now["identity"]:
+        return
+    differences = list(_differences(before, now))
+    raise RunFolderError(
+        [f"{folder.path} holds another run", *differences], hint="name another folder with --out, or repeat its settings"
+    )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    old, new = before.get("identity_of", {}), now["identity_of"]
+    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

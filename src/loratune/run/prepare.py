@@ -1,0 +1,77 @@
+"""From a data file to rows of token ids: what `train`, `data` and `plan` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.data.example import Corpus, Example
+from loratune.data.fit import Fit, fit
+from loratune.data.read import read
+from loratune.data.render import Rendered, RenderedCorpus, render
+from loratune.data.split import Split, split
+from loratune.run.decide import Decisions, decide_length, decide_val
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus, split and rendered. `fit` describes the training rows."""
+
+    corpus: Corpus
+    split: Split
+    train: RenderedCorpus
+    val: RenderedCorpus | None
+    fit: Fit
+
+    @property
+    def rows(self) -> tuple[Rendered, ...]:
+        return self.train.rows
+
+    def examples_for_samples(self, count: int) -> tuple[Example, ...]:
+        """Held-out examples where there are some, else the first training ones."""
+        return (self.split.val or self.split.train)[:count]
+
+
+def prepare(data: Any, decisions: Decisions, tokenizer: Any, context: int | None) -> Prepared:
+    """Read, hold out, render; every bad row of the file is reported at once."""
+    corpus = read(data, columns=decisions["columns"])
+    val = decide_val(decisions, len(corpus))
+    held_out = split(corpus, _validation(val, decisions["columns"]), decisions["seed"])
+    settings = {
+        "loss": decisions["loss"],
+        "max_length": decide_length(decisions, context),
+        "overlong": decisions["overlong"],
+    }
+    train = render(held_out.train, tokenizer, **settings)
+    rendered_val = render(held_out.val, tokenizer, **settings) if held_out.val else None
+    return Prepared(corpus, held_out, train, rendered_val, fit(train, tokenizer))
+
+
+def _validation(val: Any, columns: Mapping[str, str]) -> Any:
+    return read(Path(val), columns=columns) if isinstance(val, str) else val
+
+
+def data_line(prepared: Prepared) -> str:
+    """The data in one line, as the first line of a run's screen."""
+    train, numbers = prepared.train, prepared.fit
+    parts = [f"{len(prepared.corpus):,} rows · {prepared.corpus.shape}"]
+    if prepared.split.val:
+        parts.append(f"{len(prepared.split.val)} held out")
+    for word, rows in (("truncated", train.truncated), ("dropped", train.dropped)):
+        if rows:
+            parts.append(f"{len(rows)} {word} ({_first(rows)})")
+    if prepared.split.duplicates:
+        parts.append(f"{len(prepared.split.duplicates)} held-out rows also in training")
+    parts.append(f"{numbers.supervised_tokens / numbers.tokens:.0%} of {numbers.tokens:,} tokens supervised")
+    parts.append(f"fit {numbers.characters_per_token:.1f} characters a token")
+    if numbers.unknown_tokens:
+        parts.append(f"{numbers.unknown_tokens} unknown tokens")
+    if numbers.special_tokens_in_text:
+        parts.append(f"special tokens written in {numbers.special_tokens_in_text} rows")
+    return " · ".join(parts)
+
+
+def _first(rows: Any, shown: int = 3) -> str:
+    return "rows " + ", ".join(str(place.row) for place in rows[:shown]) + (", …" if len(rows) > shown else "")

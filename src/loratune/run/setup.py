@@ -1,0 +1,160 @@
+"""What a training run needs before its first step: base, rows, decisions and the adapter's plan. Every refusal is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.adapt import TargetPlan, plan, share_line
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.batch import needed
+from loratune.errors import ConfigError
+from loratune.estimation import (
+    STEP_SHARE,
+    MemoryEstimate,
+    Shape,
+    activation_bytes_per_token,
+    estimate_memory,
+    matmul_rate,
+    step_flops,
+)
+from loratune.model import Base, available_memory, total_memory, why_not_packed
+from loratune.run.decide import Decisions, decide_training, lora_config
+from loratune.run.prepare import Prepared, prepare
+
+# Larger micro-batches than these gain nothing: the products are then as efficient as they get.
+_ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+_MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Setup:
+    base: Base
+    prepared: Prepared
+    decisions: Decisions
+    lora: LoraConfig
+    targets: TargetPlan
+    shape: Shape
+    pack_reason: str
+    memory: MemoryEstimate
+    seconds: float
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+
+def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
+    """Read the data, look at the model, decide what was left open. Nothing is changed but the base's attention kernel.
+
+    Raises:
+        ConfigError, DataError: every refusal of a run that can be known before it starts.
+    """
+    decisions = Decisions(config)
+    decisions.decide("device", str(base.device), "the best one here")
+    decisions.values["dtype"] = "bf16" if base.precision.dtype.itemsize == 2 else "fp32"
+    decisions.reasons["dtype"] = base.precision.reason
+    shape = Shape.of(base.model.config)
+    prepared = prepare(data, decisions, base.tokenizer, _context(base.model))
+    lora, targets = decide_adapter(base.model, decisions, prepared, shape)
+    pack_reason = _decide_packing(base.model, decisions)
+    memory = _decide_memory(base, decisions, prepared, targets, shape)
+    _decide_rhythm(decisions, prepared)
+    return Setup(
+        base, prepared, decisions, lora, targets, shape, pack_reason, memory, _seconds(base, decisions, prepared, targets, shape)
+    )
+
+
+def decide_adapter(
+    model: Any, decisions: Decisions, prepared: Prepared, shape: Shape
+) -> tuple[LoraConfig, TargetPlan]:
+    """Rank, scale and rate from the data and the targets' widths, then the plan of what is adapted."""
+    probe = LoraConfig(
+        r=1,
+        task_type="CAUSAL_LM",
+        **{
+            name: decisions.values[name]
+            for name in ("target_modules", "exclude_modules", "layers_to_transform")
+            if name in decisions.values
+        },
+    )
+    one = plan(model, probe)
+    one.check()
+    decide_training(decisions, prepared.fit, shape.hidden, one.trainable)
+    config = lora_config(decisions)
+    targets = plan(model, config)
+    targets.check()
+    return config, targets
+
+
+def plan_line(setup: Setup) -> str:
+    """The plan in one line of a run's screen."""
+    d, targets = setup.decisions, setup.targets
+    minutes = f"~{setup.seconds / 60:.0f} min" if setup.seconds > 90 else f"~{setup.seconds:.0f} s"
+    total = total_memory(setup.base.device)
+    return (
+        f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules · "
+        f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
+        f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB"
+    )
+
+
+def _context(model: Any) -> int | None:
+    text = model.config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(length) if length else None
+
+
+def _decide_packing(model: Any, decisions: Decisions) -> str:
+    given = decisions.values.get("pack")
+    if given is False:
+        return "given"
+    why_not = why_not_packed(model)
+    if why_not is None:
+        return str(decisions.decide("pack", True, "tried: two packed rows give what they give alone") and decisions.reasons["pack"])
+    if given:
+        raise ConfigError(f"pack: this model cannot take packed rows: {why_not}", hint="leave --pack out, rows are padded then")
+    decisions.decide("pack", False, f"rows are padded: {why_not}")
+    return decisions.reasons["pack"]
+
+
+def _decide_memory(base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape) -> MemoryEstimate:
+    """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
+    itemsize = base.precision.dtype.itemsize
+    longest = max(needed(row) for row in prepared.rows)
+    budget = int(available_memory(base.device) * _MEMORY_SHARE)
+
+    def fits(recompute: bool) -> int:
+        return budget // activation_bytes_per_token(shape, itemsize, recompute=recompute)
+
+    recompute = decisions["recompute"] == "on" or (decisions["recompute"] == "auto" and fits(False) < longest)
+    if decisions["recompute"] == "auto":
+        decisions.values["recompute"] = "on" if recompute else "off"
+        why = f"{fits(False):,} tokens fit in {budget / 2**30:.1f} GB without it, the longest row has {longest:,}"
+        decisions.reasons["recompute"] = why
+    enough = _ENOUGH_TOKENS.get(base.device.type, 2048)
+    tokens = max(longest, min(enough, fits(recompute)))
+    why = f"the longest row has {longest:,}, memory holds {fits(recompute):,}, more than {enough:,} gain nothing"
+    tokens = decisions.decide("micro_batch_tokens", tokens, why)
+    tokens = min(tokens, decisions["batch_size"] * longest)
+    scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
+    return estimate_memory(targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute)
+
+
+def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
+    """When to validate and to write checkpoints, in steps."""
+    steps = decisions["max_steps"]
+    if prepared.val is None:
+        if decisions["early_stop"]:
+            raise ConfigError("early_stop needs held-out rows", hint="give some with --val")
+    else:
+        decisions.decide("eval_every", max(1, steps // 4), f"four times in {steps} steps")
+    decisions.decide("save_every", max(10, steps // 4), f"four times in {steps} steps, not more often than every 10")
+
+
+def _seconds(base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape) -> float:
+    share = decisions["max_steps"] * decisions["batch_size"] / len(prepared.rows)
+    tokens = int(prepared.fit.tokens * share)
+    scored = int(prepared.fit.supervised_tokens * share)
+    flops = step_flops(targets, shape, tokens, scored, recompute=decisions["recompute"] == "on")
+    return flops / (matmul_rate(base.device, base.precision.dtype) * STEP_SHARE)

@@ -1,0 +1,1 @@
+"""How training runs: one loop, its schedule, checkpoints, events and self-checks."""

@@ -1,0 +1,112 @@
+"""Everything that a run needs to go on as if it had never stopped, as safetensors and JSON.
+
+A checkpoint is a folder that appears complete or not at all. Data order, dropout masks and the learning rate follow
+from (seed, step), so no generator's state is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from loratune.adapt import Adapters
+from loratune.files import new_folder, to_json
+from loratune.training.loop import Progress
+
+_TENSORS = "tensors.safetensors"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, lora: Adapters, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+) -> Path:
+    """Write `folder/step-N` and drop all but the newest `keep`."""
+    tensors = {f"adapter.{i}": p.detach() for i, p in enumerate(lora.parameters())}
+    scalars: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                scalars[f"{index}.{name}"] = value
+    tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
+    content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    state = {
+        "step": progress.step,
+        "micro_batch_tokens": progress.micro_batch_tokens,
+        # JSON has no infinity; None says that nothing was validated yet.
+        "best_val": progress.best_val if progress.best_step else None,
+        "best_step": progress.best_step,
+        "worse": progress.worse,
+        "optimizer_scalars": scalars,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    path = folder / f"step-{progress.step:08d}"
+    with new_folder(path) as temporary:
+        (temporary / _TENSORS).write_bytes(content)
+        (temporary / _STATE).write_bytes(to_json(state))
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose content matches its hash, and what was wrong with newer ones."""
+    damaged = []
+    for path in reversed(_all(folder)):
+        try:
+            return _read(path), damaged
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            damaged.append(f"{path.name} is damaged ({error})")
+    return None, damaged
+
+
+def restore(checkpoint: Checkpoint, lora: Adapters, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's tensors back into a freshly attached adapter and a fresh optimizer."""
+    tensors, state = checkpoint.tensors, checkpoint.state
+    with torch.no_grad():
+        for i, parameter in enumerate(lora.parameters()):
+            parameter.copy_(tensors[f"adapter.{i}"])
+    saved = optimizer.state_dict()
+    moments: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            moments.setdefault(int(index), {})[name] = tensor
+    for key, value in state["optimizer_scalars"].items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**saved, "state": moments})
+    best = [tensors[f"best.{i}"] for i in range(sum(key.startswith("best.") for key in tensors))]
+    progress = Progress(state["step"], state["micro_batch_tokens"], best=best, worse=state["worse"])
+    if state["best_val"] is not None:
+        progress.best_val, progress.best_step = state["best_val"], state["best_step"]
+    return progress
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir()) if folder.is_dir() else []
+
+
+def _read(path: Path) -> Checkpoint:
+    state = json.loads((path / _STATE).read_text())
+    content = (path / _TENSORS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != state["sha256"]:
+        raise ValueError("its tensors do not match their hash")
+    return Checkpoint(state["step"], safetensors.torch.load(content), state)

@@ -1,0 +1,196 @@
+"""The self-checks of a run: each compares what is with what must be, and each can fail.
+
+Before training: the attached model is the base bit for bit, gradients reach the adapter and nothing else, every answer
+ends in a supervised stop token, and one batch can be overfitted. After it: every B has moved and is finite, the saved
+adapter reloads to the same logits, merging computes the same function, and switched off the model is the base again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loratune.adapt import Adapters
+from loratune.data.batch import Batch
+from loratune.data.render import Rendered
+from loratune.errors import CheckError
+from loratune.loss import logits_of, summed_loss
+
+OVERFIT_STEPS = 30
+_OVERFIT_RATIO = 0.5
+_OVERFIT_FLOOR = 0.1
+# Rounding a merged weight to bf16 moves the output a little; a wrong scale moves it by the adapter's own effect.
+_MERGE_SHARE = 0.05
+_MERGE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison: what was looked at, whether it held, and the figure."""
+
+    name: str
+    when: str
+    passed: bool
+    detail: str
+
+
+@torch.no_grad()
+def eval_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the batch's scored positions in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        return logits_of(model, batch)
+    finally:
+        model.train(training)
+
+
+# -- before ------------------------------------------------------------------------------------------------------
+
+
+def step0_is_base(model: nn.Module, batch: Batch, base_logits: Tensor) -> Check:
+    """The freshly attached model against the model before `attach`, bit for bit."""
+    deviation = float((eval_logits(model, batch) - base_logits).abs().max())
+    return Check("step 0 ≡ base", "before", deviation == 0.0, f"largest deviation {deviation:g}")
+
+
+def gradients_only_in_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
+    """After one backward pass: every adapter tensor has a gradient, every B a non-zero one, nothing else any."""
+    model.zero_grad()
+    summed_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    allowed = {id(parameter) for parameter in lora.parameters()}
+    strangers = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in allowed]
+    idle = [
+        path
+        for path, low_rank in lora.factors().items()
+        if low_rank.A.grad is None or low_rank.B.grad is None or not bool(low_rank.B.grad.any())
+    ]
+    model.zero_grad()
+    detail = f"{len(allowed)} adapter tensors"
+    if strangers:
+        detail = f"gradients also in {', '.join(strangers[:3])}"
+    elif idle:
+        detail = f"no gradient reaches {', '.join(idle[:3])}"
+    return Check("grads only in A, B", "before", not strangers and not idle, detail)
+
+
+def end_of_turn_supervised(rows: Sequence[Rendered], stop_ids: frozenset[int]) -> Check:
+    """Every row that was not cut teaches the model to stop: its last supervised token is a stop token."""
+    whole = [row for row in rows if not row.truncated]
+    missing = [row.place for row in whole if _last_supervised(row) not in stop_ids]
+    detail = f"{len(whole)} rows" if not missing else f"not in {len(missing)} rows, first {missing[0]}"
+    return Check("end of turn supervised", "before", not missing, detail)
+
+
+def _last_supervised(row: Rendered) -> int:
+    return row.ids[max(i for i, supervised in enumerate(row.supervised) if supervised)]
+
+
+def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float) -> Check:
+    """A few steps on one batch must halve its loss; the adapter is put back as it was."""
+    parameters = lora.parameters()
+    start = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    training = model.training
+    model.eval()
+    first = last = float("nan")
+    steps = 0
+    for steps in range(OVERFIT_STEPS + 1):
+        optimizer.zero_grad()
+        loss = summed_loss(model, batch) / batch.supervised
+        last = float(loss)
+        first = last if steps == 0 else first
+        if last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR) or last != last:
+            break
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.train(training)
+    model.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, start, strict=True):
+            parameter.copy_(value)
+    passed = last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR)
+    return Check("one batch overfits", "before", passed, f"loss {first:.2f} → {last:.2f} in {steps} steps")
+
+
+# -- after -------------------------------------------------------------------------------------------------------
+
+
+def every_b_moved(lora: Adapters, start: Mapping[str, Tensor]) -> Check:
+    """Every B differs from what it was before the first step."""
+    still = [path for path, low_rank in lora.factors().items() if torch.equal(low_rank.B.detach(), start[path])]
+    moved = f"{len(start) - len(still)}/{len(start)} B moved"
+    return Check("every B moved", "after", not still, moved + (f"; not {', '.join(still[:3])}" if still else ""))
+
+
+def all_finite(lora: Adapters) -> Check:
+    bad = [p for p, low_rank in lora.factors().items() if not all(bool(t.isfinite().all()) for t in low_rank.parameters())]
+    return Check("finite", "after", not bad, ", ".join(bad[:3]) or "no NaN, no infinity")
+
+
+def reload_is_live(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
+    """The adapter written to disk and read back gives the live one's logits, bit for bit."""
+    live = eval_logits(model, batch)
+    (name,) = lora.active
+    folder = Path(tempfile.mkdtemp())
+    try:
+        lora.save(folder, name)
+        lora.load(folder, "reloaded")
+        lora.activate("reloaded")
+        deviation = float((eval_logits(model, batch) - live).abs().max())
+    finally:
+        lora.activate(name)
+        if "reloaded" in lora.names:
+            lora.remove("reloaded")
+        shutil.rmtree(folder)
+    return Check("reload ≡ live", "after", deviation == 0.0, f"largest deviation {deviation:g}")
+
+
+def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch, base_logits: Tensor) -> Check:
+    """The merged model against the adapter: KL far below the adapter's own distance from the base."""
+    live = eval_logits(model, batch)
+    lora.merge()
+    try:
+        merged = eval_logits(model, batch)
+    finally:
+        lora.unmerge()
+    effect, error = divergence(live, base_logits), divergence(live, merged)
+    same = float((live.argmax(-1) == merged.argmax(-1)).float().mean())
+    restored = torch.equal(eval_logits(model, batch), live)
+    limit = max(_MERGE_SHARE * effect, _MERGE_FLOOR if live.dtype != torch.float32 else 1e-6)
+    detail = f"KL {error:.1e} (adapter against base {effect:.1e}), same first choice {same:.1%}"
+    if not restored:
+        detail = "unmerging did not restore the model"
+    return Check("merged ≡ adapter", "after", error <= limit and restored, detail)
+
+
+def off_is_base(
+    model: nn.Module, lora: Adapters, batch: Batch, base_logits: Tensor, base_fingerprint: str, now: Callable[[], str]
+) -> Check:
+    """Switched off the model gives the base's logits bit for bit and its weights are the base's; on, it differs."""
+    with lora.disabled():
+        off = float((eval_logits(model, batch) - base_logits).abs().max())
+    on = float((eval_logits(model, batch) - base_logits).abs().max())
+    untouched = now() == base_fingerprint
+    detail = f"off {off:g}, on {on:g}" + ("" if untouched else ", base weights changed")
+    return Check("off ≡ base, on ≠ base", "after", off == 0.0 and on > 0.0 and untouched, detail)
+
+
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """Mean KL(reference ‖ other) in nats over the rows of two (N, vocabulary) logits."""
+    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    return max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raise if one of the checks failed."""
+    failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
+    if failed:
+        raise CheckError(failed, hint="the record holds every check; --checks off skips them")
+
