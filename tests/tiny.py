@@ -1,8 +1,8 @@
 """Tokenizers small enough to build in every test process, with the chat templates people meet.
 
-    tiny_tokenizer()                      byte-level, ChatML
-    tiny_tokenizer(None)                  no template and no BOS, like GPT-2
-    tiny_tokenizer(LLAMA3, bos="<|begin_of_text|>", eos="<|eot_id|>")
+tiny_tokenizer()                      byte-level, ChatML
+tiny_tokenizer(None)                  no template and no BOS, like GPT-2
+tiny_tokenizer(LLAMA3, bos="<|begin_of_text|>", eos="<|eot_id|>")
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ CHATML = (
 
 # SmolLM2 puts a system prompt of its own before a conversation that has none.
 DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML
 )
 
 LLAMA3 = (
@@ -126,7 +127,12 @@ def tiny_tokenizer(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, bos_token=bos, pad_token=pad, unk_token=unk, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        eos_token=eos,
+        bos_token=bos,
+        pad_token=pad,
+        unk_token=unk,
+        clean_up_tokenization_spaces=False,
     )
     if template is not None:
         made.chat_template = template

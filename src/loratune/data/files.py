@@ -84,7 +84,7 @@ def read_jsonl(path: Path) -> tuple[list[Row], list[Problem]]:
                 continue
             faults = strict.taken_faults()
             if end < len(text):
-                faults.append(f"text after the end of the object, at column {end + 1}")
+                faults.append(f"text after the end of the object, at column {_past_space(text, end) + 1}")
             elif not isinstance(value, dict):
                 faults.append(f"is {kind(value)}, expected an object")
             problems += [(place, fault) for fault in faults]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Corpus", "Example", "Place", "read"]
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def read(
@@ -161,7 +161,7 @@ def _hub(name: str) -> tuple[list[Row], list[Problem]]:
 def _arrow(data: datasets.Dataset, name: str) -> tuple[list[Row], list[Problem]]:
     labels = {column: feature for column, feature in data.features.items() if hasattr(feature, "int2str")}
     rows: list[Row] = []
-    for number, row in enumerate(data, 1):
+    for number, row in enumerate(data.with_format(None), 1):
         named = {column: _label(labels[column], value) if column in labels else value for column, value in row.items()}
         rows.append((Place(name, number), _without_nulls(named)))
     return rows, []

@@ -10,11 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from loratune.data.example import Example, Place
 from loratune.data.messages import answers
-from loratune.data.template import ChatTemplate, Loss, TemplateFault
+from loratune.data.template import ChatTemplate, Loss, Messages, TemplateFault
 from loratune.data.tokens import Encoded, Encoder, Spanned, Tokenizer
 from loratune.errors import ConfigError, DataError
 
@@ -108,7 +108,7 @@ def render_prompt(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ..
         DataError: the row has no such form for this tokenizer.
     """
     encoder = Encoder(tokenizer)
-    template = ChatTemplate(encoder)
+    template = ChatTemplate(encoder, _generation_marks)
     if example.kind == "text":
         ids = encoder.encode_all([example.text])[0]
         cut = max(1, min(_TEXT_PROMPT, len(ids) // 2))
@@ -120,6 +120,27 @@ def render_prompt(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ..
     except TemplateFault as fault:
         raise DataError(f"{example.place}: {fault.reason}", hint=fault.hint) from None
     return tuple(encoder.prompt(before, chat=True)), answer
+
+
+def _generation_marks(
+    tokenizer: Tokenizer, messages: Messages, tools: list[dict[str, Any]] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the character ranges that the template itself marks as the model's.
+
+    `apply_chat_template` only gives marked tokens, and a token that begins before its mark hides where the mark is.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    written: Any = render_jinja_template  # its annotation says one string
+    texts, marks = written(
+        conversations=[messages],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=False,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], marks[0]
 
 
 def _check_settings(loss: str, max_length: int, overlong: str) -> None:
@@ -168,7 +189,7 @@ class _Rendering:
 
     def __init__(self, tokenizer: Tokenizer, loss: Loss, max_length: int, overlong: Overlong) -> None:
         self.encoder = Encoder(tokenizer)
-        self.template = ChatTemplate(self.encoder)
+        self.template = ChatTemplate(self.encoder, _generation_marks)
         self.loss, self.max_length, self.overlong = loss, max_length, overlong
         self.faults = _Faults()
         self.rows: list[Rendered] = []

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -217,11 +218,10 @@ def suggestion(found: Sequence[str]) -> str:
     """The mapping that the column names suggest, as `prompt=question,completion=answer`."""
     lower = {name.lower(): name for name in reversed(found)}
     guess: dict[str, str] = {}
-    for canonical in (*CANONICAL, "text"):
+    for canonical in CANONICAL:
         names = (canonical, *_SYNONYMS.get(canonical, ()))
-        close = [lower[name] for name in names if name in lower] or [
-            name for name in found if f"did you mean {canonical!r}" in nearest(name, CANONICAL)
-        ]
+        close = [lower[name] for name in names if name in lower]
+        close = close or difflib.get_close_matches(canonical, found, n=1, cutoff=0.75)
         guess |= {canonical: close[0]} if close and close[0] not in guess.values() else {}
     for shape in SHAPES:
         if shape.fits(guess):

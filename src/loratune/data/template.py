@@ -8,15 +8,16 @@ are asked, and without them it is refused. Nothing is searched for and nothing i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from loratune.data.example import Example
 from loratune.data.messages import answers
-from loratune.data.tokens import Encoder, Spanned
+from loratune.data.tokens import Encoder, Spanned, Tokenizer
 
 Loss = Literal["assistant", "completion", "all"]
 Messages = list[dict[str, Any]]
+Marks = Callable[[Tokenizer, Messages, list[dict[str, Any]] | None], tuple[str, list[tuple[int, int]]]]
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -31,10 +32,14 @@ class TemplateFault(Exception):
 
 
 class ChatTemplate:
-    """Renders examples as text and finds their answers."""
+    """Renders examples as text and finds their answers.
 
-    def __init__(self, encoder: Encoder) -> None:
+    `marks` gives the text of a conversation and the character ranges inside `{% generation %}`.
+    """
+
+    def __init__(self, encoder: Encoder, marks: Marks) -> None:
         self._encoder = encoder
+        self._marks = marks
         self._tokenizer = encoder.tokenizer
         self.exists = bool(self._tokenizer.chat_template)
 
@@ -93,10 +98,9 @@ class ChatTemplate:
         return [dict(message) for message in example.messages]
 
     def render(self, messages: Messages, example: Example, *, ask: bool = False) -> str:
-        said = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                said, tools=_tools(example), tokenize=False, add_generation_prompt=ask
+                _said(messages), tools=_tools(example), tokenize=False, add_generation_prompt=ask
             )
         except Exception as error:  # noqa: BLE001 - a template is foreign code and raises what it likes
             raise TemplateFault(
@@ -131,22 +135,10 @@ class ChatTemplate:
     def _by_marks(
         self, text: str, messages: Messages, wanted: Sequence[int], example: Example
     ) -> list[tuple[int, int]]:
-        if not self._encoder.has_offsets:
+        written, marks = self._marks(self._tokenizer, _said(messages), _tools(example))
+        if written != text:
             raise _unmaskable(wanted[0], wanted)
-        said = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-        made = self._tokenizer.apply_chat_template(
-            said,
-            tools=_tools(example),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        ends = [0, *(end for _, end in made["offset_mapping"])]
-        mask = [0, *made["assistant_masks"], 0]
-        starts = [at for at in range(1, len(mask)) if mask[at] and not mask[at - 1]]
-        stops = [at for at in range(1, len(mask)) if mask[at - 1] and not mask[at]]
-        spans = [(ends[a - 1], self._ended(text, ends[b - 1])) for a, b in zip(starts, stops, strict=True)]
+        spans = [(start, self._ended(text, end)) for start, end in marks]
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans) != len(turns):
             raise TemplateFault(
@@ -178,6 +170,10 @@ def _targets(messages: Messages) -> list[int]:
     if not found:
         raise TemplateFault("row without an answer", "remove the row: it teaches nothing", everywhere=False)
     return found
+
+
+def _said(messages: Messages) -> Messages:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def _tools(example: Example) -> list[dict[str, Any]] | None:

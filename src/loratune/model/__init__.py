@@ -1,6 +1,6 @@
 """Base models: where they come from, on what they run, and the attention that packed rows need."""
 
-from loratune.model.attention import packed_inputs, why_not_packed
+from loratune.model.attention import packed_inputs, use_packed_attention, why_not_packed
 from loratune.model.device import (
     available_memory,
     device_name,
@@ -14,6 +14,7 @@ from loratune.model.fingerprint import fingerprint
 from loratune.model.head import only_positions
 from loratune.model.load import Base, base_of, empty_model, find_base, load_base, load_tokenizer, stop_ids, tokenizer_hashes
 from loratune.model.recompute import recompute_activations
+from loratune.model.tiny import tiny_model
 
 __all__ = [
     "Base",
@@ -33,7 +34,9 @@ __all__ = [
     "processor_name",
     "recompute_activations",
     "stop_ids",
+    "tiny_model",
     "tokenizer_hashes",
     "total_memory",
+    "use_packed_attention",
     "why_not_packed",
 ]

@@ -86,6 +86,11 @@ def packed_inputs(segments: tuple[int, ...]) -> dict[str, Any]:
     return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "use_cache": False}
 
 
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch to the attention that packed rows need; calls without segments get the stock one either way."""
+    model.set_attn_implementation(NAME)
+
+
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """None if two packed rows give what they give alone, else the reason; leaves the attention switched on or off.
 
@@ -93,7 +98,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     tokens by other means (convolutions, recurrent states), and a leak raises no error.
     """
     try:
-        model.set_attn_implementation(NAME)
+        use_packed_attention(model)
     except (ValueError, NotImplementedError, KeyError):
         return "its attention cannot be replaced"
     why = _probe(model)

@@ -1,0 +1,5 @@
+"""What people look at: a run folder as one offline HTML file. No torch."""
+
+from loratune.report.page import REPORT, write_report
+
+__all__ = ["REPORT", "write_report"]

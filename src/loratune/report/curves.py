@@ -31,7 +31,7 @@ class Curves:
     Attributes:
         base: held-out loss of the base model, without the adapter.
         not_finite: steps whose loss, held-out loss or gradient norm is infinite or not a number.
-        repeated: training steps that were logged more than once: a resumed run does the steps after its checkpoint again.
+        repeated: how often a training step was logged again: a resumed run redoes the steps after its checkpoint.
     """
 
     loss: Series
@@ -88,12 +88,12 @@ def outcome_of(run: Run, curves: Curves) -> Outcome:
 
 
 def smooth(series: Series) -> Series:
-    """Gaussian-weighted means over a fortieth of the curve; centred, so the smooth line does not lag behind."""
+    """Gaussian-weighted means over a thirty-second of the curve; centred, so the smooth line does not lag behind."""
     series = thin(series)
     count = len(series.steps)
     if count < _SMOOTHED_FROM:
         return series
-    sigma = max(1.0, count / 40)
+    sigma = max(1.0, count / 32)
     reach = math.ceil(3 * sigma)
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
     values = []
@@ -146,7 +146,9 @@ def _tokens_per_second(metric: Metric) -> float | None:
 
 
 def _is_lost(metric: Metric) -> bool:
-    return any(value is not None and not math.isfinite(value) for value in (metric.loss, metric.val_loss, metric.grad_norm))
+    return any(
+        value is not None and not math.isfinite(value) for value in (metric.loss, metric.val_loss, metric.grad_norm)
+    )
 
 
 def _finite(value: float | None) -> float | None:

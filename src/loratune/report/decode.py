@@ -27,7 +27,7 @@ def decode(kind: type[T], value: Any, place: str, problems: list[str]) -> T:
         problems.append(f"{place} is {_shown(value)}, not an object")
         return kind()
     found = {}
-    for name, key, hint in _fields_of(kind):
+    for name, key, hint in _fields_of(kind):  # type: ignore[arg-type]  # classes are hashable
         if value.get(key) is None:
             continue
         read = _read(hint, value[key], f"{place}.{key}", problems)
@@ -62,8 +62,9 @@ def _read(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
         if not isinstance(value, dict):
             problems.append(f"{place} is {_shown(value)}, not an object")
             return None
-        items_of = {key: _read(arguments[1], item, f"{place}.{key}", problems) for key, item in value.items()}
-        return {key: item for key, item in items_of.items() if item is not None}
+        known = {key: item for key, item in value.items() if item is not None}
+        read = {key: _read(arguments[1], item, f"{place}.{key}", problems) for key, item in known.items()}
+        return {key: item for key, item in read.items() if item is not None}
     if dataclasses.is_dataclass(hint):
         return decode(hint, value, place, problems)  # type: ignore[arg-type]
     return _scalar(hint, value, place, problems)

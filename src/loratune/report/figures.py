@@ -34,7 +34,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "loratune",
     "font.family": "sans-serif",
-    "font.size": 12,
+    "font.size": 12.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "xtick.color": _INK,
@@ -45,7 +45,8 @@ _STYLE = {
     "lines.solid_capstyle": "round",
     "lines.solid_joinstyle": "round",
 }
-_MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 46, 14, 10, 38
+_DOTTED = 60  # validations that can still be told apart as dots
+_MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 50, 14, 10, 38
 
 
 def loss_figure(curves: Curves, label: str, *, width: int, height: int) -> str:
@@ -53,13 +54,14 @@ def loss_figure(curves: Curves, label: str, *, width: int, height: int) -> str:
     with _figure(width, height) as (figure, axes):
         if curves.loss:
             raw, smoothed = extremes(curves.loss), smooth(curves.loss)
-            axes.plot(raw.steps, raw.values, color=_TRAIN, alpha=0.28, linewidth=1)
-            axes.plot(smoothed.steps, smoothed.values, color=_TRAIN, linewidth=2.2)
+            axes.plot(raw.steps, raw.values, color=_TRAIN, alpha=0.4, linewidth=1)
+            axes.plot(smoothed.steps, smoothed.values, color=_TRAIN, linewidth=2.2, **_dot_of(smoothed))
         if curves.base is not None:
             axes.axhline(curves.base, color=_BASE, linewidth=1.2, linestyle=(0, (5, 4)))
         if curves.held_out:
             points = thin(curves.held_out)
-            dots = {"marker": "o", "markersize": 6, "markeredgecolor": _PAPER, "markeredgewidth": 1.2}
+            dots: dict[str, Any] = {"marker": "o", "markersize": 6, "markeredgecolor": _PAPER, "markeredgewidth": 1.2}
+            dots = dots if len(points.steps) <= _DOTTED else {}
             axes.plot(points.steps, points.values, color=_HELD_OUT, linewidth=2.2, **dots)
         low, high = _loss_range(curves)
         axes.set_ylim(low, high)
@@ -68,19 +70,24 @@ def loss_figure(curves: Curves, label: str, *, width: int, height: int) -> str:
 
 
 def small_figure(
-    series: Series, label: str, *, format_tick: Callable[[float], str], limit: float | None = None, is_noisy: bool = False
+    series: Series,
+    label: str,
+    *,
+    format_tick: Callable[[float], str],
+    limit: float | None = None,
+    is_noisy: bool = False,
 ) -> str:
-    """One curve over the steps; `limit` is a dashed line, `is_noisy` adds a smoothed line."""
+    """One curve over the steps; `limit` is a dashed line where it is near, `is_noisy` makes each step pale."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with _figure(420, 200) as (figure, axes):
-        raw = extremes(series) if is_noisy else thin(series)
-        axes.plot(raw.steps, raw.values, color=_TRAIN, alpha=0.28 if is_noisy else 1, linewidth=1 if is_noisy else 2)
+    with _figure(450, 205) as (figure, axes):
         if is_noisy:
-            smoothed = smooth(series)
-            axes.plot(smoothed.steps, smoothed.values, color=_TRAIN, linewidth=2)
-        top = max(series.values)
-        if limit is not None:
+            raw = extremes(series)
+            axes.plot(raw.steps, raw.values, color=_TRAIN, alpha=0.4, linewidth=1)
+        line = smooth(series) if is_noisy else thin(series)
+        axes.plot(line.steps, line.values, color=_TRAIN, linewidth=2, **_dot_of(line))
+        top = min(max(series.values), 3 * _most(series))
+        if limit is not None and limit <= 3 * top:
             axes.axhline(limit, color=_BASE, linewidth=1.2, linestyle=(0, (5, 4)))
             top = max(top, limit)
         axes.set_ylim(0, top * 1.08 if top > 0 else 1)
@@ -90,17 +97,26 @@ def small_figure(
         return _svg(figure, label)
 
 
+def _dot_of(series: Series) -> dict[str, Any]:
+    """One step makes no line: it is drawn as a dot."""
+    return {"marker": "o"} if len(series.steps) == 1 else {}
+
+
 def _loss_range(curves: Curves) -> tuple[float, float]:
     """Low and high of what matters: a single spike of the raw training loss runs off the top."""
     shown = [*smooth(curves.loss).values, *curves.held_out.values]
     if curves.base is not None:
         shown.append(curves.base)
-    raw = sorted(curves.loss.values)
-    if raw:
-        shown += [raw[0], raw[int(0.98 * (len(raw) - 1))]]
+    if curves.loss:
+        shown += [min(curves.loss.values), _most(curves.loss)]
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     room = 0.06 * (high - low) or max(0.05, abs(high) * 0.05)
     return max(0.0, low - room) if low >= 0 else low - room, high + room
+
+
+def _most(series: Series) -> float:
+    """The value that 98% of the series do not exceed."""
+    return sorted(series.values)[int(0.98 * (len(series.values) - 1))]
 
 
 def _name_steps(axes: Axes) -> None:
@@ -114,14 +130,14 @@ def _name_steps(axes: Axes) -> None:
 @contextmanager
 def _figure(width: int, height: int) -> Iterator[tuple[Figure, Axes]]:
     """A figure of so many CSS pixels, drawn under this file's settings whatever the user's matplotlibrc says."""
-    import matplotlib
+    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    with mpl.rc_context():
+        mpl.rcdefaults()
         settings: dict[Any, Any] = _STYLE
-        matplotlib.rcParams.update(settings)
+        mpl.rcParams.update(settings)
         figure = Figure(figsize=(width / 72, height / 72))  # an SVG unit is 1/72 inch
         FigureCanvasSVG(figure)
         left, bottom = _MARGIN_LEFT / width, _MARGIN_BOTTOM / height
@@ -161,4 +177,3 @@ def _renamed(svg: str, label: str) -> str:
     svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{names[match[1]]}"' if match[1] in names else "", svg)
     svg = re.sub(r"url\(#([^)]+)\)", lambda match: f"url(#{names[match[1]]})", svg)
     return re.sub(r'(?:xlink:)?href="#([^"]+)"', lambda match: f'href="#{names[match[1]]}"', svg)
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from loratune.config import TrainConfig, group_of
 from loratune.report import words
 from loratune.report.curves import Outcome
-from loratune.report.folder import Adapter, Check, Data, EffectiveRank, Record, Run, Sample, Setting
+from loratune.report.folder import Check, Data, Record, Run, Sample, Setting
 
 _OTHER_GROUP = "Other"
 
@@ -47,7 +46,9 @@ def tiles(run: Run, outcome: Outcome) -> list[Fact]:
     if measured.seconds is not None:
         speed = measured.tokens_per_second
         found.append(
-            Fact("Time", words.duration(measured.seconds), f"{words.short(speed)} tokens/s" if speed is not None else "")
+            Fact(
+                "Time", words.duration(measured.seconds), f"{words.short(speed)} tokens/s" if speed is not None else ""
+            )
         )
     if measured.peak_memory_bytes is not None:
         memory = record.hardware.memory_bytes
@@ -81,9 +82,9 @@ class Answers:
     def columns(self) -> list[tuple[str, str | None, bool]]:
         """(heading, text, whether it equals the reference)."""
         rows = (("Reference", self.reference), ("Base", self.base), ("Tuned", self.tuned))
-        return [(name, text, name != "Reference" and self._is_reference(text)) for name, text in rows]
+        return [(name, text, name != "Reference" and self.is_reference(text)) for name, text in rows]
 
-    def _is_reference(self, text: str | None) -> bool:
+    def is_reference(self, text: str | None) -> bool:
         return text is not None and self.reference is not None and text.strip() == self.reference.strip()
 
 
@@ -103,34 +104,13 @@ def answers(samples: Iterable[Sample]) -> list[Answers]:
     ]
 
 
-@dataclass(frozen=True)
-class Heat:
-    """Effective rank by layer (columns) and kind of module (rows); a cell is None where nothing is adapted."""
-
-    layers: list[int]
-    rows: list[tuple[str, list[EffectiveRank | None]]]
-
-
-def heat(adapter: Adapter) -> Heat | None:
-    """None where fewer than two modules stand in numbered layers: then there is nothing to lay out."""
-    cells: dict[tuple[str, int], EffectiveRank] = {}
-    for item in adapter.effective_rank:
-        number = re.search(r"(?:^|\.)(\d+)(?=\.)", item.path)
-        if number and item.effective is not None:
-            kind = item.path[: number.start(1)] + "*" + item.path[number.end(1) :]
-            cells[kind, int(number[1])] = item
-    if len(cells) < 2:
-        return None
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    layers = sorted({layer for _, layer in cells})
-    names = _short_names(kinds)
-    return Heat(layers, [(names[kind], [cells.get((kind, layer)) for layer in layers]) for kind in kinds])
-
-
-def _short_names(kinds: Sequence[str]) -> dict[str, str]:
-    """Last names where these tell the kinds apart, otherwise the whole path (an encoder and a decoder both have `q`)."""
-    last = {kind: kind.rpartition(".")[2] for kind in kinds}
-    return last if len(set(last.values())) == len(kinds) else {kind: kind for kind in kinds}
+def matches(samples: Sequence[Answers]) -> str:
+    """How many answers are the reference's, in words; empty where there are no references."""
+    known = [sample for sample in samples if sample.reference is not None]
+    if not known:
+        return ""
+    base, tuned = (sum(sample.is_reference(getattr(sample, name)) for sample in known) for name in ("base", "tuned"))
+    return f"Of {words.counted(len(known), 'reference')}, the tuned model gave {tuned} word for word, its base {base}."
 
 
 @dataclass(frozen=True)
@@ -159,7 +139,8 @@ def comparisons(record: Record) -> list[Comparison]:
         difference = ""
         if expected and actual is not None:
             change = actual / expected - 1
-            difference = "as estimated" if abs(change) < 0.005 else f"{abs(change):.0%} {'above' if change > 0 else 'below'}"
+            side = "above" if change > 0 else "below"
+            difference = "as estimated" if abs(change) < 0.005 else f"{abs(change):.0%} {side} the estimate"
         shown = (text(expected) if expected is not None else None, text(actual) if actual is not None else None)
         found.append(Comparison(label, *shown, (expected or 0) / longest, (actual or 0) / longest, difference))
     return found
@@ -173,11 +154,14 @@ def plan_facts(record: Record) -> list[Fact]:
     return _facts(
         ("Steps", words.count(plan.steps) if plan.steps is not None else None),
         ("Epochs", f"{plan.epochs:g}" if plan.epochs is not None else None),
-        ("Micro-batch", words.counted(plan.micro_batch_tokens, "token") if plan.micro_batch_tokens is not None else None),
+        (
+            "Micro-batch",
+            words.counted(plan.micro_batch_tokens, "token") if plan.micro_batch_tokens is not None else None,
+        ),
         ("Packed", packed),
         ("Recompute", None if plan.recompute is None else "on" if plan.recompute else "off"),
         ("Device", hardware.device),
-        ("Memory there", words.size(hardware.memory_bytes) if hardware.memory_bytes is not None else None),
+        ("Device memory", words.size(hardware.memory_bytes) if hardware.memory_bytes is not None else None),
     )
 
 
@@ -275,7 +259,7 @@ def run_path(record: Record, name: str) -> str:
     return out.value if out and isinstance(out.value, str) and out.value else f"runs/{name}"
 
 
-def commands(path: str) -> list[tuple[str, str]]:
+def commands(path: str, base: str | None) -> list[tuple[str, str]]:
     """(what it does, command) of each way to use the adapter."""
     run = shlex.quote(path)
     return [
@@ -283,7 +267,7 @@ def commands(path: str) -> list[tuple[str, str]]:
         ("Answer a file of prompts", f"loratune generate {run} --prompts prompts.jsonl"),
         ("Measure it on other data", f"loratune eval {run} --data test.jsonl"),
         ("See what it changed, layer by layer", f"loratune show {run}"),
-        ("Serve it (OpenAI-compatible)", f"loratune serve {shlex.quote('MODEL')} {run}"),
+        ("Serve it (OpenAI-compatible)", f"loratune serve {shlex.quote(base or 'MODEL')} {run}"),
         ("Make a plain model of it", f"loratune merge {run} --out merged"),
         ("Export it", f"loratune export {run} --to vllm"),
         ("Run the record again", f"loratune reproduce {run}"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ _MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _NARROW = "\u202f"  # between a number and its unit: they stay on one line
 
 
@@ -35,15 +36,21 @@ def short(value: float) -> str:
         if abs(value) >= power:
             unit = 1e3 if prefix == "k" else power
             return f"{_three(value / unit)}{_NARROW}{prefix}"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value % 1 == 0 else f"{value:.3g}"
 
 
 def size(value: float) -> str:
     """Bytes: `1.83 GB` (decimal, as memory is sold and disks are counted)."""
-    for power, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    for power, unit in _UNITS:
         if abs(value) >= power:
             return f"{_three(value / power)}{_NARROW}{unit}"
     return f"{value:.0f}{_NARROW}B"
+
+
+def size_like(largest: float) -> Callable[[float], str]:
+    """Formats bytes in the unit that `size` gives the largest of them, so that the ticks of an axis share it."""
+    unit, name = next((pair for pair in _UNITS if largest >= pair[0]), (1, "B"))
+    return lambda value: f"{value / unit:g}{_NARROW}{name}" if value else "0"
 
 
 def _three(value: float) -> str:
@@ -54,18 +61,18 @@ def _three(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """`0.8 s`, `42 s`, `3 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
-    if seconds < 9.95:
+    if seconds < 9.95 or not math.isfinite(seconds):
         return f"{seconds:.1f}{_NARROW}s"
     whole = round(seconds)
     for unit, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= unit:
             rest = whole % unit // part
-            return f"{whole // unit}{_NARROW}{name}" + (f" {rest}{_NARROW}{part_name}" if rest else "")
+            return f"{whole // unit}{_NARROW}{name}" + (f"\u00a0{rest}{_NARROW}{part_name}" if rest else "")
     return f"{whole}{_NARROW}s"
 
 
 def percent(share: float) -> str:
-    if share == 0 or share == 1:
+    if share in {0, 1}:
         return f"{share:.0%}"
     value = 100 * share
     return f"{value:.1f}%" if abs(value) >= 10 else f"{value:.2f}%" if abs(value) >= 0.1 else f"{value:.2g}%"
@@ -73,7 +80,7 @@ def percent(share: float) -> str:
 
 def rate(value: float) -> str:
     """A learning rate: `1.3e-3`, `2e-5`, `0.1`."""
-    if value == 0 or abs(value) >= 0.01:
+    if value == 0 or not abs(value) < 0.01:  # written so that NaN is one of them
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
@@ -85,11 +92,11 @@ def loss(value: float) -> str:
 
 def losses(first: float, second: float) -> tuple[str, str]:
     """Both with as many decimals as it takes to tell them apart, four at most."""
-    for digits in (2, 3, 4):
+    for digits in (2, 3):
         shown = f"{first:.{digits}f}", f"{second:.{digits}f}"
         if shown[0] != shown[1]:
-            break
-    return shown
+            return shown
+    return f"{first:.4f}", f"{second:.4f}"
 
 
 def perplexity(value: float) -> str:
@@ -103,7 +110,7 @@ def perplexity(value: float) -> str:
 def date(iso: str) -> str:
     """`14 March 2026, 09:26 UTC`; a text that is no date stays as it is."""
     try:
-        moment = datetime.datetime.fromisoformat(iso)
+        moment = dt.datetime.fromisoformat(iso)
     except ValueError:
         return iso
     text = f"{moment.day} {_MONTHS[moment.month - 1]} {moment.year}, {moment:%H:%M}"
@@ -160,7 +167,7 @@ def headline(run: Run, outcome: Outcome) -> Headline:
 
 
 def _change(outcome: Outcome) -> int:
-    """-1 where the held-out loss fell, 1 where it rose, 0 where four decimals show no difference or nothing is known."""
+    """-1 where the held-out loss fell, 1 where it rose, 0 where four decimals show no difference or one is unknown."""
     if outcome.base is None or outcome.tuned is None:
         return 0
     before, after = losses(outcome.base, outcome.tuned)
@@ -200,10 +207,3 @@ def _checked(checks: Sequence[Check]) -> tuple[str, list[str]]:
     if not failed:
         return (f"all {len(done)} checks passed" if len(done) > 1 else "its one check passed"), failed
     return f"{len(failed)} of {counted(len(done), 'check')} failed: {', '.join(failed)}", failed
-
-
-def effective_rank_line(values: Sequence[float], r: Sequence[int]) -> str:
-    """`Median 9.1; from 3.2 to 14.8 of 16.`"""
-    ordered = sorted(values)
-    of = f" of {max(r)}" if r else ""
-    return f"Median {ordered[len(ordered) // 2]:.1f}; from {ordered[0]:.1f} to {ordered[-1]:.1f}{of}."

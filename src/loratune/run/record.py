@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from loratune.adapt import Adapters, TargetPlan, by_kind
 from loratune.adapter import effective_rank
 from loratune.data.example import Place
-from loratune.model import device_name, processor_name, total_memory
+from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
+from loratune.run.prepare import Prepared
+from loratune.run.setup import Setup
 
 _PACKAGES = ("loratune", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
@@ -27,6 +30,81 @@ _OUTSIDE_IDENTITY = {
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def first_record(setup: Setup, name: str) -> dict[str, Any]:
+    """The record as it stands before the first step."""
+    decisions = setup.decisions
+    tokenizer, template = tokenizer_hashes(setup.base.tokenizer)
+    settings = {key: {**entry, "value": _plain(entry["value"])} for key, entry in decisions.to_json().items()}
+    identity, parts = identity_of(
+        settings,
+        data_sha256=setup.prepared.corpus.sha256,
+        base_fingerprint=setup.base.fingerprint,
+        tokenizer_sha256=tokenizer,
+        chat_template_sha256=template,
+    )
+    return {
+        "format": 1,
+        "loratune": version("loratune"),
+        "name": name,
+        "state": "running",
+        "created": now(),
+        "identity": identity,
+        "identity_of": parts,
+        "settings": settings,
+        "base": _base_facts(setup),
+        "tokenizer": {"sha256": tokenizer, "chat_template_sha256": template},
+        "data": _data_facts(setup.prepared),
+        "adapter": adapter_facts(setup.targets),
+        "plan": {
+            "steps": decisions["max_steps"],
+            "epochs": decisions["epochs"],
+            "micro_batch_tokens": decisions["micro_batch_tokens"],
+            "packed": decisions["pack"],
+            "pack_reason": decisions.reasons["pack"],
+            "recompute": decisions["recompute"] == "on",
+            "estimate": {"memory_bytes": setup.memory.total, "seconds": round(setup.seconds, 1)},
+            "notes": list(setup.targets.notes),
+        },
+        "checks": [],
+        "result": {},
+        "events": [],
+        "versions": versions(),
+        "hardware": hardware(setup.base.device),
+    }
+
+
+def _base_facts(setup: Setup) -> dict[str, Any]:
+    base = setup.base
+    return {
+        "name": base.name,
+        "source": base.source,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "parameters": setup.targets.base_parameters,
+        "dtype": setup.decisions["dtype"],
+        "family": base.model.config.model_type,
+    }
+
+
+def _data_facts(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "source": prepared.corpus.source,
+        "sha256": prepared.corpus.sha256,
+        "shape": prepared.corpus.shape,
+        "rows": len(prepared.corpus),
+        "train": len(prepared.rows),
+        "val": len(prepared.val.rows) if prepared.val else 0,
+        "duplicates": [[str(train), str(val)] for train, val in prepared.split.duplicates],
+        "truncated": places(prepared.train.truncated),
+        "dropped": places(prepared.train.dropped),
+        "fit": asdict(prepared.fit),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def identity_of(settings: Mapping[str, Mapping[str, Any]], **facts: str) -> tuple[str, dict[str, Any]]:

@@ -34,14 +34,18 @@ class Setup:
     decisions: Decisions
     lora: LoraConfig
     targets: TargetPlan
-    shape: Shape
-    pack_reason: str
     memory: MemoryEstimate
     seconds: float
 
     @property
     def model(self) -> Any:
         return self.base.model
+
+    @property
+    def pad_id(self) -> int:
+        """What padding holds; masked by position, so any id would do."""
+        pad = self.base.tokenizer.pad_token_id
+        return int(pad) if pad is not None else 0
 
 
 def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
@@ -55,14 +59,13 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     decisions.values["dtype"] = "bf16" if base.precision.dtype.itemsize == 2 else "fp32"
     decisions.reasons["dtype"] = base.precision.reason
     shape = Shape.of(base.model.config)
-    prepared = prepare(data, decisions, base.tokenizer, _context(base.model))
+    prepared = prepare(data, decisions, base.tokenizer, context_of(base.model))
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
-    pack_reason = _decide_packing(base.model, decisions)
+    _decide_packing(base.model, decisions)
     memory = _decide_memory(base, decisions, prepared, targets, shape)
     _decide_rhythm(decisions, prepared)
-    return Setup(
-        base, prepared, decisions, lora, targets, shape, pack_reason, memory, _seconds(base, decisions, prepared, targets, shape)
-    )
+    seconds = _seconds(base, decisions, prepared, targets, shape)
+    return Setup(base, prepared, decisions, lora, targets, memory, seconds)
 
 
 def decide_adapter(
@@ -99,23 +102,23 @@ def plan_line(setup: Setup) -> str:
     )
 
 
-def _context(model: Any) -> int | None:
+def context_of(model: Any) -> int | None:
+    """The most positions the model was made for, where its config says."""
     text = model.config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(length) if length else None
 
 
-def _decide_packing(model: Any, decisions: Decisions) -> str:
-    given = decisions.values.get("pack")
-    if given is False:
-        return "given"
+def _decide_packing(model: Any, decisions: Decisions) -> None:
+    if decisions.values.get("pack") is False:
+        return
     why_not = why_not_packed(model)
     if why_not is None:
-        return str(decisions.decide("pack", True, "tried: two packed rows give what they give alone") and decisions.reasons["pack"])
-    if given:
-        raise ConfigError(f"pack: this model cannot take packed rows: {why_not}", hint="leave --pack out, rows are padded then")
-    decisions.decide("pack", False, f"rows are padded: {why_not}")
-    return decisions.reasons["pack"]
+        decisions.decide("pack", True, "tried: two packed rows give what they give alone")
+    elif decisions.values.get("pack"):
+        raise ConfigError(f"pack: this model cannot take packed rows: {why_not}", hint="leave --pack out to pad rows")
+    else:
+        decisions.decide("pack", False, f"rows are padded: {why_not}")
 
 
 def _decide_memory(base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape) -> MemoryEstimate:

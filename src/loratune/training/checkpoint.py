@@ -54,6 +54,7 @@ def save_checkpoint(
         "best_val": progress.best_val if progress.best_step else None,
         "best_step": progress.best_step,
         "worse": progress.worse,
+        "stopped_early": progress.stopped_early,
         "optimizer_scalars": scalars,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -95,6 +96,7 @@ def restore(checkpoint: Checkpoint, lora: Adapters, optimizer: torch.optim.Optim
     optimizer.load_state_dict({**saved, "state": moments})
     best = [tensors[f"best.{i}"] for i in range(sum(key.startswith("best.") for key in tensors))]
     progress = Progress(state["step"], state["micro_batch_tokens"], best=best, worse=state["worse"])
+    progress.stopped_early = state["stopped_early"]
     if state["best_val"] is not None:
         progress.best_val, progress.best_step = state["best_val"], state["best_step"]
     return progress

@@ -104,7 +104,7 @@ def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float
     for steps in range(OVERFIT_STEPS + 1):
         optimizer.zero_grad()
         loss = summed_loss(model, batch) / batch.supervised
-        last = float(loss)
+        last = float(loss.detach())
         first = last if steps == 0 else first
         if last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR) or last != last:
             break

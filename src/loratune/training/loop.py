@@ -56,6 +56,10 @@ class Progress:
     best_step: int = 0
     worse: int = 0
     best: list[Tensor] = field(default_factory=list)
+    stopped_early: bool = False
+
+    def ended(self, schedule: Schedule) -> bool:
+        return self.step >= schedule.steps or self.stopped_early
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,50 +91,56 @@ def fit(
         OutOfMemoryError: not even one row at a time fits.
     """
     parameters = lora.parameters()
-    while progress.step < schedule.steps and not hooks.stop():
-        started = time.perf_counter()
-        rows = [work.rows[i] for i in work.order.step(progress.step)]
-        loss, computed = _gradients_within_memory(model, lora, rows, work, accelerator, progress, hooks.emit)
-        norm = float(accelerator.clip_grad_norm_(parameters, work.clip or math.inf) or 0.0)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            optimizer.zero_grad()
-            raise DivergedError(
-                f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}",
-                hint="lower --lr; the last checkpoint is kept",
-            )
-        lr = schedule.lr(progress.step)
-        set_lr(optimizer, lr, schedule.peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
-        hooks.emit(
-            StepDone(
-                progress.step,
-                loss,
-                lr,
-                norm,
-                sum(len(row.ids) for row in rows),
-                computed,
-                sum(sum(row.supervised) for row in rows),
-                len(rows),
-                time.perf_counter() - started,
-                peak_memory(accelerator.device),
-            )
-        )
+    while not progress.ended(schedule) and not hooks.stop():
+        _step(model, lora, work, optimizer, schedule, accelerator, progress, hooks)
         last = progress.step == schedule.steps
         if hooks.evaluate and (last or (work.eval_every and progress.step % work.eval_every == 0)):
             _validate(hooks.evaluate, parameters, work, progress, hooks.emit)
-            if work.patience and progress.worse >= work.patience:
-                text = f"{progress.worse} validations without a better loss than {progress.best_val:.4f}"
-                hooks.emit(Noticed(progress.step, "early stop", text))
-                break
-        if work.save_every and progress.step % work.save_every == 0 and not last:
+        if work.save_every and progress.step % work.save_every == 0 and not progress.ended(schedule):
             hooks.save(progress)
-    if work.patience and progress.best and progress.best_step != progress.step:
-        with torch.no_grad():
-            for parameter, best in zip(parameters, progress.best, strict=True):
-                parameter.copy_(best)
-        hooks.emit(Noticed(progress.step, "best adapter", f"the adapter of step {progress.best_step} is kept"))
+    if progress.ended(schedule):
+        _keep_best(parameters, work, progress, hooks.emit)
+
+
+def _step(
+    model: nn.Module,
+    lora: Adapters,
+    work: Work,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    progress: Progress,
+    hooks: Hooks,
+) -> None:
+    started = time.perf_counter()
+    rows = [work.rows[i] for i in work.order.step(progress.step)]
+    loss, computed = _gradients_within_memory(model, lora, rows, work, accelerator, progress, hooks.emit)
+    norm = float(accelerator.clip_grad_norm_(lora.parameters(), work.clip or math.inf) or 0.0)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise DivergedError(
+            f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}",
+            hint="lower --lr; the last checkpoint is kept",
+        )
+    lr = schedule.lr(progress.step)
+    set_lr(optimizer, lr, schedule.peak)
+    optimizer.step()
+    optimizer.zero_grad()
+    progress.step += 1
+    hooks.emit(
+        StepDone(
+            step=progress.step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=sum(len(row.ids) for row in rows),
+            computed_tokens=computed,
+            supervised_tokens=sum(sum(row.supervised) for row in rows),
+            examples=len(rows),
+            step_seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(accelerator.device),
+        )
+    )
 
 
 def _validate(
@@ -142,8 +152,21 @@ def _validate(
         progress.best_val, progress.best_step, progress.worse = val_loss, progress.step, 0
         if work.patience:
             progress.best = [parameter.detach().clone() for parameter in parameters]
-    else:
-        progress.worse += 1
+        return
+    progress.worse += 1
+    if work.patience and progress.worse >= work.patience:
+        progress.stopped_early = True
+        text = f"{progress.worse} validations without a better loss than {progress.best_val:.4f}"
+        emit(Noticed(progress.step, "early stop", text))
+
+
+@torch.no_grad()
+def _keep_best(parameters: Sequence[Tensor], work: Work, progress: Progress, emit: Listener) -> None:
+    """Where training may stop early, the adapter that is kept is the one with the best held-out loss."""
+    if work.patience and progress.best and progress.best_step != progress.step:
+        for parameter, best in zip(parameters, progress.best, strict=True):
+            parameter.copy_(best)
+        emit(Noticed(progress.step, "best adapter", f"the adapter of step {progress.best_step} is kept"))
 
 
 def _gradients_within_memory(

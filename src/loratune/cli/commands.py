@@ -1,0 +1,305 @@
+"""The commands: each parses, calls one library function, and prints what it returns.
+
+Rooms that need torch are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loratune.cli.options import parse_given, with_settings
+from loratune.cli.output import emit, gigabytes, stderr, table
+from loratune.config import read_settings
+
+app = typer.Typer(
+    name="loratune",
+    help="LoRA fine-tuning that is fast, exact, and proves itself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(help="hub id, folder or GGUF file", show_default=False)]
+Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet or text file, or a hub data set id", show_default=False)]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
+BaseOption = Annotated[str | None, typer.Option("--base", help="where the base is now, if not where the run found it")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="sample from the likeliest tokens of this mass")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="seed of the sampling")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"loratune {version_of('loratune')}")
+        raise typer.Exit
+
+
+@app.command()
+@with_settings()
+def train(
+    model: Model,
+    data: Data,
+    config: Config = None,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done and stop")] = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """From a data file to a tested adapter; everything not given is decided and explained."""
+    chosen = read_settings(config, set_ or [], parse_given(settings))
+    if dry_run:
+        _show_plan(model, data, chosen, as_json=as_json)
+        return
+    from loratune.cli.progress import Screen
+    from loratune.run import train as run_training
+
+    screen = Screen(stderr())
+    try:
+        run = run_training(model, data, listen=screen, **chosen)
+    finally:
+        screen.close()
+    emit({"path": str(run.path), "record": run.record}, as_json=as_json, text=[str(run.path)])
+
+
+@app.command()
+@with_settings(groups=("Data",))
+def data(
+    data: Data,
+    model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")],
+    show_mask: Annotated[int, typer.Option("--show-mask", min=0, help="print the loss mask of so many rows")] = 0,
+    val: Annotated[str | None, typer.Option("--val", help="held-out rows: a share, a count, a file; 0 for none")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the split")] = 0,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Rows, bad rows by number, lengths, truncation, and the coloured loss mask."""
+    from loratune.run.look import look_at_data
+
+    chosen = parse_given({**settings, "val": val, "seed": seed})
+    found = look_at_data(model, data, show_masks=show_mask, **chosen)
+    emit(found, as_json=as_json, text=_data_text(found))
+
+
+@app.command()
+@with_settings(leave_out=("out", "resume", "log_with"))
+def plan(
+    model: Model,
+    data: Annotated[str | None, typer.Argument(help="data file; without it only parameters and memory", show_default=False)] = None,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """What train would do: parameters, memory, steps; reads the config and loads no weights."""
+    _show_plan(model, data, read_settings(config, set_ or [], parse_given(settings)), as_json=as_json)
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    vs: Annotated[str | None, typer.Option("--vs", help="answer side by side: base, or another run")] = None,
+    base: BaseOption = None,
+    device: Device = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a run, beside its base or another run; each line of standard input is a message."""
+    from loratune.cli.chat import converse
+    from loratune.engine import Sampling
+    from loratune.run.conversation import Conversation
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    converse(Conversation.open(run, vs=vs, base=base, device=device, system=system, sampling=sampling), as_json=as_json)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompts: Annotated[str, typer.Option("--prompts", help="data file whose prompts are answered")],
+    out: Annotated[str | None, typer.Option("--out", help="JSONL file for the answers; standard output otherwise")] = None,
+    base: BaseOption = None,
+    device: Device = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first rows")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 16,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer every prompt of a file; one JSON object a line."""
+    import json
+
+    from loratune.cli.progress import counting
+    from loratune.data.read import read
+    from loratune.engine import Sampling
+    from loratune.files import write_bytes
+    from loratune.run.answer import generate as answer
+    from loratune.run.opened import open_run
+
+    examples = read(prompts).examples[:limit]
+    opened = open_run(run, base=base, device=device)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    with counting(len(examples), "answers") as done:
+        rows = answer(opened, examples, sampling, batch_size=batch_size, done=done)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if out is None and not as_json:
+        print(lines, end="")
+        return
+    if out is not None:
+        write_bytes(Path(out), lines.encode())
+    emit({"out": out, "rows": rows if out is None else len(rows)}, as_json=as_json, text=[f"{len(rows)} answers in {out}"])
+
+
+@app.command("eval")
+@with_settings(groups=("Data",), leave_out=("pack",))
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str, typer.Option("--data", help="rows to measure on")],
+    base: BaseOption = None,
+    device: Device = None,
+    vs_base: Annotated[bool, typer.Option("--vs-base/--no-vs-base", help="measure the base beside it")] = True,
+    answers: Annotated[int, typer.Option("--answers", min=0, help="answer so many rows and count exact matches")] = 0,
+    max_new_tokens: MaxNew = 256,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Loss, perplexity and exact matches on a file, of a run and of its base."""
+    from loratune.cli.progress import counting
+    from loratune.engine import Sampling
+    from loratune.run.answer import evaluate as measure
+    from loratune.run.opened import open_run
+
+    opened = open_run(run, base=base, device=device)
+    options = {"answers": answers, "sampling": Sampling(max_new_tokens), **parse_given(settings)}
+    both = vs_base and opened.lora is not None
+    with counting(answers * (2 if both else 1), "answers") as done:
+        found = {"run": measure(opened, data, done=done, **options)}
+        if both and opened.lora is not None:
+            with opened.lora.disabled():
+                found["base"] = measure(opened, data, done=done, **options)
+    rows = [[key, *(_figure(found[who].get(key)) for who in found)] for key in found["run"]]
+    emit(found, as_json=as_json, text=[table(["", *found], rows)])
+
+
+@app.command()
+def merge(
+    run: RunArgument,
+    out: Annotated[str, typer.Option("--out", help="folder for the plain model")],
+    base: BaseOption = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16 or fp32")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """A plain model folder with the adapter folded in, verified against the adapter."""
+    from loratune.run.merge import merge as fold_in
+    from loratune.run.opened import open_run
+
+    found = fold_in(open_run(run, base=base, dtype=dtype), out)
+    emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run or adapter folder", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """What an adapter is and what it changed, layer by layer."""
+    from loratune.run.show import show as look
+
+    found = look(run)
+    columns = ["layer", "r", "effective", "‖ΔW‖", "largest σ", "parameters"]
+    rows = [
+        [x["path"], x["r"], f"{x['effective_rank']:.1f}", f"{x['norm']:.3g}", f"{x['largest']:.3g}", f"{x['parameters']:,}"]
+        for x in found["layers"]
+    ]
+    settings = [f"{key} = {value}" for key, value in found["config"].items()]
+    emit(found, as_json=as_json, text=[*settings, f"{found['parameters']:,} parameters", "", table(columns, rows)])
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder", show_default=False)], as_json: Json = False
+) -> None:
+    """Write the HTML report of a run folder again."""
+    from loratune.report import write_report
+
+    path = write_report(Path(run).expanduser())
+    emit({"report": str(path)}, as_json=as_json, text=[str(path)])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, memory, and a tiny real training run with its checks."""
+    from loratune.run.doctor import doctor as examine
+
+    found = examine()
+    rows = [["device", found["device"]], ["threads", found["threads"]], ["dtype", f"{found['dtype']}: {found['dtype_reason']}"]]
+    rows += [["memory", f"{gigabytes(found['available_bytes'])} free of {gigabytes(found['memory_bytes'])}"]]
+    rows += [["matrix products", f"{found['gflops']:,} GFLOP/s"], ["tiny run", f"{found['tiny_run_seconds']} s"]]
+    rows += [[name, version] for name, version in found["versions"].items()]
+    marks = [f"{'✓' if c['passed'] else '✗'} {c['name']} ({c['detail']})" for c in found["checks"]]
+    emit(found, as_json=as_json, text=[table(["", ""], rows), *marks])
+
+
+# -- what several commands print ---------------------------------------------------------------------------------
+
+
+def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_json: bool) -> None:
+    from loratune.run.look import look_at_plan
+
+    found = look_at_plan(model, data, **settings)
+    modules = [
+        [m["name"], m["count"], f"{m['out']} × {m['in']}", m["r"], f"{m['each']:,}", f"{m['parameters']:,}"]
+        for m in found["adapter"]["modules"]
+    ]
+    memory = found["memory"]
+    sizes = [[name, gigabytes(memory[name])] for name in ("base", "adapter", "activations", "logits", "total")]
+    text = [
+        *([found["data"]] if "data" in found else []),
+        found["line"] + (f" · lr {found['lr']:g} · {found['steps']} steps" if "steps" in found else ""),
+        table(["module", "count", "weight", "r", "each", "trainable"], modules),
+        "",
+        table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", ""], sizes),
+        "",
+        *found["decisions"],
+        *found["notes"],
+    ]
+    emit(found, as_json=as_json, text=text)
+
+
+def _data_text(found: dict[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    fit = found["fit"]
+    text: list[Any] = [found["line"]]
+    text.append(f"{found['train']:,} to train on, {found['val']:,} held out; lengths: median {fit['median']}, longest {fit['longest']}")
+    for key in ("truncated", "dropped", "ignored_columns"):
+        if found[key]:
+            text.append(f"{key.replace('_', ' ')}: {', '.join(found[key])}")
+    for mask in found["masks"]:
+        text.append(f"\n{mask['place']}")
+        row = Text()
+        for piece, supervised in mask["pieces"]:
+            row.append(piece, style="black on green" if supervised else "dim")
+        text.append(row)
+    return text
+
+
+def _figure(value: Any) -> str:
+    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

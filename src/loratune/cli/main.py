@@ -1,0 +1,39 @@
+"""The door: runs a command, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from loratune.cli.commands import app
+from loratune.cli.output import complain
+from loratune.errors import LoratuneError, OutOfMemoryError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    # tokenizers warns about forks that data loaders make; nothing here forks after tokenising.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(args=arguments, prog_name="loratune")
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 0
+    except LoratuneError as error:
+        return complain(error, as_json=as_json)
+    except MemoryError:
+        return complain(OutOfMemoryError("out of memory", hint="lower --max-length"), as_json=as_json)
+    except Exception as error:
+        return complain(_internal(error), as_json=as_json)
+    return 0
+
+
+def _internal(error: Exception) -> LoratuneError:
+    """What nobody foresaw: said in one line, with the traceback for those who want to report it."""
+    if os.environ.get("LORATUNE_TRACEBACK"):
+        traceback.print_exception(error)
+    hint = "this is a bug in loratune: please report it with the output of LORATUNE_TRACEBACK=1"
+    return LoratuneError(f"internal error: {type(error).__name__}: {error}", hint=hint)

@@ -1,0 +1,130 @@
+"""Command-line options made from the settings' definitions: one option for each flag, one place for its words."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from loratune.config import TrainConfig, flag_of, group_of
+from loratune.errors import ConfigError
+
+_PLAIN = (int, float, bool, str)
+
+
+def settings_options(leave_out: Collection[str] = (), groups: Collection[str] | None = None) -> list[inspect.Parameter]:
+    """A keyword parameter for every setting of `TrainConfig` that has a flag; all default to "not given"."""
+    parameters = []
+    for name, field in TrainConfig.model_fields.items():
+        flag = flag_of(name, field)
+        if flag is None or name in leave_out or (groups is not None and group_of(field) not in groups):
+            continue
+        kind = _option_type(field.annotation)
+        names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+        help_text = str(field.description) + _default_words(field.default)
+        option = typer.Option(*names, help=help_text, rich_help_panel=group_of(field), show_default=False)
+        annotation = Annotated[Union[kind, None], option]  # type: ignore[valid-type]  # noqa: UP007
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return parameters
+
+
+def with_settings(leave_out: Collection[str] = (), groups: Collection[str] | None = None) -> Callable[[Any], Any]:
+    """Decorator: replaces a command's `**settings` by one option for each setting."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature([*own, *settings_options(leave_out, groups)])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def parse_given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, with words of the command line turned into values."""
+    return {name: _PARSERS.get(name, _as_is)(name, value) for name, value in flags.items() if value is not None}
+
+
+def _option_type(annotation: Any) -> Any:
+    """What typer parses: a plain type or choices; everything richer is a word that `parse_given` reads."""
+    members = [m for m in get_args(annotation) if m is not types.NoneType] if _is_union(annotation) else [annotation]
+    if len(members) == 1:
+        (only,) = members
+        if only in _PLAIN or get_origin(only) is Literal:
+            return only
+    return str
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _default_words(default: Any) -> str:
+    if default is None or default in ((), {}):
+        return ""
+    return f" [{default}]"
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def _as_is(name: str, value: Any) -> Any:
+    return value
+
+
+def _number_or_word(name: str, value: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _names(name: str, value: str) -> Any:
+    """A comma list of module names; `all-linear` and regular expressions stay strings."""
+    if value == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", value):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _indices(name: str, value: str) -> tuple[int, ...]:
+    """`0,1,5-8` as indices."""
+    found: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ConfigError(f"--layers {value!r}: write indices and ranges like 0,1,5-8")
+        first = int(match[1])
+        found += range(first, int(match[2] or first) + 1)
+    return tuple(found)
+
+
+def _pairs(name: str, value: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in value.split(",")]
+    if any(not equals or not key.strip() or not item.strip() for key, equals, item in pairs):
+        raise ConfigError(f"--{name} {value!r}: write ours=theirs, separated by commas")
+    return {key.strip(): item.strip() for key, _, item in pairs}
+
+
+def _init(name: str, value: str) -> Any:
+    return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _words(name: str, value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "val": _number_or_word,
+    "warmup": _number_or_word,
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "layers_to_transform": _indices,
+    "columns": _pairs,
+    "init_lora_weights": _init,
+    "log_with": _words,
+}

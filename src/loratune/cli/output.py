@@ -1,0 +1,58 @@
+"""Printing: results to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loratune.errors import LoratuneError
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(result: Any, *, as_json: bool, text: Iterable[Any] = ()) -> None:
+    """The result as JSON, or the lines and tables of `text`."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        return
+    console = stdout()
+    for item in text:
+        console.print(escape(item) if isinstance(item, str) else item)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> Table:
+    """A plain table; the columns after the first are aligned to the right."""
+    made = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(str(cell)) for cell in row))
+    return made
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
+
+
+def complain(error: LoratuneError, *, as_json: bool) -> int:
+    """Say what went wrong; returns the exit code."""
+    if as_json:
+        kind, problems, hint = type(error).__name__, list(error.problems), error.hint
+        content = {"error": {"kind": kind, "problems": problems, "hint": hint, "exit_code": error.exit_code}}
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        sys.stdout.flush()
+        stderr().print(f"[bold red]error[/] {escape(str(error))}")
+    return error.exit_code

@@ -1,0 +1,105 @@
+"""`generate` and `evaluate`: what an opened run answers, and how well it fits rows it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loratune.config import TrainConfig
+from loratune.data.example import Example
+from loratune.data.read import read
+from loratune.data.render import render, render_prompt
+from loratune.engine import Answer, Sampling
+from loratune.engine import generate as continue_prompts
+from loratune.evaluation import exact_match, held_out_batches, held_out_loss
+from loratune.model import stop_ids, why_not_packed
+from loratune.run.decide import Decisions, decide_length
+from loratune.run.opened import Opened
+from loratune.run.setup import context_of
+
+_LIMIT = 2048
+
+
+def generate(
+    opened: Opened,
+    examples: Sequence[Example],
+    sampling: Sampling = Sampling(),
+    *,
+    batch_size: int = 16,
+    done: Callable[[int], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """The model's answer to each example's prompt, beside the answer the data has."""
+    prompts, references = _prompts(opened, examples)
+    answers = _answers(opened, prompts, sampling, batch_size, done)
+    return [
+        {
+            "place": str(example.place),
+            "prompt": opened.base.tokenizer.decode(prompt),
+            "reference": reference,
+            "output": answer.text,
+            "stopped": answer.stopped,
+            "tokens": len(answer.ids),
+        }
+        for example, prompt, reference, answer in zip(examples, prompts, references, answers, strict=True)
+    ]
+
+
+def evaluate(
+    opened: Opened,
+    data: Any,
+    *,
+    answers: int = 0,
+    sampling: Sampling = Sampling(),
+    done: Callable[[int], None] = lambda rows: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Loss and perplexity over the data's supervised tokens, and exact matches of greedy answers to its first rows.
+
+    Args:
+        answers: how many rows are answered; 0 for none.
+        settings: the data options of `loratune train`.
+    """
+    decisions = Decisions(TrainConfig(**settings))
+    tokenizer, model = opened.base.tokenizer, opened.base.model
+    corpus = read(data, columns=decisions["columns"])
+    rendered = render(
+        corpus.examples,
+        tokenizer,
+        loss=decisions["loss"],
+        max_length=decide_length(decisions, context_of(model)),
+        overlong=decisions["overlong"],
+    )
+    packed = why_not_packed(model) is None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = held_out_batches(rendered.rows, packed=packed, limit=_LIMIT, pad_id=pad)
+    held_out = held_out_loss(model, batches, opened.base.device)
+    found = {
+        "rows": held_out.rows,
+        "supervised_tokens": held_out.supervised_tokens,
+        "loss": held_out.loss,
+        "perplexity": held_out.perplexity,
+        "dropped": len(rendered.dropped),
+    }
+    if answers:
+        prompts, references = _prompts(opened, corpus.examples[:answers])
+        texts = [answer.text for answer in _answers(opened, prompts, sampling, 16, done)]
+        found |= {"answered": len(texts), "exact_match": exact_match(texts, references)}
+    return found
+
+
+def _prompts(opened: Opened, examples: Sequence[Example]) -> tuple[list[tuple[int, ...]], list[str]]:
+    pairs = [render_prompt(example, opened.base.tokenizer) for example in examples]
+    return [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
+
+
+def _answers(
+    opened: Opened,
+    prompts: Sequence[tuple[int, ...]],
+    sampling: Sampling,
+    batch_size: int,
+    done: Callable[[int], None],
+) -> list[Answer]:
+    stops = stop_ids(opened.base.model, opened.base.tokenizer)
+    return continue_prompts(
+        opened.base.model, opened.base.tokenizer, prompts, stops, sampling, batch_size=batch_size, done=done
+    )

@@ -1,0 +1,72 @@
+"""A conversation with one or two models that hear the same messages."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratune.engine import Answer, Sampling, generate
+from loratune.errors import ConfigError
+from loratune.model import stop_ids
+from loratune.run.opened import Opened, open_run
+
+
+@dataclass
+class Speaker:
+    """One side: a model, whether its adapter is on, and what was said so far."""
+
+    name: str
+    opened: Opened
+    adapter_on: bool
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(self, message: str, sampling: Sampling) -> Answer:
+        """Say something to it; its answer joins its own history."""
+        model, tokenizer = self.opened.base.model, self.opened.base.tokenizer
+        self.messages.append({"role": "user", "content": message})
+        prompt = self._prompt(tokenizer)
+        off = self.opened.lora is not None and not self.adapter_on
+        with self.opened.lora.disabled() if off and self.opened.lora is not None else nullcontext():
+            (answer,) = generate(model, tokenizer, [prompt], stop_ids(model, tokenizer), sampling)
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return answer
+
+    def _prompt(self, tokenizer: Any) -> list[int]:
+        if tokenizer.chat_template is None:
+            return list(tokenizer("".join(m["content"] for m in self.messages))["input_ids"])
+        text = tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass
+class Conversation:
+    speakers: tuple[Speaker, ...]
+    sampling: Sampling
+
+    @classmethod
+    def open(
+        cls, run: str, *, vs: str | None, base: str | None, device: str | None, system: str | None, sampling: Sampling
+    ) -> Conversation:
+        """Open `run`, and beside it its base (sharing the weights) or another run."""
+        opened = open_run(run, base=base, device=device)
+        speakers = [Speaker(run, opened, adapter_on=True)]
+        if vs == "base":
+            if opened.lora is None:
+                raise ConfigError(f"{run} is a base itself, so there is nothing to compare", hint="leave --vs out")
+            speakers.insert(0, Speaker("base", opened, adapter_on=False))
+        elif vs is not None:
+            speakers.append(Speaker(vs, open_run(vs, base=base, device=device), adapter_on=True))
+        for speaker in speakers:
+            if system:
+                speaker.messages.append({"role": "system", "content": system})
+        return cls(tuple(speakers), sampling)
+
+    def say(self, message: str) -> list[tuple[str, Answer]]:
+        """The speakers' answers, in their order."""
+        return [(speaker.name, speaker.answer(message, self.sampling)) for speaker in self.speakers]
+
+    def forget(self) -> None:
+        """Start over; system messages stay."""
+        for speaker in self.speakers:
+            speaker.messages = [m for m in speaker.messages if m["role"] == "system"]

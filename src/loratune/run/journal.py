@@ -1,0 +1,85 @@
+"""Everything that a run writes down while it goes on: metrics, events, checks, and its state in the record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from loratune.report import write_report
+from loratune.run.events import Begun, Event, Noticed, RunListener, Said, StepDone, Validated
+from loratune.run.folder import RunFolder
+from loratune.run.record import now
+from loratune.training.checks import Check, require
+
+
+class Journal:
+    """Hears the loop's events, keeps `record` and the folder's files up to date, and passes everything on."""
+
+    def __init__(self, folder: RunFolder, record: dict[str, Any], listen: RunListener) -> None:
+        self.folder = folder
+        self.record = record
+        self.listeners: list[RunListener] = [listen]
+        self._peak = 0
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def open(self, before: dict[str, Any] | None) -> None:
+        """Write the record of a run that starts, or goes on from `before`."""
+        if before is not None:
+            self.record.update(created=before["created"], events=before["events"], result=before["result"])
+        self.folder.write_record(self.record)
+
+    def say(self, topic: str, text: str) -> None:
+        self._pass_on(Said(topic, text))
+
+    def begin(self, done: int, steps: int) -> None:
+        self._pass_on(Begun(done, steps))
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, Noticed):
+            self.record["events"].append(asdict(event))
+        else:
+            self.folder.add_metrics(asdict(event))
+            self._note_result(event)
+        self._pass_on(event)
+
+    def base_loss(self, loss: float) -> None:
+        """The held-out loss of the base, which is validation 0."""
+        self.hear(Validated(0, loss))
+
+    def take(self, topic: str, found: Sequence[Check]) -> None:
+        """Note checks and say them; raises `CheckError` if one failed."""
+        self.record["checks"] += [asdict(check) for check in found]
+        self.say(topic, "  ".join(f"{'✓' if c.passed else '✗'} {c.name} ({c.detail})" for c in found))
+        require(found)
+
+    def measured(self) -> dict[str, Any]:
+        """Totals of the steps heard, in this process."""
+        return {
+            "seconds": round(self._seconds, 2),
+            "peak_memory_bytes": self._peak,
+            "tokens_per_second": round(self._tokens / max(1e-9, self._seconds), 1),
+        }
+
+    def close(self, state: str, error: str | None = None) -> None:
+        """Write the record's last state and the report."""
+        self.record.update(state=state, ended=now(), measured=self.measured())
+        if error is not None:
+            self.record["error"] = error
+        self.folder.write_record(self.record)
+        write_report(self.folder.path)
+
+    def _note_result(self, event: StepDone | Validated) -> None:
+        result = self.record["result"]
+        if isinstance(event, StepDone):
+            self._peak = max(self._peak, event.peak_memory_bytes)
+            self._tokens += event.tokens
+            self._seconds += event.step_seconds
+            result.update(steps=event.step, train_loss=event.loss)
+        else:
+            result["val_loss" if event.step else "base_val_loss"] = event.val_loss
+
+    def _pass_on(self, event: Event | Said | Begun) -> None:
+        for listener in self.listeners:
+            listener(event)

@@ -1,0 +1,97 @@
+"""What `loratune data` and `loratune plan` show: nothing is trained, and `plan` loads no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from loratune.adapt import plan as plan_targets
+from loratune.adapt import share_line
+from loratune.config import LoraConfig, TrainConfig
+from loratune.data.batch import needed
+from loratune.data.fit import show_mask
+from loratune.estimation import Shape, estimate_memory, step_flops
+from loratune.model import empty_model, load_tokenizer
+from loratune.run.decide import Decisions, describe, lora_config
+from loratune.run.prepare import Prepared, data_line, prepare
+from loratune.run.record import adapter_facts, places
+from loratune.run.setup import context_of, decide_adapter
+
+_ITEMSIZE = {"auto": 2, "bf16": 2, "fp32": 4}
+
+
+def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any) -> dict[str, Any]:
+    """Rows, lengths, what is left out, and the loss mask of the first rows as (text, supervised) pieces."""
+    decisions = Decisions(TrainConfig(**settings))
+    tokenizer = load_tokenizer(model)
+    prepared = prepare(data, decisions, tokenizer, context_of(empty_model(model)))
+    return {
+        "line": data_line(prepared),
+        "source": prepared.corpus.source,
+        "sha256": prepared.corpus.sha256,
+        "shape": prepared.corpus.shape,
+        "rows": len(prepared.corpus),
+        "train": len(prepared.rows),
+        "val": len(prepared.val.rows) if prepared.val else 0,
+        "ignored_columns": list(prepared.corpus.ignored_columns),
+        "duplicates": [[str(a), str(b)] for a, b in prepared.split.duplicates],
+        "truncated": places(prepared.train.truncated),
+        "dropped": places(prepared.train.dropped),
+        "fit": asdict(prepared.fit),
+        "masks": [
+            {"place": str(row.place), "pieces": show_mask(row, tokenizer)} for row in prepared.rows[:show_masks]
+        ],
+    }
+
+
+def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any]:
+    """Parameters, memory and arithmetic of a run, from the model's config and the data alone.
+
+    Without data the rank is the one given, or 8, and nothing is said about steps.
+    """
+    config = TrainConfig(**settings)
+    decisions = Decisions(config)
+    empty = empty_model(model)
+    shape = Shape.of(empty.config)
+    itemsize = _ITEMSIZE[config.dtype]
+    if data is None:
+        lora = _lora_without_data(config)
+        targets = plan_targets(empty, lora)
+        targets.check()
+        found: dict[str, Any] = {}
+        tokens, scored = decisions["batch_size"] * 512, decisions["batch_size"] * 512
+    else:
+        prepared = prepare(data, decisions, load_tokenizer(model), context_of(empty))
+        lora, targets = decide_adapter(empty, decisions, prepared, shape)
+        tokens, scored = _step_tokens(prepared, decisions)
+        found = {"data": data_line(prepared), "steps": decisions["max_steps"], "lr": decisions["lr"]}
+    if "micro_batch_tokens" in decisions.values:
+        share = min(1.0, decisions["micro_batch_tokens"] / tokens)
+        tokens, scored = int(tokens * share), int(scored * share)
+    recompute = decisions["recompute"] == "on"
+    memory = estimate_memory(
+        targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute
+    )
+    return {
+        **found,
+        "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",
+        "adapter": adapter_facts(targets),
+        "base_parameters": targets.base_parameters,
+        "memory": {**asdict(memory), "total": memory.total, "micro_batch_tokens": tokens},
+        "step_flops": step_flops(targets, shape, tokens, scored, recompute=recompute),
+        "decisions": describe(decisions.to_json()),
+        "notes": list(targets.notes),
+    }
+
+
+def _lora_without_data(config: TrainConfig) -> LoraConfig:
+    decisions = Decisions(config)
+    r = decisions.decide("r", 8, "no data to decide by")
+    decisions.decide("lora_alpha", 2 * r, "twice the rank")
+    return lora_config(decisions)
+
+
+def _step_tokens(prepared: Prepared, decisions: Decisions) -> tuple[int, int]:
+    """Tokens and supervised tokens of the largest step that `batch_size` rows can make."""
+    rows = sorted(prepared.rows, key=needed, reverse=True)[: decisions["batch_size"]]
+    return sum(needed(row) for row in rows), sum(sum(row.supervised) for row in rows)

@@ -1,0 +1,53 @@
+"""`merge`: a plain model folder with the adapter folded in, verified against the adapter before it is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loratune.data.batch import Batch, make_batch
+from loratune.data.example import Place
+from loratune.data.render import Rendered
+from loratune.errors import AdapterStateError, RunFolderError
+from loratune.files import new_folder
+from loratune.run.opened import Opened
+from loratune.training.checks import eval_logits, merged_is_adapter, require
+
+# Text to compare both models on where no held-out rows are at hand.
+_PROBE = "The quick brown fox explains, step by step, how a bridge carries its load, and what it costs to build one."
+
+
+def merge(opened: Opened, out: str) -> dict[str, Any]:
+    """Fold the adapter into the base's weights and save a folder that `transformers` loads.
+
+    Raises:
+        AdapterStateError: tied weights would part, or a merged weight would not be finite.
+        CheckError: the merged model computes something else than the adapter; nothing is written.
+        RunFolderError: the folder is there already.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target} exists already", hint="name another folder with --out")
+    if opened.lora is None:
+        raise AdapterStateError(f"{opened.base.name} has no adapter to merge", hint="name a run or an adapter folder")
+    model = opened.base.model
+    batch = _probe(opened)
+    with opened.lora.disabled():
+        base_logits = eval_logits(model, batch)
+    check = merged_is_adapter(model, opened.lora, batch, base_logits)
+    require([check])
+    opened.lora.merge()
+    try:
+        plain = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
+        with new_folder(target) as folder:
+            model.save_pretrained(folder, state_dict=plain)
+            opened.base.tokenizer.save_pretrained(folder)
+    finally:
+        opened.lora.unmerge()
+    return {"out": str(target), "dtype": str(model.dtype).removeprefix("torch."), "verified": check.detail}
+
+
+def _probe(opened: Opened) -> Batch:
+    ids = tuple(opened.base.tokenizer(_PROBE)["input_ids"])
+    row = Rendered(ids, (False, *[True] * (len(ids) - 1)), Place("probe", 1), False)
+    return make_batch([row], packed=False, pad_id=0).to(opened.base.device)

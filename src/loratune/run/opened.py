@@ -1,0 +1,67 @@
+"""A run opened again: its base with its adapter attached, after seeing that the two belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.adapt import Adapters, attach
+from loratune.adapter import read_adapter
+from loratune.errors import AdapterFileError, ModelError
+from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
+from loratune.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base in evaluation mode, its adapter (None for a bare model), and the record if a run left one."""
+
+    base: Base
+    lora: Adapters | None
+    record: dict[str, Any] | None
+
+
+def open_run(
+    run: str, *, base: str | None = None, dtype: str = "auto", device: str | None = None, any_tokenizer: bool = False
+) -> Opened:
+    """Open a run folder, an adapter folder, or a bare model.
+
+    Args:
+        base: where the base is now; what the run names otherwise.
+        any_tokenizer: accept a tokenizer or chat template that the adapter was not trained with.
+
+    Raises:
+        AdapterFileError: damaged, or trained on another base or tokenizer. ModelError: the base cannot be loaded.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        if (folder / "record.json").is_file():
+            raise AdapterFileError(f"{folder} holds a run without an adapter yet", hint="let `loratune train` finish it")
+        return Opened(find_base(run, dtype=dtype, device=device), None, None)
+    saved = read_adapter(folder)
+    record = RunFolder(folder).record()
+    name = base or (record["base"]["name"] if record else saved.base)
+    if not name:
+        raise ModelError(f"{folder} does not say which base it was trained on", hint="name it with --base")
+    if record and dtype == "auto":
+        dtype = record["base"]["dtype"]
+    found = find_base(name, dtype=dtype, device=device)
+    if record:
+        _refuse_strangers(folder, record, found, any_tokenizer=any_tokenizer)
+        if record["plan"]["packed"]:
+            use_packed_attention(found.model)
+    return Opened(found, attach(found.model, folder), record)
+
+
+def _refuse_strangers(folder: Path, record: dict[str, Any], base: Base, *, any_tokenizer: bool) -> None:
+    problems = []
+    if base.fingerprint != record["base"]["fingerprint"]:
+        problems.append(f"{folder} was trained on {record['base']['name']}, and {base.name} has other weights")
+    if not any_tokenizer:
+        now = dict(zip(("sha256", "chat_template_sha256"), tokenizer_hashes(base.tokenizer), strict=True))
+        for key, word in (("sha256", "tokenizer"), ("chat_template_sha256", "chat template")):
+            if now[key] != record["tokenizer"][key]:
+                problems.append(f"{folder} was trained with another {word} than {base.name} has")
+    if problems:
+        raise AdapterFileError(problems, hint="name the base it was trained on with --base")

@@ -1,0 +1,80 @@
+"""The self-checks of a run, wired to its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from loratune.adapt import Adapters
+from loratune.data.batch import Batch, make_batch, needed
+from loratune.data.render import Rendered
+from loratune.model import fingerprint, stop_ids
+from loratune.run.setup import Setup
+from loratune.training import checks
+from loratune.training.checks import Check
+
+_PROBE_TOKENS = 512
+_OVERFIT_ROWS = 4
+
+
+class Proof:
+    """What the base computed before it was adapted, to compare with before and after training."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = setup.model
+        self.probe = self._batch(self._probe_rows())
+        self.base_logits: Tensor = checks.eval_logits(self.model, self.probe)
+        self.start: dict[str, Tensor] = {}
+
+    def before(self, lora: Adapters) -> list[Check]:
+        """Checks on the freshly attached adapter, which is left as it was."""
+        decisions = self.setup.decisions
+        found = [
+            checks.step0_is_base(self.model, self.probe, self.base_logits),
+            checks.gradients_only_in_adapter(self.model, lora, self.probe),
+        ]
+        if decisions["loss"] != "all":
+            stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
+            found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
+        if decisions["checks"] == "full":
+            short = sorted(self.setup.prepared.rows, key=needed)[:_OVERFIT_ROWS]
+            found.append(checks.one_batch_overfits(self.model, lora, self._batch(short), decisions["lr"]))
+        return found
+
+    def remember(self, lora: Adapters) -> None:
+        """Keep every B as it is before the first step."""
+        self.start = {path: low_rank.B.detach().clone() for path, low_rank in lora.factors().items()}
+
+    def after(self, lora: Adapters) -> list[Check]:
+        """Checks on the trained adapter, which is left as it is."""
+        found = [
+            checks.every_b_moved(lora, self.start),
+            checks.all_finite(lora),
+            checks.reload_is_live(self.model, lora, self.probe),
+        ]
+        if self.setup.decisions["checks"] == "full":
+            found.append(checks.merged_is_adapter(self.model, lora, self.probe, self.base_logits))
+        expected = self.setup.base.fingerprint
+        found.append(
+            checks.off_is_base(self.model, lora, self.probe, self.base_logits, expected, self._base_fingerprint)
+        )
+        return found
+
+    def _base_fingerprint(self) -> str:
+        return fingerprint((name, p) for name, p in self.model.named_parameters() if ".lora." not in name)
+
+    def _probe_rows(self) -> list[Rendered]:
+        """A few rows with at most about 512 tokens, held-out ones where there are some."""
+        prepared = self.setup.prepared
+        rows: list[Rendered] = []
+        for row in (prepared.val or prepared.train).rows:
+            if rows and sum(map(needed, rows)) + needed(row) > _PROBE_TOKENS:
+                break
+            rows.append(row)
+        return rows
+
+    def _batch(self, rows: Sequence[Rendered]) -> Batch:
+        batch = make_batch(rows, packed=self.setup.decisions["pack"], pad_id=self.setup.pad_id)
+        return batch.to(self.setup.base.device)
