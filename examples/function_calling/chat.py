@@ -1,10 +1,11 @@
 """Writes a question as a chat: compact signatures and the question in, one JSON call out.
 
-Every token costs training time, so a function is one line in the manner of a Python stub instead of a JSON schema:
+Every token costs training time, so a function is one line with types, choices and defaults instead of a JSON schema:
 
-    weather(place: str (City, State), unit: "celsius"|"fahrenheit" = "celsius")
+    weather {"place": str (City, State), "unit"?: "celsius"|"fahrenheit"}
 
-and the answer names only what has to be said:
+It has the form of the arguments in the answer, quotes and spaces included, since the model copies tokens, not letters:
+written as in Python, `place` and ` unit` after its comma would be other tokens than those in the call.
 
     {"name": "weather", "arguments": {"place": "Berkeley, CA"}}
 """
@@ -45,7 +46,7 @@ def signature(function: Mapping[str, Any], *, described: bool) -> str:
     required = function["parameters"]["required"]
     properties = function["parameters"]["properties"]
     arguments = ", ".join(_argument(key, properties[key], key in required) for key in properties)
-    line = f"{function['name']}({arguments})"
+    line = f"{function['name']} {{{arguments}}}"
     return f"{line} # {_shortened(function['description'])}" if described else line
 
 
@@ -72,10 +73,10 @@ def _argument(key: str, schema: Mapping[str, Any], required: bool) -> str:
     if form:
         kind += f" ({(form[2] or form[3]).strip()})"
     if required:
-        return f"{key}: {kind}"
+        return f'"{key}": {kind}'
     if schema.get("default") is None:
-        return f"{key}?: {kind}"
-    return f"{key}: {kind} = {_compact(schema['default'])}"
+        return f'"{key}"?: {kind}'
+    return f'"{key}": {kind} = {_compact(schema["default"])}'
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

@@ -21,9 +21,9 @@ from chat import messages
 from questions import Question, read_questions
 
 HELDOUT_SHARE = 0.3  # of the groups of functions that occur together
-# Fitted to the tokenizer of SmolLM2 on these rows (within 8% for nine rows in ten): a word is about five letters a
+# Fitted to the tokenizer of SmolLM2 on these rows (within 8% for nine rows in ten): words have about six letters a
 # token, while a digit or a mark is a token of its own. The chat template adds the rest.
-TOKENS_PER_LETTER = 0.2
+TOKENS_PER_LETTER = 0.17
 TOKENS_PER_MARK = 1.1
 TEMPLATE_TOKENS = 12
 

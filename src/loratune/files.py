@@ -27,11 +27,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
@@ -43,7 +43,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log and hand it to the operating system, so that a killed process has written it."""
-    with open(path, "a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -56,7 +56,7 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     staged.mkdir()
     for name, content in contents.items():
         write_bytes(staged / name, content)
-    os.replace(staged, folder / _COMMITTED)
+    staged.replace(folder / _COMMITTED)
     _sync_folder(folder)
     recover(folder)
 
@@ -66,7 +66,7 @@ def recover(folder: Path) -> None:
     committed = folder / _COMMITTED
     if committed.is_dir():
         for path in sorted(committed.iterdir()):
-            os.replace(path, folder / path.name)
+            path.replace(folder / path.name)
         committed.rmdir()
         _sync_folder(folder)
     shutil.rmtree(folder / _STAGED, ignore_errors=True)
@@ -91,18 +91,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync_folder(temporary)
         if path.exists():
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, aside)
-            os.replace(temporary, path)
+            path.replace(aside)
+            temporary.replace(path)
             shutil.rmtree(aside)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

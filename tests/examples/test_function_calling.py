@@ -131,7 +131,7 @@ def test_rows_are_chats_of_one_call(every: list[Question]) -> None:
         system, user, assistant = chat.messages(question)
         assert [system["role"], user["role"], assistant["role"]] == ["system", "user", "assistant"]
         assert question.text in user["content"]
-        assert all(f"{function['name']}(" in user["content"] for function in question.functions)
+        assert all(f"{function['name']} {{" in user["content"] for function in question.functions)
         assert "\n" not in assistant["content"]
 
 
@@ -151,9 +151,12 @@ def test_a_signature_is_one_compact_line() -> None:
             },
         },
     }
-    arguments = 'place: str (City, State), days: list[int], unit: "C"|"F" = "C", area?: {width: float}, terse?: bool'
-    assert chat.signature(function, described=False) == f"weather({arguments})"
-    assert chat.signature(function, described=True) == f"weather({arguments}) # Tells the weather"
+    line = (
+        'weather {"place": str (City, State), "days": list[int], "unit": "C"|"F" = "C",'
+        ' "area"?: {"width": float}, "terse"?: bool}'
+    )
+    assert chat.signature(function, described=False) == line
+    assert chat.signature(function, described=True) == f"{line} # Tells the weather"
 
 
 @pytest.mark.parametrize(

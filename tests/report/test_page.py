@@ -132,7 +132,9 @@ def test_every_id_is_one_and_every_reference_has_one(write_run: Write) -> None:
     html = (write_run() / REPORT).read_text(encoding="utf-8")
     ids = page.values("id")
     assert len(ids) == len(set(ids))
-    wanted = [target[1:] for target in page.values("href") + page.values("xlink:href")] + re.findall(r"url\(#([^)]+)\)", html)
+    wanted = [target[1:] for target in page.values("href") + page.values("xlink:href")] + re.findall(
+        r"url\(#([^)]+)\)", html
+    )
     assert set(wanted + page.values("aria-labelledby")) <= set(ids)
 
 

@@ -99,7 +99,13 @@ class Adapters:
     def parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """What trains: of one adapter, or of all."""
         names = self.names if name is None else (self._known(name),)
-        return [p for n in names for low_rank in self.factors(n).values() for p in (low_rank.A, low_rank.B) if p.requires_grad]
+        return [
+            p
+            for n in names
+            for low_rank in self.factors(n).values()
+            for p in (low_rank.A, low_rank.B)
+            if p.requires_grad
+        ]
 
     def param_groups(
         self, lr: float, *, lora_plus_ratio: float | None = None, weight_decay: float = 0.0
@@ -388,7 +394,9 @@ def adapters(model: nn.Module) -> Adapters:
 
 def _check_fit(target_plan: TargetPlan, saved: SavedAdapter, path: Path) -> None:
     targets = {target.path: target for target in target_plan.targets}
-    problems = [f"{path}: no tensors for {name}, which its config targets" for name in targets if name not in saved.factors]
+    problems = [
+        f"{path}: no tensors for {name}, which its config targets" for name in targets if name not in saved.factors
+    ]
     for name, (A, B) in saved.factors.items():
         if name not in targets:
             problems.append(f"{path}: tensors for {name}, which this model lacks or the config does not target")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -83,7 +84,9 @@ class _Planner:
         self.notes: list[str] = []
         self.modules = {path: module for path, module in model.named_modules() if path and not _inside_adapter(path)}
         # MultiheadAttention multiplies by its projection's weight itself: an adapter there would never be called.
-        hidden = {f"{path}.out_proj" for path, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)}
+        hidden = {
+            f"{path}.out_proj" for path, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)
+        }
         self.linears = {
             path: module
             for path, module in self.modules.items()
@@ -113,7 +116,9 @@ class _Planner:
         assert weight is not None
         r = int(rank or self.config.r)
         if r > min(weight.in_features, weight.out_features):
-            self.notes.append(f"{path}: rank {r} exceeds the weight's own {min(weight.in_features, weight.out_features)}")
+            self.notes.append(
+                f"{path}: rank {r} exceeds the weight's own {min(weight.in_features, weight.out_features)}"
+            )
         if patched_forward(module):
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")
         scale = scale_of(r, alpha or self.config.lora_alpha, self.config.use_rslora)
@@ -195,7 +200,7 @@ class _Planner:
         """The index in the outermost list of layers on the path: the first number, not an expert's further in."""
         names = self.config.layers_pattern
         parts = path.split(".")
-        for before, part in zip(parts, parts[1:], strict=False):
+        for before, part in pairwise(parts):
             if part.isdigit() and (names is None or before in names):
                 return int(part)
         return None
@@ -223,9 +228,12 @@ class _Planner:
     def _hint(self) -> str:
         names = self._short_names()
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        return f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}" if names else "it has no linear modules"
+        return (
+            f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}"
+            if names
+            else "it has no linear modules"
+        )
 
 
 def _inside_adapter(path: str) -> bool:
     return ".lora." in path or path.endswith(".lora")
-

@@ -55,7 +55,9 @@ def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Map
     """
     bad = [path for path, factors in adapter.factors.items() if not all(bool(t.isfinite().all()) for t in factors)]
     if bad:
-        raise AdapterFileError([f"{path}: the adapter holds NaN or infinity" for path in bad], hint="nothing was written")
+        raise AdapterFileError(
+            [f"{path}: the adapter holds NaN or infinity" for path in bad], hint="nothing was written"
+        )
     contents = {
         TENSOR_FILE: _tensor_bytes(adapter.factors),
         CARD_FILE: card.encode(),

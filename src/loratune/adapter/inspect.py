@@ -13,11 +13,15 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """
     _, right = torch.linalg.qr(A.detach().double().T)
     _, left = torch.linalg.qr(B.detach().double())
-    return torch.linalg.svdvals(left @ right.T)
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
 
 
 def effective_rank(A: Tensor, B: Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli, "The effective rank", 2007); 0 for B A = 0."""
+    """exp of the entropy of the normalised singular values; 0 for B A = 0.
+
+    Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (2007), definition 1.
+    """
     sigma = singular_values(A, B)
     total = sigma.sum()
     if float(total) == 0.0:

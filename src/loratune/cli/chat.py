@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from rich.columns import Columns
 from rich.markup import escape
 from rich.panel import Panel
 
-from loratune.cli.output import stderr, stdout
+from loratune.cli.output import stderr, stdout, write_json
 from loratune.engine import Answer
 from loratune.run.conversation import Conversation
 
@@ -32,7 +31,7 @@ def converse(conversation: Conversation, *, as_json: bool) -> None:
         elif message:
             answers = conversation.say(message)
             if as_json:
-                print(json.dumps(_as_json(message, answers), ensure_ascii=False), flush=True)
+                write_json(_as_json(message, answers), indent=None)
             elif len(answers) == 1:
                 console.print(escape(answers[0][1].text))
             else:

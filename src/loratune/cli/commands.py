@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from loratune.cli.options import parse_given, with_settings
-from loratune.cli.output import emit, gigabytes, stderr, table
+from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.config import read_settings
 
 app = typer.Typer(
@@ -24,8 +24,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="hub id, folder or GGUF file", show_default=False)]
-Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet or text file, or a hub data set id", show_default=False)]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)]
+Data = Annotated[
+    str, typer.Argument(help="JSONL, JSON, CSV, Parquet or text file, or a hub data set id", show_default=False)
+]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
@@ -42,7 +46,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
     if version:
         from importlib.metadata import version as version_of
 
-        print(f"loratune {version_of('loratune')}")
+        write(f"loratune {version_of('loratune')}\n")
         raise typer.Exit
 
 
@@ -79,7 +83,9 @@ def data(
     data: Data,
     model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")],
     show_mask: Annotated[int, typer.Option("--show-mask", min=0, help="print the loss mask of so many rows")] = 0,
-    val: Annotated[str | None, typer.Option("--val", help="held-out rows: a share, a count, a file; 0 for none")] = None,
+    val: Annotated[
+        str | None, typer.Option("--val", help="held-out rows: a share, a count, a file; 0 for none")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the split")] = 0,
     as_json: Json = False,
     **settings: Any,
@@ -96,7 +102,9 @@ def data(
 @with_settings(leave_out=("out", "resume", "log_with"))
 def plan(
     model: Model,
-    data: Annotated[str | None, typer.Argument(help="data file; without it only parameters and memory", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="data file; without it only parameters and memory", show_default=False)
+    ] = None,
     config: Config = None,
     set_: Set = None,
     as_json: Json = False,
@@ -132,7 +140,9 @@ def chat(
 def generate(
     run: RunArgument,
     prompts: Annotated[str, typer.Option("--prompts", help="data file whose prompts are answered")],
-    out: Annotated[str | None, typer.Option("--out", help="JSONL file for the answers; standard output otherwise")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="JSONL file for the answers; standard output otherwise")
+    ] = None,
     base: BaseOption = None,
     device: Device = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first rows")] = None,
@@ -160,11 +170,15 @@ def generate(
         rows = answer(opened, examples, sampling, batch_size=batch_size, done=done)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if out is None and not as_json:
-        print(lines, end="")
+        write(lines)
         return
     if out is not None:
         write_bytes(Path(out), lines.encode())
-    emit({"out": out, "rows": rows if out is None else len(rows)}, as_json=as_json, text=[f"{len(rows)} answers in {out}"])
+    emit(
+        {"out": out, "rows": rows if out is None else len(rows)},
+        as_json=as_json,
+        text=[f"{len(rows)} answers in {out}"],
+    )
 
 
 @app.command("eval")
@@ -225,7 +239,14 @@ def show(
     found = look(run)
     columns = ["layer", "r", "effective", "‖ΔW‖", "largest σ", "parameters"]
     rows = [
-        [x["path"], x["r"], f"{x['effective_rank']:.1f}", f"{x['norm']:.3g}", f"{x['largest']:.3g}", f"{x['parameters']:,}"]
+        [
+            x["path"],
+            x["r"],
+            f"{x['effective_rank']:.1f}",
+            f"{x['norm']:.3g}",
+            f"{x['largest']:.3g}",
+            f"{x['parameters']:,}",
+        ]
         for x in found["layers"]
     ]
     settings = [f"{key} = {value}" for key, value in found["config"].items()]
@@ -249,7 +270,11 @@ def doctor(as_json: Json = False) -> None:
     from loratune.run.doctor import doctor as examine
 
     found = examine()
-    rows = [["device", found["device"]], ["threads", found["threads"]], ["dtype", f"{found['dtype']}: {found['dtype_reason']}"]]
+    rows = [
+        ["device", found["device"]],
+        ["threads", found["threads"]],
+        ["dtype", f"{found['dtype']}: {found['dtype_reason']}"],
+    ]
     rows += [["memory", f"{gigabytes(found['available_bytes'])} free of {gigabytes(found['memory_bytes'])}"]]
     rows += [["matrix products", f"{found['gflops']:,} GFLOP/s"], ["tiny run", f"{found['tiny_run_seconds']} s"]]
     rows += [[name, version] for name, version in found["versions"].items()]
@@ -288,10 +313,10 @@ def _data_text(found: dict[str, Any]) -> list[Any]:
 
     fit = found["fit"]
     text: list[Any] = [found["line"]]
-    text.append(f"{found['train']:,} to train on, {found['val']:,} held out; lengths: median {fit['median']}, longest {fit['longest']}")
-    for key in ("truncated", "dropped", "ignored_columns"):
-        if found[key]:
-            text.append(f"{key.replace('_', ' ')}: {', '.join(found[key])}")
+    lengths = f"lengths: median {fit['median']}, longest {fit['longest']}"
+    text.append(f"{found['train']:,} to train on, {found['val']:,} held out; {lengths}")
+    left_out = ("truncated", "dropped", "ignored_columns")
+    text += [f"{key.replace('_', ' ')}: {', '.join(found[key])}" for key in left_out if found[key]]
     for mask in found["masks"]:
         text.append(f"\n{mask['place']}")
         row = Text()

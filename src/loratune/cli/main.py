@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, as_json=as_json)
     except MemoryError:
         return complain(OutOfMemoryError("out of memory", hint="lower --max-length"), as_json=as_json)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last door: no traceback passes it
         return complain(_internal(error), as_json=as_json)
     return 0
 

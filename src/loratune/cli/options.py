@@ -45,7 +45,9 @@ def with_settings(leave_out: Collection[str] = (), groups: Collection[str] | Non
 
 def parse_given(flags: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, with words of the command line turned into values."""
-    return {name: _PARSERS.get(name, _as_is)(name, value) for name, value in flags.items() if value is not None}
+    return {
+        name: _PARSERS[name](value) if name in _PARSERS else value for name, value in flags.items() if value is not None
+    }
 
 
 def _option_type(annotation: Any) -> Any:
@@ -71,11 +73,7 @@ def _default_words(default: Any) -> str:
 # -- words -------------------------------------------------------------------------------------------------------
 
 
-def _as_is(name: str, value: Any) -> Any:
-    return value
-
-
-def _number_or_word(name: str, value: str) -> Any:
+def _number_or_word(value: str) -> Any:
     for kind in (int, float):
         try:
             return kind(value)
@@ -84,14 +82,14 @@ def _number_or_word(name: str, value: str) -> Any:
     return value
 
 
-def _names(name: str, value: str) -> Any:
+def _names(value: str) -> Any:
     """A comma list of module names; `all-linear` and regular expressions stay strings."""
     if value == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", value):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _indices(name: str, value: str) -> tuple[int, ...]:
+def _indices(value: str) -> tuple[int, ...]:
     """`0,1,5-8` as indices."""
     found: list[int] = []
     for part in value.split(","):
@@ -103,22 +101,22 @@ def _indices(name: str, value: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _pairs(name: str, value: str) -> dict[str, str]:
+def _pairs(value: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in value.split(",")]
     if any(not equals or not key.strip() or not item.strip() for key, equals, item in pairs):
-        raise ConfigError(f"--{name} {value!r}: write ours=theirs, separated by commas")
+        raise ConfigError(f"--columns {value!r}: write ours=theirs, separated by commas")
     return {key.strip(): item.strip() for key, _, item in pairs}
 
 
-def _init(name: str, value: str) -> Any:
+def _init(value: str) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value)
 
 
-def _words(name: str, value: str) -> tuple[str, ...]:
+def _words(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+_PARSERS: dict[str, Callable[[str], Any]] = {
     "val": _number_or_word,
     "warmup": _number_or_word,
     "target_modules": _names,

@@ -22,10 +22,20 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def write(text: str) -> None:
+    """To standard output as it is, at once: readers of a pipe wait for it."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(value: Any, *, indent: int | None = 2) -> None:
+    write(json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
+
+
 def emit(result: Any, *, as_json: bool, text: Iterable[Any] = ()) -> None:
     """The result as JSON, or the lines and tables of `text`."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        write_json(result)
         return
     console = stdout()
     for item in text:
@@ -51,7 +61,7 @@ def complain(error: LoratuneError, *, as_json: bool) -> int:
     if as_json:
         kind, problems, hint = type(error).__name__, list(error.problems), error.hint
         content = {"error": {"kind": kind, "problems": problems, "hint": hint, "exit_code": error.exit_code}}
-        print(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
     else:
         sys.stdout.flush()
         stderr().print(f"[bold red]error[/] {escape(str(error))}")

@@ -26,7 +26,9 @@ class LoraConfig(Settings):
         ConfigError: with one line for each problem, and the nearest valid spelling of an unknown name.
     """
 
-    r: int = setting(8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER, ge=1)
+    r: int = setting(
+        8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER, ge=1
+    )
     lora_alpha: float = setting(
         16, "numerator of the scale: alpha / r, or alpha / √r with rsLoRA", flag="alpha", group=_ADAPTER, gt=0
     )
@@ -35,7 +37,7 @@ class LoraConfig(Settings):
     )
     target_modules: str | tuple[str, ...] | None = setting(
         None,
-        "modules to adapt: 'all-linear', comma-separated names or dotted suffixes, or a regex that matches the full path",
+        "modules to adapt: 'all-linear', names or dotted suffixes, or a regex for the full path",
         flag="targets",
         group=_ADAPTER,
     )
@@ -52,17 +54,21 @@ class LoraConfig(Settings):
         False, "scale by alpha / √r (rank-stabilised LoRA, arXiv:2312.03732)", flag="rslora", group=_ADAPTER
     )
     init_lora_weights: bool | InitName = setting(
-        True, "start of A (B is zero): true = Kaiming uniform, gaussian = N(0, 1/r²), false = B random too", flag="init", group=_ADAPTER
+        True,
+        "start of A (B is zero): true = Kaiming uniform, gaussian = N(0, 1/r²), false = B random too",
+        flag="init",
+        group=_ADAPTER,
     )
-    fan_in_fan_out: bool = setting(False, "weights stored (in, out); found from the module, kept for PEFT's files", flag="")
+    fan_in_fan_out: bool = setting(
+        False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
+    )
     task_type: TaskType | None = setting(None, "what the model is used for; found from the model", flag="")
 
     @classmethod
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         """PEFT's keys at their neutral value ask for nothing; at another value they ask for what is not here."""
-        for key in [key for key in values if key in NEUTRAL]:
-            if asks_for_something(key, values[key]):
-                problems.append(f"{key}={values[key]!r}: not implemented, only {NEUTRAL[key]!r} is")
+        asked = [key for key in values if key in NEUTRAL and asks_for_something(key, values[key])]
+        problems += [f"{key}={values[key]!r}: not implemented, only {NEUTRAL[key]!r} is" for key in asked]
         kept = {key: value for key, value in values.items() if key not in NEUTRAL and key not in DESCRIPTIVE}
         return super().prepare(kept, problems)
 
@@ -106,7 +112,7 @@ class LoraConfig(Settings):
     def _regex_compiles(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
-        if value == () or value == "":
+        if value in ((), ""):
             raise ValueError("names nothing")
         return value
 

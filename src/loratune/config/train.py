@@ -23,7 +23,9 @@ class TrainConfig(Settings):
     """
 
     out: str | None = setting(None, "run folder; runs/NAME when not given", group=_RUN)
-    seed: int = setting(0, "seed of the adapter's start, the data order and the dropout masks", group=_RUN, ge=0, lt=2**63)
+    seed: int = setting(
+        0, "seed of the adapter's start, the data order and the dropout masks", group=_RUN, ge=0, lt=2**63
+    )
     val: float | int | str | None = setting(
         None, "held-out rows: a share below 1, a count, or a file; 0 for none", group=_RUN
     )
@@ -37,8 +39,12 @@ class TrainConfig(Settings):
     checks: Literal["full", "fast", "off"] = setting(
         "full", "self-checks before and after training; fast leaves out overfitting a batch and merging", group=_RUN
     )
-    resume: Literal["auto", "never"] = setting("auto", "continue the unfinished run in the folder, or refuse", group=_RUN)
-    log_with: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio", group=_RUN)
+    resume: Literal["auto", "never"] = setting(
+        "auto", "continue the unfinished run in the folder, or refuse", group=_RUN
+    )
+    log_with: tuple[str, ...] = setting(
+        (), "trackers besides metrics.jsonl: tensorboard, wandb, mlflow, trackio", group=_RUN
+    )
 
     loss: Literal["assistant", "completion", "all"] = setting(
         "assistant", "tokens that are learned: every answer, the last answer, or all", group=_DATA
@@ -76,7 +82,9 @@ class TrainConfig(Settings):
     recompute: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in the backward pass; auto only where memory asks for it", group=_MACHINE
     )
-    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE)
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE
+    )
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; the best one when not given", group=_MACHINE)
 
     @field_validator("log_with", mode="before")
@@ -105,6 +113,8 @@ class TrainConfig(Settings):
         for name, implied in METHODS.get(str(found.get("method", "lora")), {}).items():
             given = found.get(name)
             if given is not None and given != implied:
-                problems.append(f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}")
+                problems.append(
+                    f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}"
+                )
             found[name] = implied
         return found

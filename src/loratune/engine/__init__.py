@@ -1,5 +1,5 @@
 """Decoding."""
 
-from loratune.engine.generate import Answer, Sampling, generate
+from loratune.engine.generate import GREEDY, Answer, Sampling, generate
 
-__all__ = ["Answer", "Sampling", "generate"]
+__all__ = ["GREEDY", "Answer", "Sampling", "generate"]

@@ -20,6 +20,9 @@ class Sampling:
     seed: int = 0
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the model wrote after one prompt. `stopped`: it ended by itself, not at the token limit."""
@@ -35,11 +38,10 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     stop_ids: frozenset[int],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     batch_size: int = 16,
-    done: Callable[[int], None] = lambda rows: None,
-    streamer: Any = None,
+    done: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Continue each prompt (token ids); answers come back in the prompts' order.
 
@@ -50,6 +52,7 @@ def generate(
     training = model.training
     model.eval()
     answers: dict[int, Answer] = {}
+    generation: Any = model.generate
     config = _config(sampling, stop_ids, tokenizer)
     try:
         for group in _by_length(prompts, batch_size):
@@ -57,15 +60,15 @@ def generate(
             pad = config.pad_token_id
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
-            output = model.generate(
+            output = generation(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
-                streamer=streamer,
             )
             for i, row in zip(group, output[:, width:].tolist(), strict=True):
                 answers[i] = _answer(row, stop_ids, tokenizer)
-            done(len(group))
+            if done is not None:
+                done(len(group))
     finally:
         model.train(training)
     return [answers[i] for i in range(len(prompts))]
@@ -93,4 +96,4 @@ def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[li
 def _answer(row: list[int], stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((i for i, token in enumerate(row) if token in stop_ids), None)
     ids = tuple(row if end is None else row[:end])
-    return Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), ids, end is not None)
+    return Answer(str(tokenizer.decode(list(ids), skip_special_tokens=True)), ids, end is not None)

@@ -71,6 +71,8 @@ def estimate_memory(
 
 
 def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, recompute: bool) -> float:
-    """Multiply-adds × 2 of a LoRA step: 4 for each frozen weight and token, 6 for each adapter weight, 4 in the head."""
+    """Floating-point operations of a LoRA step: 4 a token for each frozen weight, 6 for each of the adapter's."""
     frozen = sum(target.frozen for target in plan.targets)
-    return tokens * ((6 if recompute else 4) * frozen + 6 * plan.trainable) + 4 * scored * shape.hidden * shape.vocabulary
+    return (
+        tokens * ((6 if recompute else 4) * frozen + 6 * plan.trainable) + 4 * scored * shape.hidden * shape.vocabulary
+    )

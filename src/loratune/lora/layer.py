@@ -9,7 +9,6 @@ from __future__ import annotations
 import types
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -53,9 +52,13 @@ class LoraLayer(nn.Module):
         return _rebuild, (_base_of(type(self)),), self.__dict__
 
 
-@cache
-def _adapted(base: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Lora{base.__name__}", (LoraLayer, base), {"__module__": base.__module__})
+_adapted_classes: dict[type[nn.Module], type[LoraLayer]] = {}
+
+
+def _adapted(base: type[nn.Module]) -> type[LoraLayer]:
+    if base not in _adapted_classes:
+        _adapted_classes[base] = type(f"Lora{base.__name__}", (LoraLayer, base), {"__module__": base.__module__})
+    return _adapted_classes[base]
 
 
 def _base_of(adapted: type[nn.Module]) -> type[nn.Module]:
@@ -85,7 +88,8 @@ def adapt_in_place(module: nn.Module, state: AdapterState, path: str) -> LoraLay
 def release(layer: LoraLayer) -> None:
     """Give the module its own class back, without adapters."""
     del layer.lora, layer.lora_state, layer.lora_index
-    layer.__class__ = _base_of(type(layer))
+    module: nn.Module = layer
+    module.__class__ = _base_of(type(layer))
     _rebind(layer)
 
 

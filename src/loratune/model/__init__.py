@@ -12,7 +12,16 @@ from loratune.model.device import (
 )
 from loratune.model.fingerprint import fingerprint
 from loratune.model.head import only_positions
-from loratune.model.load import Base, base_of, empty_model, find_base, load_base, load_tokenizer, stop_ids, tokenizer_hashes
+from loratune.model.load import (
+    Base,
+    base_of,
+    empty_model,
+    find_base,
+    load_base,
+    load_tokenizer,
+    stop_ids,
+    tokenizer_hashes,
+)
 from loratune.model.recompute import recompute_activations
 from loratune.model.tiny import tiny_model
 

@@ -48,7 +48,7 @@ def packed_attention(
         (1, tokens, heads, dim), and no attention weights.
     """
     if segments is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
@@ -110,7 +110,8 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> str | None:
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary: int = embeddings.weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (7, 5)]
     training = model.training

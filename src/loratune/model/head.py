@@ -19,7 +19,7 @@ def only_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1])[index].unsqueeze(0), *args[1:])
 

@@ -22,7 +22,6 @@ from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 
 
-
 @dataclass(frozen=True)
 class Base:
     """A frozen model ready to be adapted.
@@ -33,7 +32,7 @@ class Base:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     name: str
     source: str
     revision: str | None
@@ -52,12 +51,11 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> B
     precision = pick_dtype(dtype, where)
     folder, source = _folder_of(name)
     with _quietly(), _as_model_error(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=precision.dtype, output_loading_info=True, attn_implementation=None
-        )
+        model, info = _load(folder, dtype=precision.dtype)
     _refuse_incomplete(name, info)
     model.name_or_path = model.config._name_or_path = name
-    model.to(where).eval().requires_grad_(False)
+    move: Any = model.to
+    move(where).eval().requires_grad_(False)
     revision = getattr(model.config, "_commit_hash", None)
     return Base(
         model, load_tokenizer(name), name, source, revision, precision, where, fingerprint(model.named_parameters())
@@ -76,11 +74,12 @@ def find_base(model: Any, tokenizer: Any = None, *, dtype: str = "auto", device:
 def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
     """A model that is loaded already, frozen in place; its tokenizer is found by its name where none is given."""
     device = next(model.parameters()).device
+    name = str(model.name_or_path or type(model).__name__)
     model.eval().requires_grad_(False)
     return Base(
         model,
-        tokenizer or load_tokenizer(model.name_or_path),
-        model.name_or_path,
+        tokenizer or load_tokenizer(name),
+        name,
         "memory",
         getattr(model.config, "_commit_hash", None),
         Precision(model.dtype, "the loaded model's"),
@@ -89,10 +88,10 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> Any:
     folder, _ = _folder_of(name)
     with _quietly(), _as_model_error(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     return tokenizer
 
 
@@ -118,6 +117,13 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return frozenset(int(i) for i in ids if i is not None)
+
+
+def _load(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    # The stubs of transformers do not know that output_loading_info makes it return a pair.
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, output_loading_info=True, **options)
+    return model, info
 
 
 # -- sources -----------------------------------------------------------------------------------------------------
@@ -156,9 +162,7 @@ def _converted(path: Path) -> Path:
     silence = redirect_stderr(io.StringIO())
     with _quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
         # Values become fp32, which holds every dequantised one exactly.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = _load(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         _refuse_incomplete(str(path), info)
         # transformers refuses to save a model that it believes to be quantised; this one no longer is.
         if hasattr(model, "hf_quantizer"):
@@ -184,7 +188,7 @@ def _cache() -> Path:
 
 
 def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -233,5 +237,3 @@ def _quietly() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-

@@ -6,18 +6,23 @@ import string
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 
 def tiny_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A two-layer Llama over single characters, drawn from a fixed seed, in fp32."""
-    characters = ["<pad>", "<eos>", "<unk>", *string.printable]
+    pad, end, unknown = specials = ("<pad>", "<eos>", "<unk>")
+    characters = [*specials, *string.printable]
     vocabulary = {character: index for index, character in enumerate(characters)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=end, unk_token=unknown)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=64,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from loratune.files import write_bytes
 from loratune.report import figures, sections, words
@@ -100,16 +99,16 @@ def _not_there(run: Run) -> list[str]:
     return [*run.damage, *(sentence for is_there, sentence in parts if not is_there)]
 
 
-def _loss_figures(curves: Curves, outcome: str) -> list[tuple[str, Markup]]:
+def _loss_figures(curves: Curves, outcome: str) -> list[tuple[str, str]]:
     """(CSS class, SVG): the same curves for a wide and for a narrow page; the reader's screen shows one of them."""
     if not curves.loss and not curves.held_out:
         return []
     label = f"Loss over steps. {outcome}"
     sizes = (("wide", 1000, 340), ("narrow", 420, 300))
-    return [(name, Markup(figures.loss_figure(curves, label, width=w, height=h))) for name, w, h in sizes]  # noqa: S704
+    return [(name, figures.loss_figure(curves, label, width=w, height=h)) for name, w, h in sizes]
 
 
-def _small_figures(run: Run, curves: Curves) -> list[tuple[str, str, Markup]]:
+def _small_figures(run: Run, curves: Curves) -> list[tuple[str, str, str]]:
     """(title, note, SVG) of each further curve there is something to draw of."""
     clip = run.record.settings.get("clip")
     limit = clip.value if clip and isinstance(clip.value, int | float) and clip.value > 0 else None
@@ -130,5 +129,5 @@ def _small_figures(run: Run, curves: Curves) -> list[tuple[str, str, Markup]]:
         first, last = text(series.values[0]), text(series.values[-1])
         label = f"{title} over steps: {first} at first, {last} at the end, {text(max(series.values))} at most"
         svg = figures.small_figure(series, label, format_tick=tick, limit=line, is_noisy=is_noisy)
-        found.append((title, note, Markup(svg)))  # noqa: S704
+        found.append((title, note, svg))
     return found

@@ -9,7 +9,7 @@ from loratune.config import TrainConfig
 from loratune.data.example import Example
 from loratune.data.read import read
 from loratune.data.render import render, render_prompt
-from loratune.engine import Answer, Sampling
+from loratune.engine import GREEDY, Answer, Sampling
 from loratune.engine import generate as continue_prompts
 from loratune.evaluation import exact_match, held_out_batches, held_out_loss
 from loratune.model import stop_ids, why_not_packed
@@ -23,10 +23,10 @@ _LIMIT = 2048
 def generate(
     opened: Opened,
     examples: Sequence[Example],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     batch_size: int = 16,
-    done: Callable[[int], None] = lambda rows: None,
+    done: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The model's answer to each example's prompt, beside the answer the data has."""
     prompts, references = _prompts(opened, examples)
@@ -34,7 +34,7 @@ def generate(
     return [
         {
             "place": str(example.place),
-            "prompt": opened.base.tokenizer.decode(prompt),
+            "prompt": opened.base.tokenizer.decode(list(prompt)),
             "reference": reference,
             "output": answer.text,
             "stopped": answer.stopped,
@@ -49,8 +49,8 @@ def evaluate(
     data: Any,
     *,
     answers: int = 0,
-    sampling: Sampling = Sampling(),
-    done: Callable[[int], None] = lambda rows: None,
+    sampling: Sampling = GREEDY,
+    done: Callable[[int], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Loss and perplexity over the data's supervised tokens, and exact matches of greedy answers to its first rows.
@@ -97,7 +97,7 @@ def _answers(
     prompts: Sequence[tuple[int, ...]],
     sampling: Sampling,
     batch_size: int,
-    done: Callable[[int], None],
+    done: Callable[[int], None] | None,
 ) -> list[Answer]:
     stops = stop_ids(opened.base.model, opened.base.tokenizer)
     return continue_prompts(

@@ -52,7 +52,9 @@ def decide_length(decisions: Decisions, context: int | None) -> int:
             f"max_length={decisions['max_length']} exceeds the model's context of {context} tokens",
             hint=f"--max-length {context}",
         )
-    return int(decisions.decide("max_length", context or 4096, "the model's context" if context else "no context is known"))
+    return int(
+        decisions.decide("max_length", context or 4096, "the model's context" if context else "no context is known")
+    )
 
 
 def decide_val(decisions: Decisions, rows: int) -> Any:

@@ -24,9 +24,8 @@ def doctor() -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = tiny_model()
-        run = train(
-            model, _ROWS, tokenizer=tokenizer, out=str(Path(folder) / "run"), max_steps=4, lr=1e-2, samples=0, device="cpu"
-        )
+        out = str(Path(folder) / "run")
+        run = train(model, _ROWS, tokenizer=tokenizer, out=out, max_steps=4, lr=1e-2, samples=0, device="cpu")
     return {
         "versions": versions(),
         "device": device_name(device),

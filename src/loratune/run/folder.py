@@ -13,8 +13,21 @@ from loratune.files import append_line, write_bytes, write_json
 
 RECORD, METRICS, SAMPLES, CHECKPOINTS = "record.json", "metrics.jsonl", "samples.jsonl", "checkpoints"
 
-_ADJECTIVES = "amber brave calm clever dusty eager fair gentle happy keen lively mellow noble proud quick quiet rapid silent sunny swift tidy vivid warm wise".split()
-_ANIMALS = "badger beaver crane dolphin eagle falcon ferret finch fox hare heron ibex jay lark lynx marten mole newt otter owl puffin raven robin seal stork swan tern vole wren".split()
+_ADJECTIVES = (
+    "amber",
+    "brave",
+    "calm",
+    "clever",
+    "eager",
+    "gentle",
+    "happy",
+    "keen",
+    "lively",
+    "mellow",
+    "quick",
+    "wise",
+)
+_ANIMALS = ("badger", "crane", "falcon", "finch", "hare", "heron", "ibex", "lynx", "marten", "otter", "puffin", "wren")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +86,8 @@ def choose_folder(out: str | None) -> RunFolder:
     """The folder asked for, or a new one under `runs/` with a name to remember."""
     if out is not None:
         return RunFolder(Path(out))
-    while True:
-        path = Path("runs") / f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}"
+    while True:  # names repeat after about a hundred runs; a number keeps them apart then
+        path = Path("runs") / f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}-{secrets.randbelow(1000)}"
         if not path.exists():
             return RunFolder(path)
 
@@ -100,15 +113,15 @@ def refuse_other_run(folder: RunFolder, before: dict[str, Any], now: dict[str, A
         RunFolderError: with one line for each difference.
     """
     if resume == "never":
-        raise RunFolderError(f"{folder.path} holds a run already", hint="name another folder with --out, or --resume auto")
+        raise RunFolderError(f"{folder.path} holds a run already", hint="name another with --out, or --resume auto")
     if before["identity"] == now["identity"]:
         return
     differences = list(_differences(before, now))
-    raise RunFolderError(
-        [f"{folder.path} holds another run", *differences], hint="name another folder with --out, or repeat its settings"
-    )
+    hint = "name another folder with --out, or repeat its settings"
+    raise RunFolderError([f"{folder.path} holds another run", *differences], hint=hint)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before.get("identity_of", {}), now["identity_of"]
-    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]

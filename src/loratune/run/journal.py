@@ -11,15 +11,17 @@ from loratune.run.events import Begun, Event, Noticed, RunListener, Said, StepDo
 from loratune.run.folder import RunFolder
 from loratune.run.record import now
 from loratune.training.checks import Check, require
+from loratune.training.events import Listener
 
 
 class Journal:
     """Hears the loop's events, keeps `record` and the folder's files up to date, and passes everything on."""
 
-    def __init__(self, folder: RunFolder, record: dict[str, Any], listen: RunListener) -> None:
+    def __init__(self, folder: RunFolder, record: dict[str, Any], listeners: Sequence[RunListener]) -> None:
         self.folder = folder
         self.record = record
-        self.listeners: list[RunListener] = [listen]
+        self.listeners = tuple(listeners)
+        self.trackers: list[Listener] = []
         self._peak = 0
         self._tokens = 0
         self._seconds = 0.0
@@ -42,6 +44,8 @@ class Journal:
         else:
             self.folder.add_metrics(asdict(event))
             self._note_result(event)
+        for tracker in self.trackers:
+            tracker(event)
         self._pass_on(event)
 
     def base_loss(self, loss: float) -> None:

@@ -38,9 +38,7 @@ def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any)
         "truncated": places(prepared.train.truncated),
         "dropped": places(prepared.train.dropped),
         "fit": asdict(prepared.fit),
-        "masks": [
-            {"place": str(row.place), "pieces": show_mask(row, tokenizer)} for row in prepared.rows[:show_masks]
-        ],
+        "masks": [{"place": str(row.place), "pieces": show_mask(row, tokenizer)} for row in prepared.rows[:show_masks]],
     }
 
 
@@ -69,9 +67,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         share = min(1.0, decisions["micro_batch_tokens"] / tokens)
         tokens, scored = int(tokens * share), int(scored * share)
     recompute = decisions["recompute"] == "on"
-    memory = estimate_memory(
-        targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute
-    )
+    memory = estimate_memory(targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute)
     return {
         **found,
         "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",

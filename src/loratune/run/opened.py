@@ -37,7 +37,9 @@ def open_run(
     folder = Path(run).expanduser()
     if not (folder / "adapter_config.json").is_file():
         if (folder / "record.json").is_file():
-            raise AdapterFileError(f"{folder} holds a run without an adapter yet", hint="let `loratune train` finish it")
+            raise AdapterFileError(
+                f"{folder} holds a run without an adapter yet", hint="let `loratune train` finish it"
+            )
         return Opened(find_base(run, dtype=dtype, device=device), None, None)
     saved = read_adapter(folder)
     record = RunFolder(folder).record()

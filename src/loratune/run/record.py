@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import json
 import platform
@@ -29,7 +29,7 @@ _OUTSIDE_IDENTITY = {
 
 
 def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 def first_record(setup: Setup, name: str) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def identity_of(settings: Mapping[str, Mapping[str, Any]], **facts: str) -> tupl
 
 def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
     modules = [
-        {"name": name, "count": count, "in": inner, "out": outer, "r": r, "each": parameters // count, "parameters": parameters}
-        for (name, inner, outer, r), (count, parameters) in by_kind(plan).items()
+        {"name": name, "count": n, "in": inner, "out": outer, "r": r, "each": parameters // n, "parameters": parameters}
+        for (name, inner, outer, r), (n, parameters) in by_kind(plan).items()
     ]
     return {
         "trainable": plan.trainable,

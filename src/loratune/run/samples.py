@@ -23,7 +23,7 @@ def take_samples(setup: Setup, lora: Adapters, *, max_new_tokens: int = 128) -> 
     return [
         {
             "place": str(example.place),
-            "prompt": setup.base.tokenizer.decode(prompt),
+            "prompt": setup.base.tokenizer.decode(list(prompt)),
             "reference": reference,
             "base": before.text,
             "tuned": after.text,

@@ -1,4 +1,4 @@
-"""What a training run needs before its first step: base, rows, decisions and the adapter's plan. Every refusal is here."""
+"""What a training run needs before its first step, and every refusal that can be known by then."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     return Setup(base, prepared, decisions, lora, targets, memory, seconds)
 
 
-def decide_adapter(
-    model: Any, decisions: Decisions, prepared: Prepared, shape: Shape
-) -> tuple[LoraConfig, TargetPlan]:
+def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: Shape) -> tuple[LoraConfig, TargetPlan]:
     """Rank, scale and rate from the data and the targets' widths, then the plan of what is adapted."""
     probe = LoraConfig(
         r=1,
@@ -121,7 +119,9 @@ def _decide_packing(model: Any, decisions: Decisions) -> None:
         decisions.decide("pack", False, f"rows are padded: {why_not}")
 
 
-def _decide_memory(base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape) -> MemoryEstimate:
+def _decide_memory(
+    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape
+) -> MemoryEstimate:
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
     itemsize = base.precision.dtype.itemsize
     longest = max(needed(row) for row in prepared.rows)

@@ -45,7 +45,7 @@ def train(
     data: Any,
     *,
     tokenizer: Any = None,
-    listen: RunListener = lambda event: None,
+    listen: RunListener | None = None,
     **settings: Any,
 ) -> Run:
     """Train an adapter, check it, and leave a run folder.
@@ -67,7 +67,7 @@ def train(
     base = find_base(model, tokenizer, dtype=config.dtype, device=config.device)
     setup = set_up(base, data, config)
     record = first_record(setup, folder.name)
-    journal = Journal(folder, record, listen)
+    journal = Journal(folder, record, [listen] if listen else [])
     journal.say("data", data_line(setup.prepared))
     journal.say("plan", plan_line(setup))
     if before is not None:
@@ -111,7 +111,7 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     decisions = setup.decisions
     accelerator = make_accelerator(setup.base.device, decisions["log_with"], folder.path)
     if decisions["log_with"]:
-        journal.listeners.append(tracker_listener(accelerator, folder.name, decisions.values))
+        journal.trackers.append(tracker_listener(accelerator, folder.name, decisions.values))
     groups = lora.param_groups(decisions["lr"], weight_decay=decisions["weight_decay"])
     optimizer = make_optimizer(decisions["optimizer"], groups, decisions["lr"])
     progress = _start(setup, folder, journal, lora, optimizer, resume=resume)

@@ -69,7 +69,7 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose content matches its hash, and what was wrong with newer ones."""
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(_all(folder)):
         try:
             return _read(path), damaged

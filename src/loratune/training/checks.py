@@ -7,6 +7,7 @@ adapter reloads to the same logits, merging computes the same function, and swit
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ def step0_is_base(model: nn.Module, batch: Batch, base_logits: Tensor) -> Check:
 def gradients_only_in_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
     """After one backward pass: every adapter tensor has a gradient, every B a non-zero one, nothing else any."""
     model.zero_grad()
-    summed_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    summed_loss(model, batch).backward()
     allowed = {id(parameter) for parameter in lora.parameters()}
     strangers = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in allowed]
     idle = [
@@ -106,9 +107,9 @@ def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float
         loss = summed_loss(model, batch) / batch.supervised
         last = float(loss.detach())
         first = last if steps == 0 else first
-        if last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR) or last != last:
+        if last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR) or not math.isfinite(last):
             break
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     model.train(training)
     model.zero_grad()
@@ -130,7 +131,8 @@ def every_b_moved(lora: Adapters, start: Mapping[str, Tensor]) -> Check:
 
 
 def all_finite(lora: Adapters) -> Check:
-    bad = [p for p, low_rank in lora.factors().items() if not all(bool(t.isfinite().all()) for t in low_rank.parameters())]
+    factors = lora.factors().items()
+    bad = [path for path, low_rank in factors if not all(bool(t.isfinite().all()) for t in low_rank.parameters())]
     return Check("finite", "after", not bad, ", ".join(bad[:3]) or "no NaN, no infinity")
 
 
@@ -193,4 +195,3 @@ def require(checks: Sequence[Check]) -> None:
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
     if failed:
         raise CheckError(failed, hint="the record holds every check; --checks off skips them")
-

@@ -22,9 +22,10 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: no such tracker. MissingExtraError: its package is missing.
     """
-    unknown = [f"log_with: no tracker {name!r}{nearest(name, list(TRACKERS))}" for name in names if name not in TRACKERS]
+    unknown = [name for name in names if name not in TRACKERS]
     if unknown:
-        raise ConfigError(unknown, hint=f"there are {', '.join(TRACKERS)}")
+        problems = [f"log_with: no tracker {name!r}{nearest(name, list(TRACKERS))}" for name in unknown]
+        raise ConfigError(problems, hint=f"there are {', '.join(TRACKERS)}")
     missing = [name for name in names if find_spec(TRACKERS[name]) is None]
     if missing:
         packages = " ".join(TRACKERS[name] for name in missing)
@@ -32,7 +33,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_accelerator(device: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
-    """accelerate on the chosen device, without mixed precision: the base's dtype and fp32 masters are our own matter."""
+    """accelerate on the chosen device, without mixed precision: dtypes are our own matter."""
     return Accelerator(
         cpu=device.type == "cpu", mixed_precision="no", log_with=list(trackers) or None, project_dir=str(folder)
     )
@@ -40,7 +41,8 @@ def make_accelerator(device: torch.device, trackers: Sequence[str], folder: Path
 
 def tracker_listener(accelerator: Accelerator, name: str, settings: dict[str, Any]) -> Listener:
     """Passes steps and validations on to accelerate's trackers."""
-    flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+    plain = (int, float, str, bool)
+    flat = {key: value if isinstance(value, plain) else str(value) for key, value in settings.items()}
     accelerator.init_trackers(name, config=flat)
 
     def listen(event: Event) -> None:
