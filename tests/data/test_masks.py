@@ -391,6 +391,34 @@ def test_marks_need_every_answer() -> None:
     assert "marks 1 of 2 answers" in refused(chat(turns), tiny_tokenizer(partly)).problems[0]
 
 
+def test_marks_over_less_than_the_answer_are_refused() -> None:
+    template = MARKED.replace(
+        "message.content }}<|im_end|>{% endgen", "message.content.split('</think>')[-1] }}<|im_end|>{% endgen"
+    )
+    error = refused(chat([("user", "Hi"), ("assistant", "hm</think>Hello")]), tiny_tokenizer(template))
+    assert "leaves out or changes a part" in error.problems[0]
+
+
+def test_an_answer_that_begins_inside_the_one_before_is_refused() -> None:
+    # Asked to go on after an answer, this template leaves that answer open.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content }}"
+        "{% if not (loop.last and m.role == 'assistant' and add_generation_prompt) %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}<|im_start|>assistant:{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(template)
+    assert row_of(chat(alternating([("Hi", "Hello"), ("Bye", "See you")])), tokenizer)
+    error = refused(chat([("user", "Hi"), ("assistant", "Hello"), ("assistant", "Bye")]), tokenizer)
+    assert "cannot be masked" in error.problems[0]
+
+
+def test_templates_do_not_see_weights() -> None:
+    template = "{% for m in messages %}{% if m.weight is defined %}{{ raise_exception('seen') }}{% endif %}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "weight": 1}]
+    for rest in (CHATML, MARKED):
+        assert row_of(read([{"messages": messages}]).examples[0], tiny_tokenizer(template + rest))
+
+
 def test_marks_that_stop_before_the_end_of_turn_are_extended() -> None:
     template = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
     tokenizer = tiny_tokenizer(template)

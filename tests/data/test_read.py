@@ -86,6 +86,11 @@ def test_places_count_lines_or_rows(same_in_every_format: dict[str, Corpus]) -> 
     assert places["rows"] == ["rows:1", "rows:2"]
 
 
+def test_a_record_of_several_lines_moves_the_next_one(write: Write) -> None:
+    corpus = read(write("a.csv", 'prompt,completion\n"a\n\nb",c\n\nd,e\n'))
+    assert [(e.prompt, e.place.row) for e in corpus.examples] == [("a\n\nb", 2), ("d", 6)]
+
+
 def test_parquet_rows_are_numbered_through(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

@@ -1,6 +1,7 @@
 """How a model is adapted: plan, attach, and the handle with every verb."""
 
-from loratune.adapt.handle import Adapters, Count, adapters, attach
+from loratune.adapt.attach import adapters, attach
+from loratune.adapt.handle import Adapters, Count
 from loratune.adapt.plan import Target, TargetPlan, plan
 from loratune.adapt.summary import by_kind, share_line
 

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.plan import TargetPlan, plan
 from loratune.adapt.summary import summary_of
 from loratune.adapter import SavedAdapter, card_of, read_adapter, write_adapter
 from loratune.config import ALL_LINEAR, LoraConfig
-from loratune.errors import AdapterFileError, AdapterStateError, MergedError, nearest
+from loratune.errors import AdapterStateError, MergedError, nearest
 from loratune.lora import (
     AdapterState,
     LoraLayer,
@@ -34,7 +35,8 @@ from loratune.lora import (
     release,
 )
 
-_ATTRIBUTE = "_loratune"
+# Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
+ATTRIBUTE = "_loratune"
 
 
 class Count(NamedTuple):
@@ -163,7 +165,7 @@ class Adapters:
         saved = read_adapter(Path(path))
         target_plan = plan(self.model, saved.config)
         target_plan.check()
-        _check_fit(target_plan, saved, Path(path))
+        check_fit(target_plan, saved, Path(path))
         entry = _Entry(saved.config, target_plan, saved.base, dict(saved.unknown))
         self._place(name, entry, saved.factors, dtype, trainable=trainable)
 
@@ -285,7 +287,7 @@ class Adapters:
         parameters = dict(self.model.named_parameters())
         for name in self._required_grad:
             parameters[name].requires_grad_(True)
-        delattr(self.model, _ATTRIBUTE)
+        delattr(self.model, ATTRIBUTE)
         self._layers, self._entries, self._merged, self._kept = {}, {}, (), None
         self._state.active = ()
         return self.model
@@ -343,72 +345,6 @@ class Adapters:
             raise AdapterStateError(f"an adapter {name!r} is there already", hint="choose another name or remove it")
         if not name or "." in name or hasattr(nn.ModuleDict, name):
             raise AdapterStateError(f"{name!r} cannot name an adapter", hint="use letters, digits, '-' and '_'")
-
-
-def attach(
-    model: nn.Module,
-    config_or_path: LoraConfig | str | os.PathLike[str],
-    *,
-    name: str = "default",
-    trainable: bool | None = None,
-    dtype: torch.dtype | None = None,
-) -> Adapters:
-    """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder.
-
-    The model keeps its identity and its modules theirs; its own parameters stop requiring gradients. A fresh adapter
-    is trainable and computes the base's function; a saved one is frozen unless `trainable`.
-
-    Args:
-        dtype: of A and B; fp32 unless given (saved ones keep bf16 or fp16).
-
-    Raises:
-        TargetError: a target that matches nothing, with the names there are; the model is unchanged.
-        AdapterStateError: the model has adapters already (use `add` or `load` of its handle).
-        AdapterFileError: the folder's files are damaged or do not fit.
-    """
-    if getattr(model, _ATTRIBUTE, None) is not None:
-        raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
-    handle = Adapters(model)
-    if isinstance(config_or_path, LoraConfig):
-        handle.add(config_or_path, name, dtype=dtype)
-        if trainable is False:
-            handle.freeze(name)
-    else:
-        handle.load(config_or_path, name, trainable=bool(trainable), dtype=dtype)
-    own = {id(p) for low_rank in handle.factors(name).values() for p in low_rank.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-    handle.activate(name)
-    setattr(model, _ATTRIBUTE, handle)
-    return handle
-
-
-def adapters(model: nn.Module) -> Adapters:
-    """The handle of a model that has adapters."""
-    handle = getattr(model, _ATTRIBUTE, None)
-    if handle is None:
-        raise AdapterStateError("this model has no adapters", hint="attach one first")
-    return cast(Adapters, handle)
-
-
-def _check_fit(target_plan: TargetPlan, saved: SavedAdapter, path: Path) -> None:
-    targets = {target.path: target for target in target_plan.targets}
-    problems = [
-        f"{path}: no tensors for {name}, which its config targets" for name in targets if name not in saved.factors
-    ]
-    for name, (A, B) in saved.factors.items():
-        if name not in targets:
-            problems.append(f"{path}: tensors for {name}, which this model lacks or the config does not target")
-            continue
-        target = targets[name]
-        expected = (target.r, target.in_features), (target.out_features, target.r)
-        if (tuple(A.shape), tuple(B.shape)) != expected:
-            problems.append(
-                f"{path}: {name}: A {tuple(A.shape)} and B {tuple(B.shape)}, expected {expected[0]} and {expected[1]}"
-            )
-    if problems:
-        raise AdapterFileError(problems, hint="the adapter belongs to another base, or its folder is damaged")
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

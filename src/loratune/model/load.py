@@ -91,8 +91,7 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 def load_tokenizer(name: str) -> Any:
     folder, _ = _folder_of(name)
     with _quietly(), _as_model_error(name):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def empty_model(name: str) -> PreTrainedModel:

@@ -259,7 +259,7 @@ def run_path(record: Record, name: str) -> str:
     return out.value if out and isinstance(out.value, str) and out.value else f"runs/{name}"
 
 
-def commands(path: str, base: str | None) -> list[tuple[str, str]]:
+def commands(path: str) -> list[tuple[str, str]]:
     """(what it does, command) of each way to use the adapter."""
     run = shlex.quote(path)
     return [
@@ -267,20 +267,19 @@ def commands(path: str, base: str | None) -> list[tuple[str, str]]:
         ("Answer a file of prompts", f"loratune generate {run} --prompts prompts.jsonl"),
         ("Measure it on other data", f"loratune eval {run} --data test.jsonl"),
         ("See what it changed, layer by layer", f"loratune show {run}"),
-        ("Serve it (OpenAI-compatible)", f"loratune serve {shlex.quote(base or 'MODEL')} {run}"),
         ("Make a plain model of it", f"loratune merge {run} --out merged"),
-        ("Export it", f"loratune export {run} --to vllm"),
-        ("Run the record again", f"loratune reproduce {run}"),
     ]
 
 
 def python_lines(path: str, base: str | None) -> str:
-    return "\n".join(
-        (
-            "import loratune as lt",
+    if base and base.endswith(".gguf"):
+        # transformers alone would keep such a model quantised.
+        loading = ("from loratune.model import load_base", "", f"model = load_base({base!r}).model")
+    else:
+        name = base or "BASE"
+        loading = (
             "from transformers import AutoModelForCausalLM",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE'!r})",
-            f"lora = lt.attach(model, {path!r})",
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
         )
-    )
+    return "\n".join(("import loratune as lt", *loading, f"lora = lt.attach(model, {path!r})"))

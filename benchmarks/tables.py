@@ -1,0 +1,57 @@
+"""The README's table of measured results, made from the committed JSON.
+
+    python benchmarks/tables.py          print it
+    python benchmarks/tables.py --write  put it between the markers in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+BEGIN, END = "<!-- measured: benchmarks/tables.py -->", "<!-- /measured -->"
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """Base against tuned model of `make demo`, as Markdown."""
+    base, tuned = result["scores"]["base"], result["scores"]["tuned"]
+    losses, measured = result["held_out_loss"], result["measured"]
+    lines = [
+        f"| {base['rows']} calls of functions never trained on | base | tuned |",
+        "|---|---:|---:|",
+        f"| valid JSON call | {base['valid']:.0%} | {tuned['valid']:.0%} |",
+        f"| right function | {base['name']:.0%} | {tuned['name']:.0%} |",
+        f"| exact call | {base['exact']:.0%} | {tuned['exact']:.0%} |",
+        f"| held-out loss | {losses['base']:.3f} | {losses['tuned']:.3f} |",
+        "",
+        f"{result['data']['rows']} rows, {result['data']['tokens']:,} tokens, one epoch: "
+        f"{measured['seconds']:.0f} s of training on {result['hardware']['cores']} cores "
+        f"({result['hardware']['processor']}), {measured['tokens_per_second']:.0f} tokens/s.",
+    ]
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with what stands between the markers replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    table = demo_table(json.loads(DEMO.read_text(encoding="utf-8")))
+    if not parser.parse_args().write:
+        print(table)
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`attach`: a model gets its first adapter."""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import torch
+from torch import nn
+
+from loratune.adapt.handle import ATTRIBUTE, Adapters
+from loratune.config import LoraConfig
+from loratune.errors import AdapterStateError
+
+
+def attach(
+    model: nn.Module,
+    config_or_path: LoraConfig | str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapters:
+    """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder.
+
+    The model keeps its identity and its modules theirs; its own parameters stop requiring gradients. A fresh adapter
+    is trainable and computes the base's function; a saved one is frozen unless `trainable`.
+
+    Args:
+        dtype: of A and B; fp32 unless given (saved ones keep bf16 or fp16).
+
+    Raises:
+        TargetError: a target that matches nothing, with the names there are; the model is unchanged.
+        AdapterStateError: the model has adapters already (use `add` or `load` of its handle).
+        AdapterFileError: the folder's files are damaged or do not fit.
+    """
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
+    handle = Adapters(model)
+    if isinstance(config_or_path, LoraConfig):
+        handle.add(config_or_path, name, dtype=dtype)
+        if trainable is False:
+            handle.freeze(name)
+    else:
+        handle.load(config_or_path, name, trainable=bool(trainable), dtype=dtype)
+    own = {id(p) for low_rank in handle.factors(name).values() for p in low_rank.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
+    handle.activate(name)
+    setattr(model, ATTRIBUTE, handle)
+    return handle
+
+
+def adapters(model: nn.Module) -> Adapters:
+    """The handle of a model that has adapters."""
+    handle = getattr(model, ATTRIBUTE, None)
+    if handle is None:
+        raise AdapterStateError("this model has no adapters", hint="attach one first")
+    return cast(Adapters, handle)

@@ -1,0 +1,102 @@
+"""Models of real families, small enough to build in every test, and rows for them.
+
+tiny("qwen3")                         random weights from a fixed seed, fp32, evaluation mode, frozen
+saved(folder, "llama")                the same as a folder that `from_pretrained` loads, with a ChatML tokenizer
+rows_of(7, 12, 5)                     rows of these lengths, of which the second half is supervised
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from loratune.data.example import Place
+from loratune.data.render import Rendered
+from tests.tiny import tiny_tokenizer
+
+VOCABULARY = 400
+EOS, PAD = 1, 2  # <|im_end|> and <|endoftext|> of `tiny_tokenizer`
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    # Ten times the usual one: a leak or a wrong mask then changes logits by their own size, not by a rounding error.
+    "initializer_range": 0.2,
+}
+
+# Family → (class, config class, what differs from the common config).
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"sliding_window": 4}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 4}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
+}
+
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "initializer_range": 0.2,
+}
+
+
+def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A model of the family with two layers of width 32; `changes` go into its config."""
+    model_class, config_class, own = FAMILIES[family]
+    common = _GPT2 if family == "gpt2" else _COMMON
+    values = {**common, "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD, **own, **changes}
+    config = getattr(transformers, config_class)(**values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class)(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Norms and biases start at constants, which would hide what they do.
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                assert parameter.isfinite().all(), name
+    return model.eval().requires_grad_(False)
+
+
+def saved(folder: Path, family: str = "llama", *, tokenizer: Any = None, **changes: Any) -> Path:
+    """A folder as people download it: config, safetensors, tokenizer with a ChatML template."""
+    tiny(family, **changes).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def rows_of(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[Rendered]:
+    """Rows of random tokens; the second half of each, and now and then an earlier token, is supervised."""
+    dice = random.Random(seed)
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = tuple(dice.randrange(3, vocabulary) for _ in range(length))
+        mask = [i > 0 and (2 * i >= length or dice.random() < 0.1) for i in range(length)]
+        rows.append(Rendered(ids, tuple(mask), Place("rows", number + 1), truncated=False))
+    return rows
+
+
+def additions(count: int) -> list[dict[str, str]]:
+    """Rows that a tiny model can learn: a sum and its value."""
+    return [{"prompt": f"{n} + {n + 1} =", "completion": f"{2 * n + 1}"} for n in range(count)]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,49 @@
+"""A base, data and one finished run, made once for all tests of this folder; no test may change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import additions, saved, write_jsonl
+
+# What every run here is given, so that it takes a third of a second and still does everything.
+QUICK: dict[str, Any] = {"max_steps": 6, "lr": 1e-2, "r": 4, "dtype": "fp32", "device": "cpu", "samples": 1}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(saved(tmp_path_factory.mktemp("base") / "llama"))
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(saved(tmp_path_factory.mktemp("base") / "other", seed=1))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "sums.jsonl", additions(24)))
+
+
+@pytest.fixture
+def quick(base: str, data: str) -> Callable[..., Any]:
+    """`train` on the base and data above; keyword arguments change its settings."""
+    from loratune.run import train
+
+    def run(out: Path, **changes: Any) -> Any:
+        model, rows = changes.pop("model", base), changes.pop("data", data)
+        return train(model, rows, out=str(out), **{**QUICK, **changes})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder, to be read only."""
+    from loratune.run import train
+
+    return train(base, data, out=str(tmp_path_factory.mktemp("runs") / "done"), **QUICK).path
