@@ -33,10 +33,10 @@ def is_accepted(value: Any, argument: Argument) -> bool:
     if declared is float and type(value) is int:
         value = float(value)
     listed = _type_of_first(argument.values)
-    # `type(...) is` on purpose: True is an int to isinstance.
+    given: type = type(value)  # and no isinstance: True is an int to it
     if listed is not None and listed is not declared:
-        return type(value) in (declared, listed) and value in argument.values
-    if type(value) is not declared:
+        return given in (declared, listed) and value in argument.values
+    if given is not declared:
         return False
     if declared is str:
         return _plain(value) in [_plain(choice) for choice in argument.values if isinstance(choice, str)]

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wrong", action="store_true", help="also list each output that is not exact, with the reason")
     given = parser.parse_args(arguments)
     for path in (given.generations, given.answers):
-        if not path.is_file():
+        if not path.exists():
             parser.error(f"{path} is not there")
     outputs, accepted = read_pairs(given.generations, given.answers)
     if not outputs:

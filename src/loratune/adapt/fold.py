@@ -53,7 +53,9 @@ def unfold(layers: Mapping[str, LoraLayer], kept: Mapping[str, Tensor] | None) -
             hint="load the base again, or merge with keep_base=True",
         )
     for path, original in kept.items():
-        _weight(layers[path]).parameter.data = original
+        parameter = _weight(layers[path]).parameter
+        # The model may have moved since; where it has not, `to` returns the original itself.
+        parameter.data = original.to(parameter.device, parameter.dtype)
 
 
 def _weight(layer: LoraLayer) -> FrozenWeight:

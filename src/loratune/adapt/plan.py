@@ -65,6 +65,16 @@ class TargetPlan:
     def total(self) -> int:
         return self.base_parameters + self.trainable
 
+    @property
+    def by_layer(self) -> dict[int, int]:
+        """Trainable parameters in each layer of the model, by its index; targets outside the layers are not counted."""
+        layers: dict[int, int] = {}
+        for target in self.targets:
+            index = layer_of(target.path)
+            if index is not None:
+                layers[index] = layers.get(index, 0) + target.parameters
+        return layers
+
     def check(self) -> None:
         """Raise what attach would raise."""
         if self.problems:
@@ -188,22 +198,13 @@ class _Planner:
             if self.config.layers_pattern is not None:
                 self.problems.append("layers_pattern is given without layers_to_transform")
             return chosen
-        layers = {path: self._layer_of(path) for path in chosen}
+        layers = {path: layer_of(path, self.config.layers_pattern) for path in chosen}
         present = {index for index in layers.values() if index is not None}
         for index in wanted:
             if index not in present:
                 shown = f"0 to {max(present)}" if present else "none"
                 self.problems.append(f"layers_to_transform: no target in layer {index} (layers found: {shown})")
         return [path for path in chosen if layers[path] in wanted]
-
-    def _layer_of(self, path: str) -> int | None:
-        """The index in the outermost list of layers on the path: the first number, not an expert's further in."""
-        names = self.config.layers_pattern
-        parts = path.split(".")
-        for before, part in pairwise(parts):
-            if part.isdigit() and (names is None or before in names):
-                return int(part)
-        return None
 
     def _pattern_values(self, chosen: Sequence[str], patterns: dict[str, int] | dict[str, float]) -> dict[str, float]:
         """The value of the first pattern that matches each path: a regex for its end, anchored at dots."""
@@ -233,6 +234,14 @@ class _Planner:
             if names
             else "it has no linear modules"
         )
+
+
+def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:
+    """The index in the outermost list of layers on the path: the first number, not an expert's further in."""
+    for before, part in pairwise(path.split(".")):
+        if part.isdigit() and (lists is None or before in lists):
+            return int(part)
+    return None
 
 
 def _inside_adapter(path: str) -> bool:

@@ -27,6 +27,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 
 _PREFIX = "base_model.model."
+# Where peft's default differs from ours; a file need not hold more than its `peft_type`.
+_PEFT_DEFAULTS = {"lora_alpha": 8}
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
@@ -73,9 +75,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
     """
+    recover(folder)
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: no such folder")
-    recover(folder)
     if not (folder / TENSOR_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise AdapterFileError(
@@ -122,7 +124,7 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[LoraConfig, di
     unknown = {key: value for key, value in raw.items() if key not in known}
     values = {key: value for key, value in raw.items() if key in known}
     try:
-        return LoraConfig(**values), unknown
+        return LoraConfig(**{**_PEFT_DEFAULTS, **values}), unknown
     except ConfigError as error:
         raise AdapterFileError([f"{where}: {problem}" for problem in error.problems]) from None
 

@@ -299,6 +299,7 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
         *([found["data"]] if "data" in found else []),
         found["line"] + (f" · lr {found['lr']:g} · {found['steps']} steps" if "steps" in found else ""),
         table(["module", "count", "weight", "r", "each", "trainable"], modules),
+        _layer_line(found),
         "",
         table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", ""], sizes),
         "",
@@ -306,6 +307,14 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
         *found["notes"],
     ]
     emit(found, as_json=as_json, text=text)
+
+
+def _layer_line(found: dict[str, Any]) -> str:
+    """Parameters a layer, and how many times fewer train than the base has."""
+    counts = found["layers"].values()
+    each = f"{min(counts):,}" if len(set(counts)) == 1 else f"{min(counts, default=0):,} to {max(counts, default=0):,}"
+    layers = f"{len(counts)} layers × {each} trainable, " if counts else ""
+    return f"{layers}{found['fewer']:,.0f}× fewer than the base's {found['base_parameters']:,}"
 
 
 def _data_text(found: dict[str, Any]) -> list[Any]:

@@ -27,13 +27,18 @@ def initial_factors(
     `False`: both Kaiming-uniform, so that the adapter changes the output from the start (for tests).
     """
     if init == "gaussian":
-        A = torch.empty(r, in_features).normal_(0.0, 1.0 / r, generator=generator)
+        A = _empty(r, in_features).normal_(0.0, 1.0 / r, generator=generator)
     else:
         A = _kaiming(r, in_features, generator)
-    B = _kaiming(out_features, r, generator) if init is False else torch.zeros(out_features, r)
+    B = _kaiming(out_features, r, generator) if init is False else _empty(out_features, r).zero_()
     return A, B
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     bound = 1.0 / math.sqrt(columns)
-    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+    return _empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+
+def _empty(rows: int, columns: int) -> Tensor:
+    # Said outright: loaders set a default dtype and device while they build a model.
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")

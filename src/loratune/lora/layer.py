@@ -95,10 +95,25 @@ def release(layer: LoraLayer) -> None:
 
 def patched_forward(module: nn.Module) -> bool:
     """Whether a replaced `forward` would hide the adapter. accelerate's hooks are known: `_rebind` follows them."""
-    return "forward" in vars(module) and "_old_forward" not in vars(module)
+    if "forward" not in vars(module) or "_old_forward" in vars(module):
+        return False
+    return not _own_forward(vars(module)["forward"], module)
 
 
 def _rebind(module: nn.Module) -> None:
-    """accelerate's hooks hold the bound forward they replaced; it must be the one of the present class."""
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+    """accelerate's hooks hold the bound forward they replaced; it must be the one of the present class.
+
+    Taken off again, such a hook leaves a bound forward on the instance.
+    """
+    for name in ("_old_forward", "forward"):
+        if name == "_old_forward" in vars(module) or _own_forward(vars(module).get(name), module):
+            vars(module)[name] = types.MethodType(type(module).forward, module)
+
+
+def _own_forward(forward: object, module: nn.Module) -> bool:
+    """Whether this is the bound method that a class of the module defines."""
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and any(vars(kind).get("forward") is forward.__func__ for kind in (*type(module).__mro__, LoraLayer))
+    )

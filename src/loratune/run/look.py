@@ -71,6 +71,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     return {
         **found,
         "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",
+        "fewer": targets.base_parameters / targets.trainable,
+        "layers": {str(index): parameters for index, parameters in targets.by_layer.items()},
         "adapter": adapter_facts(targets),
         "base_parameters": targets.base_parameters,
         "memory": {**asdict(memory), "total": memory.total, "micro_batch_tokens": tokens},
