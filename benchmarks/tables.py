@@ -1,7 +1,7 @@
 """The README's table of measured results, made from the committed JSON.
 
-    python benchmarks/tables.py          print it
-    python benchmarks/tables.py --write  put it between the markers in README.md
+python benchmarks/tables.py          print it
+python benchmarks/tables.py --write  put it between the markers in README.md
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ BEGIN, END = "<!-- measured: benchmarks/tables.py -->", "<!-- /measured -->"
 def demo_table(result: dict[str, Any]) -> str:
     """Base against tuned model of `make demo`, as Markdown."""
     base, tuned = result["scores"]["base"], result["scores"]["tuned"]
-    losses, measured = result["held_out_loss"], result["measured"]
+    losses = result["held_out_loss"]
     lines = [
         f"| {base['rows']} calls of functions never trained on | base | tuned |",
         "|---|---:|---:|",
         f"| valid JSON call | {base['valid']:.0%} | {tuned['valid']:.0%} |",
         f"| right function | {base['name']:.0%} | {tuned['name']:.0%} |",
         f"| exact call | {base['exact']:.0%} | {tuned['exact']:.0%} |",
-        f"| held-out loss | {losses['base']:.3f} | {losses['tuned']:.3f} |",
+        f"| loss on their answers | {losses['base']:.3f} | {losses['tuned']:.3f} |",
         "",
-        f"{result['data']['rows']} rows, {result['data']['tokens']:,} tokens, one epoch: "
-        f"{measured['seconds']:.0f} s of training on {result['hardware']['cores']} cores "
-        f"({result['hardware']['processor']}), {measured['tokens_per_second']:.0f} tokens/s.",
+        _how(result),
     ]
     return "\n".join(lines)
+
+
+def _how(result: dict[str, Any]) -> str:
+    data, measured, hardware = result["data"], result["measured"], result["hardware"]
+    work = f"{data['rows']} rows, {data['tokens']:,} tokens, one epoch: {measured['seconds']:.0f} s of training"
+    machine = f"{hardware['cores']} cores ({hardware['processor']})"
+    return f"{work} on {machine}, {measured['tokens_per_second']:.0f} tokens/s."
 
 
 def with_table(readme: str, table: str) -> str:

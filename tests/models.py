@@ -1,6 +1,7 @@
 """Models of real families, small enough to build in every test, and rows for them.
 
 tiny("qwen3")                         random weights from a fixed seed, fp32, evaluation mode, frozen
+exact("qwen3")                        its twin in float64
 saved(folder, "llama")                the same as a folder that `from_pretrained` loads, with a ChatML tokenizer
 rows_of(7, 12, 5)                     rows of these lengths, of which the second half is supervised
 """
@@ -72,6 +73,14 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 assert parameter.isfinite().all(), name
     return model.eval().requires_grad_(False)
+
+
+def exact(family: str = "llama", **changes: Any) -> Any:
+    """The same model in float64, for oracles."""
+    model = tiny(family, **changes).double()
+    if family == "mixtral":
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+    return model
 
 
 def saved(folder: Path, family: str = "llama", *, tokenizer: Any = None, **changes: Any) -> Path:

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ def main() -> int:
     data, run, base = out / "data", out / "run", find_base()
     started = time.perf_counter()
     prepared = [sys.executable, str(HERE / "prepare.py"), "--out", str(data), "--seed", "0"]
-    prepared += ["--train-tokens", str(arguments.train_tokens), "--heldout-rows", str(arguments.heldout_rows)]
+    prepared += ["--max-tokens", "130", "--train-tokens", str(arguments.train_tokens)]
+    prepared += ["--heldout-rows", str(arguments.heldout_rows)]
     call(prepared)
     loratune(
         "train", base, str(data / "train.jsonl"), "--out", str(run), "--epochs", "1", "--batch-size", "8",
-        "--val", "24", "--set", "samples=3",
+        "--val", str(data / "heldout.jsonl"), "--eval-every", "20",
     )  # fmt: skip
     scores = {}
     for who, model in (("base", base), ("tuned", str(run))):
@@ -61,7 +63,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for data, run and answers")
-    parser.add_argument("--train-tokens", type=int, default=35_000, help="about how many tokens to train on")
+    parser.add_argument("--train-tokens", type=int, default=36_000, help="about how many tokens to train on")
     parser.add_argument("--heldout-rows", type=int, default=60, help="calls to score")
     return parser.parse_args()
 
@@ -95,6 +97,8 @@ def deviation_in_peft(base: str, run: Path) -> float:
     """Largest difference of logits between peft and loratune with this adapter, both in fp32."""
     import torch
     from peft import PeftModel
+
+    warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it renamed
 
     import loratune as lt
     from loratune.model import load_base

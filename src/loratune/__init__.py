@@ -10,32 +10,48 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loratune.adapt import Adapters, TargetPlan, adapters, attach, plan
-    from loratune.config import LoraConfig
+    from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
-
-__version__ = "0.1.0"
+    from loratune.run import Run, evaluate, generate, merge, open_run, show, train
 
 _ROOM_OF = {
     "Adapters": "adapt",
     "LoraConfig": "config",
     "LoratuneError": "errors",
+    "Run": "run",
     "TargetPlan": "adapt",
+    "TrainConfig": "config",
     "adapters": "adapt",
     "attach": "adapt",
+    "evaluate": "run",
+    "generate": "run",
     "lora_parameters": "lora",
+    "merge": "run",
+    "open_run": "run",
     "plan": "adapt",
+    "show": "run",
+    "train": "run",
 }
 
+# Written out for tools that read it without running it; a test holds the two lists together.
 __all__ = [
     "Adapters",
     "LoraConfig",
     "LoratuneError",
+    "Run",
     "TargetPlan",
+    "TrainConfig",
     "adapters",
     "attach",
+    "evaluate",
+    "generate",
     "lora_parameters",
+    "merge",
+    "open_run",
     "plan",
+    "show",
+    "train",
 ]
 
 

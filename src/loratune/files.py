@@ -6,6 +6,7 @@ a sibling folder; renaming that folder is the moment they count, and `recover` f
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -62,7 +63,11 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish a `write_together` that was killed: complete sets move in, incomplete ones are dropped."""
+    """Finish what was killed: complete sets move in, incomplete ones are dropped, a folder moved aside comes back."""
+    if not folder.exists():
+        for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+            aside.replace(folder)
+            break
     committed = folder / _COMMITTED
     if committed.is_dir():
         for path in sorted(committed.iterdir()):
@@ -76,10 +81,11 @@ def recover(folder: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without an error.
 
-    An existing `path` is replaced: it is moved aside first, so a kill leaves the old one, none, or the new one
-    complete, never half of one.
+    An existing `path` is replaced: it is moved aside first, so a kill leaves the new one complete or, after `recover`,
+    the old one, never half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

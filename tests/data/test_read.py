@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import subprocess
@@ -89,6 +90,18 @@ def test_places_count_lines_or_rows(same_in_every_format: dict[str, Corpus]) -> 
 def test_a_record_of_several_lines_moves_the_next_one(write: Write) -> None:
     corpus = read(write("a.csv", 'prompt,completion\n"a\n\nb",c\n\nd,e\n'))
     assert [(e.prompt, e.place.row) for e in corpus.examples] == [("a\n\nb", 2), ("d", 6)]
+
+
+def test_long_csv_fields_are_read_and_leave_the_process_as_it_was(write: Write) -> None:
+    before = csv.field_size_limit()
+    assert len(read(write("a.csv", "text\n" + "x" * 200_000)).examples[0].text) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_bad_line_does_not_spoil_the_next(write: Write) -> None:
+    text = '{"text": {"a": 1, "a": 2}, }\n{"text": "fine"}\n'
+    (problem,) = problems_of(write("a.jsonl", text))
+    assert problem.startswith("a.jsonl:1: not valid JSON")
 
 
 def test_parquet_rows_are_numbered_through(tmp_path: Path) -> None:
@@ -291,6 +304,9 @@ def test_columns_are_mapped_and_surplus_ones_shown() -> None:
     assert corpus.ignored_columns == ("id", "text")
     body = read([{"text": "old", "body": "new"}], columns={"text": "body"})
     assert body.examples[0].text == "new"
+    assert read([{"body": "new", "text": "old"}], columns={"text": "body"}).examples[0].text == "new"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read([{"messages": chat, "body": "new"}], columns={"text": "body"}).shape == "text"
     swapped = read([PAIR], columns={"prompt": "completion", "completion": "prompt"})
     assert swapped.examples[0].completion == PAIR["prompt"]
 
@@ -334,6 +350,9 @@ def test_the_hash_sees_content_and_order_and_is_stable_across_processes() -> Non
     other = {"prompt": "a", "completion": "b"}
     hashes = {read(rows).sha256 for rows in ([PAIR], [other], [PAIR, other], [other, PAIR])}
     assert len(hashes) == 4
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert read([chat]).sha256 != read([chat | {"tools": [{"name": "f"}]}]).sha256
+    assert read([{"instruction": "a", "output": "b"}]).sha256 != read([other]).sha256
     assert read([PAIR | {"id": 7}]).sha256 == read([PAIR]).sha256
     code = f"from loratune.data.read import read; print(read([{PAIR!r}]).sha256)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -210,7 +211,7 @@ def test_loaded_model_is_given_back_untouched(quick: Quick, tmp_path: Path) -> N
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == attention
-    assert not model.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_loaded_model_is_given_back_after_a_failure(quick: Quick, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_memory_that_runs_out_outside_the_steps(quick: Quick, tmp_path: Path, mo
     def full(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("loratune.run.train.held_out_loss", full)
+    monkeypatch.setattr(importlib.import_module("loratune.run.train"), "held_out_loss", full)
     with pytest.raises(OutOfMemoryError):
         quick(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "failed"

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,8 +21,9 @@ from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.plan import TargetPlan, plan
 from loratune.adapt.summary import summary_of
+from loratune.adapt.written import written
 from loratune.adapter import SavedAdapter, card_of, read_adapter, write_adapter
-from loratune.config import ALL_LINEAR, LoraConfig
+from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError, nearest
 from loratune.lora import (
     AdapterState,
@@ -55,7 +56,8 @@ class _Entry:
     config: LoraConfig
     plan: TargetPlan
     base: str | None
-    unknown: dict[str, Any]
+    revision: str | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapters:
@@ -69,7 +71,8 @@ class Adapters:
         self._merged: tuple[str, ...] = ()
         self._kept: dict[str, Tensor] | None = None
         self._drawn = 0
-        self._required_grad = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._suspended: list[tuple[str, ...]] = []
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -137,6 +140,7 @@ class Adapters:
         """One more fresh adapter, trainable, not yet active."""
         self._refuse_merged()
         self._free(name)
+        _check_dtype(dtype)
         target_plan = plan(self.model, config)
         target_plan.check()
         seed = torch.initial_seed()
@@ -150,7 +154,7 @@ class Adapters:
                 out_features=target.out_features,
                 generator=generator_for(seed, self._drawn, target.path),
             )
-        self._place(name, _Entry(config, target_plan, self._base_name(), {}), factors, dtype, trainable=True)
+        self._place(name, _Entry(config, target_plan, self._base_name()), factors, dtype, trainable=True)
 
     def load(
         self, path: str | os.PathLike[str], name: str, *, trainable: bool = False, dtype: torch.dtype | None = None
@@ -162,11 +166,14 @@ class Adapters:
         """
         self._refuse_merged()
         self._free(name)
+        _check_dtype(dtype)
         saved = read_adapter(Path(path))
         target_plan = plan(self.model, saved.config)
         target_plan.check()
         check_fit(target_plan, saved, Path(path))
-        entry = _Entry(saved.config, target_plan, saved.base, dict(saved.unknown))
+        kept = tuple(f"{path}: the unknown key {key!r} is kept and means nothing here" for key in sorted(saved.unknown))
+        target_plan = replace(target_plan, notes=target_plan.notes + kept)
+        entry = _Entry(saved.config, target_plan, saved.base, saved.revision, dict(saved.unknown))
         self._place(name, entry, saved.factors, dtype, trainable=trainable)
 
     def activate(self, *names: str) -> None:
@@ -178,11 +185,13 @@ class Adapters:
     def disabled(self) -> Iterator[None]:
         """The base alone inside the block; what was active before is active again after it."""
         self._refuse_merged()
-        before, self._state.active = self._state.active, ()
+        self._suspended.append(self._state.active)
+        self._state.active = ()
         try:
             yield
         finally:
-            self._state.active = before
+            if self._suspended:  # not so after `detach`
+                self._state.active = self._suspended.pop()
 
     @contextmanager
     def counting(self, counter: TokenCounter) -> Iterator[None]:
@@ -208,12 +217,13 @@ class Adapters:
             if old in layer.lora:
                 layer.lora[new] = layer.lora.pop(old)
         self._entries = {new if name == old else name: entry for name, entry in self._entries.items()}
-        self._state.active = tuple(new if name == old else name for name in self._state.active)
+        self._state.active = _renamed(self._state.active, old, new)
+        self._suspended = [_renamed(names, old, new) for names in self._suspended]
 
     def remove(self, name: str) -> None:
         """Forget an adapter; refused for an active one."""
         self._refuse_merged()
-        if self._known(name) in self._state.active:
+        if any(self._known(name) in names for names in (self._state.active, *self._suspended)):
             raise AdapterStateError(f"adapter {name!r} is active", hint="activate another one, or none, first")
         for path, layer in list(self._layers.items()):
             if name in layer.lora:
@@ -241,19 +251,9 @@ class Adapters:
         name = self._one(name)
         entry = self._entries[name]
         factors = {path: (low_rank.A.detach(), low_rank.B.detach()) for path, low_rank in self.factors(name).items()}
-        return SavedAdapter(self._expanded(entry), factors, entry.base, None, entry.unknown)
-
-    def _expanded(self, entry: _Entry) -> LoraConfig:
-        """The config with "all-linear" and presets written out, as short names where these mean the same modules."""
-        config = entry.config
-        if isinstance(config.target_modules, tuple):
-            return config
-        if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
-            return config
-        paths = [target.path for target in entry.plan.targets]
-        short = config.replace(target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})))
-        same = [target.path for target in plan(self.model, short).targets] == paths
-        return cast(LoraConfig, short if same else config.replace(target_modules=tuple(sorted(paths))))
+        return SavedAdapter(
+            written(self.model, entry.config, entry.plan), factors, entry.base, entry.revision, entry.unknown
+        )
 
     # -- merging -------------------------------------------------------------------------------------------------
 
@@ -268,6 +268,8 @@ class Adapters:
         self._refuse_merged()
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
+        if self._suspended:
+            raise AdapterStateError("a merge would outlive this disabled() block", hint="merge after the block")
         self._kept = fold(self.model, self._layers, self._state.active, keep_base=keep_base, dtype=dtype)
         self._merged, self._state.active = self._state.active, ()
 
@@ -285,10 +287,11 @@ class Adapters:
         for layer in self._layers.values():
             release(layer)
         parameters = dict(self.model.named_parameters())
-        for name in self._required_grad:
-            parameters[name].requires_grad_(True)
+        for name, required in self._required_grad.items():
+            if name in parameters:
+                parameters[name].requires_grad_(required)
         delattr(self.model, ATTRIBUTE)
-        self._layers, self._entries, self._merged, self._kept = {}, {}, (), None
+        self._layers, self._entries, self._suspended, self._merged, self._kept = {}, {}, [], (), None
         self._state.active = ()
         return self.model
 
@@ -338,13 +341,24 @@ class Adapters:
         for candidates in (self.names, self.active):
             if len(candidates) == 1:
                 return candidates[0]
+        if not self.names:
+            raise AdapterStateError("this model has no adapter left", hint="add or load one")
         raise AdapterStateError("which adapter? there are several", hint=f"name one of {', '.join(self.names)}")
 
     def _free(self, name: str) -> None:
         if name in self._entries:
             raise AdapterStateError(f"an adapter {name!r} is there already", hint="choose another name or remove it")
-        if not name or "." in name or hasattr(nn.ModuleDict, name):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
             raise AdapterStateError(f"{name!r} cannot name an adapter", hint="use letters, digits, '-' and '_'")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise AdapterStateError(f"A and B cannot be {dtype}", hint="torch.float32, torch.bfloat16 or torch.float16")
+
+
+def _renamed(names: Sequence[str], old: str, new: str) -> tuple[str, ...]:
+    return tuple(new if name == old else name for name in names)
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -165,7 +165,7 @@ class _Planner:
         find = getattr(self.model, "get_output_embeddings", None)
         head = find() if callable(find) else None
         heads = {path for path, module in self.modules.items() if module is head}
-        if "For" in type(self.model).__name__ and self.config.task_type not in (None, "CAUSAL_LM"):
+        if callable(find) and head is None and self.config.task_type != "CAUSAL_LM":
             heads |= {path for path in self.linears if path.split(".")[0] in _HEADS}
         return heads
 
@@ -208,14 +208,11 @@ class _Planner:
 
     def _pattern_values(self, chosen: Sequence[str], patterns: dict[str, int] | dict[str, float]) -> dict[str, float]:
         """The value of the first pattern that matches each path: a regex for its end, anchored at dots."""
-        values: dict[str, float] = {}
-        for pattern, value in patterns.items():
-            hits = [path for path in chosen if re.fullmatch(rf"(.*\.)?({pattern})", path)]
-            if not hits:
+        for pattern in patterns:
+            if not any(_matches(pattern, path) for path in chosen):
                 self.problems.append(f"pattern {pattern!r} matches no adapted module")
-            for path in hits:
-                values.setdefault(path, value)
-        return values
+        values = {path: first_match(patterns, path) for path in chosen}
+        return {path: value for path, value in values.items() if value is not None}
 
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):
@@ -242,6 +239,15 @@ def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:
         if part.isdigit() and (lists is None or before in lists):
             return int(part)
     return None
+
+
+def first_match(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value of the first pattern that matches the path's end."""
+    return next((value for pattern, value in patterns.items() if _matches(pattern, path)), None)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
 def _inside_adapter(path: str) -> bool:

@@ -31,7 +31,11 @@ class LoraConfig(Settings):
         8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER, ge=1
     )
     lora_alpha: float = setting(
-        16, "numerator of the scale: alpha / r, or alpha / √r with rsLoRA", flag="alpha", group=_ADAPTER, gt=0
+        16,
+        "numerator of the scale: alpha / r, or alpha / √r with rsLoRA",
+        flag="alpha",
+        group=_ADAPTER,
+        gt=0,
     )
     lora_dropout: float = setting(
         0.0, "dropout on the input of A, in training only", flag="dropout", group=_ADAPTER, ge=0, lt=1

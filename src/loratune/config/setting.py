@@ -7,7 +7,7 @@ command-line flag. Command lines, config files and reference pages are derived f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,7 +55,9 @@ def group_of(field: FieldInfo) -> str:
 class Settings(BaseModel):
     """A frozen set of settings that reports every wrong one at once as a `ConfigError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False
+    )
 
     def __init__(self, **values: Any) -> None:
         problems: list[str] = []
@@ -69,6 +71,11 @@ class Settings(BaseModel):
 
     @classmethod
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+        """Look at all values before they are validated one by one; here they get their field's name."""
+        return cls.by_field(values, problems)
+
+    @classmethod
+    def by_field(cls, values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         """Put values given by their flag's name (`rank`) under their field's name (`r`); note contradictions."""
         field_of = cls.aliases()
         found: dict[str, Any] = {}

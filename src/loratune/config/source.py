@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loratune.config.train import TrainConfig
 from loratune.errors import ConfigError
+
+# The schema of YAML 1.2 where 1.1, which the parser implements, reads something else.
+_YAML_1_2 = {
+    "tag:yaml.org,2002:bool": (re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    "tag:yaml.org,2002:float": (
+        re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+        list("-+.0123456789"),
+    ),
+}
 
 
 def read_settings(file: str | None, words: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,15 +29,26 @@ def read_settings(file: str | None, words: Sequence[str], flags: Mapping[str, An
         words: `name=value`, the value written as in TOML; a bare word is a string.
 
     Raises:
-        ConfigError: the file is missing or malformed, or a word has no `=`.
+        ConfigError: the file is missing or malformed, a word has no `=`, or a source contradicts itself.
     """
-    settings = dict(_from_file(Path(file))) if file else {}
+    given: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"--set {word!r}: write name=value")
-        settings[name.strip().replace("-", "_")] = _value(value.strip())
-    settings.update({name: value for name, value in flags.items() if value is not None})
+        given[name.strip().replace("-", "_")] = _value(value.strip())
+    sources = (
+        _from_file(Path(file)) if file else {},
+        given,
+        {name: value for name, value in flags.items() if value is not None},
+    )
+    problems: list[str] = []
+    settings: dict[str, Any] = {}
+    for source in sources:
+        # One setting has one name before sources meet, so that `--rank` wins over a file's `r`.
+        settings.update(TrainConfig.by_field(source, problems))
+    if problems:
+        raise ConfigError(problems)
     return settings
 
 
@@ -49,21 +70,28 @@ def _from_file(path: Path) -> dict[str, Any]:
 def _yaml(path: Path, text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Numbers and booleans as in YAML 1.2: 1e-3 is a number, on and off are words (`recompute: on`)."""
+
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, regex) for tag, regex in resolvers if tag not in _YAML_1_2]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    for tag, (regex, first) in _YAML_1_2.items():
+        Loader.add_implicit_resolver(tag, regex, first)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)  # noqa: S506
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def _mapping(path: Path, value: Any) -> dict[str, Any]:
+    if value is None:  # nothing but comments
+        return {}
     if not isinstance(value, dict) or any(not isinstance(key, str) for key in value):
         raise ConfigError(f"{path}: settings are written as name: value")
-    # YAML 1.1 reads 1e-3 as a string; numbers are what is meant.
-    return {key: _number(item) if isinstance(item, str) else item for key, item in value.items()}
-
-
-def _number(text: str) -> Any:
-    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else text
+    return value
 
 
 def _value(text: str) -> Any:

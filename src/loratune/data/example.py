@@ -93,5 +93,4 @@ def hash_of(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(content_of(example))
-        digest.update(b"\n")
     return digest.hexdigest()

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.errors import DataError
+from loratune.model import context_of
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -45,18 +48,25 @@ def generate(
 ) -> list[Answer]:
     """Continue each prompt (token ids); answers come back in the prompts' order.
 
-    Prompts of similar lengths share a batch, padded on the left. `done` is told how many rows a batch finished.
+    Prompts of similar lengths share a batch, padded on the left; answers end where the longest of them leaves no room
+    in the model's context. `done` is told how many rows a batch finished.
+
+    Raises:
+        DataError: a prompt that fills the model's context alone.
     """
+    context = context_of(model)
+    _refuse_full(prompts, context)
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
     training = model.training
     model.eval()
     answers: dict[int, Answer] = {}
     generation: Any = model.generate
-    config = _config(sampling, stop_ids, tokenizer)
     try:
         for group in _by_length(prompts, batch_size):
             width = max(len(prompts[i]) for i in group)
+            most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
+            config = _config(sampling, most, stop_ids, tokenizer)
             pad = config.pad_token_id
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
@@ -74,12 +84,21 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _config(sampling: Sampling, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _refuse_full(prompts: Sequence[Sequence[int]], context: int | None) -> None:
+    full = [i for i, prompt in enumerate(prompts) if context and len(prompt) >= context]
+    if full:
+        problems = [f"prompt {i + 1}: {len(prompts[i])} tokens, the model's context has {context}" for i in full]
+        raise DataError(problems, hint="shorten it, so that there is room for an answer")
+
+
+def _config(
+    sampling: Sampling, most: int, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
     sampled = sampling.temperature > 0
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
     pad = tokenizer.pad_token_id
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=most,
         do_sample=sampled,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=pad if pad is not None else min(stop_ids, default=0),

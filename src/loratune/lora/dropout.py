@@ -38,7 +38,7 @@ def drop(x: Tensor, p: float, counter: TokenCounter, layer: int) -> Tensor:
         tokens = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
     keep = keep_mask(tokens, x.shape[-1], p, seed=counter.seed, step=counter.step, layer=layer)
     # As two factors: 1 / (1 - p) rounded to bf16 would shift the mean by up to 0.2 %.
-    return x * keep * (1.0 / (1.0 - p))
+    return (x * keep.to(x.dtype)).mul_(1.0 / (1.0 - p))
 
 
 def keep_mask(tokens: Tensor, width: int, p: float, *, seed: int, step: int, layer: int) -> Tensor:

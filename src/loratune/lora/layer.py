@@ -95,9 +95,8 @@ def release(layer: LoraLayer) -> None:
 
 def patched_forward(module: nn.Module) -> bool:
     """Whether a replaced `forward` would hide the adapter. accelerate's hooks are known: `_rebind` follows them."""
-    if "forward" not in vars(module) or "_old_forward" in vars(module):
-        return False
-    return not _own_forward(vars(module)["forward"], module)
+    held = vars(module).get("_old_forward", vars(module).get("forward"))
+    return held is not None and not _own_forward(held, module)
 
 
 def _rebind(module: nn.Module) -> None:
@@ -106,7 +105,7 @@ def _rebind(module: nn.Module) -> None:
     Taken off again, such a hook leaves a bound forward on the instance.
     """
     for name in ("_old_forward", "forward"):
-        if name == "_old_forward" in vars(module) or _own_forward(vars(module).get(name), module):
+        if _own_forward(vars(module).get(name), module):
             vars(module)[name] = types.MethodType(type(module).forward, module)
 
 

@@ -11,10 +11,12 @@ from loratune.model.device import (
     total_memory,
 )
 from loratune.model.fingerprint import fingerprint
+from loratune.model.given import given_back
 from loratune.model.head import only_positions
 from loratune.model.load import (
     Base,
     base_of,
+    context_of,
     empty_model,
     find_base,
     load_base,
@@ -29,10 +31,12 @@ __all__ = [
     "Base",
     "available_memory",
     "base_of",
+    "context_of",
     "device_name",
     "empty_model",
     "find_base",
     "fingerprint",
+    "given_back",
     "load_base",
     "load_tokenizer",
     "only_positions",

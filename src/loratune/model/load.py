@@ -125,6 +125,13 @@ def _load(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]
     return model, info
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """The most positions the model was made for, where its config says."""
+    text = model.config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(length) if length else None
+
+
 # -- sources -----------------------------------------------------------------------------------------------------
 
 

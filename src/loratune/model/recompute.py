@@ -21,3 +21,10 @@ def recompute_activations(model: PreTrainedModel) -> None:
         raise ModelError(f"this model cannot recompute activations: {error}", hint="--recompute off") from None
     # Enabling also makes the embeddings' output require gradients, which only the re-entrant kind needs.
     model.disable_input_require_grads()
+
+
+def keep_activations(model: PreTrainedModel) -> None:
+    """The opposite of `recompute_activations`; does nothing where nothing is recomputed."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+        disable()

@@ -35,7 +35,20 @@ class FrozenWeight:
         Added in the delta's dtype (fp32 or fp64) and rounded once to the weight's.
         """
         stored = delta.T if self.transposed else delta
-        return (self.parameter.detach().to(delta.dtype) + stored).to(self.parameter.dtype)
+        return _rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)
+
+
+def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)`; torch takes fp64 to bf16 and fp16 by way of fp32, which would round twice."""
+    if value.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return value.to(dtype)
+    # Rounding to odd keeps, in fp32's last bit, that something was cut off (Boldo and Melquiond, "When double rounding
+    # is odd", 2004): of the two neighbours of an inexact value take the one with an odd last bit.
+    near = value.float()
+    cut = value - near.double()
+    even = (near.view(torch.int32) & 1) == 0
+    other = torch.nextafter(near, torch.copysign(torch.full_like(near, torch.inf), cut.float()))
+    return torch.where((cut != 0) & even & near.isfinite(), other, near).to(dtype)
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight | None:

@@ -12,10 +12,9 @@ from loratune.data.render import render, render_prompt
 from loratune.engine import GREEDY, Answer, Sampling
 from loratune.engine import generate as continue_prompts
 from loratune.evaluation import exact_match, held_out_batches, held_out_loss
-from loratune.model import stop_ids, why_not_packed
+from loratune.model import context_of, stop_ids, why_not_packed
 from loratune.run.decide import Decisions, decide_length
 from loratune.run.opened import Opened
-from loratune.run.setup import context_of
 
 _LIMIT = 2048
 

@@ -127,6 +127,13 @@ def _decide_rate(decisions: Decisions, hidden: int) -> None:
     decisions.decide("lr", rate, why)
 
 
+def keep_plan(decisions: Decisions, before: Mapping[str, Mapping[str, Any]]) -> None:
+    """The micro-batch plan of the run that goes on, unless another one is asked for now: same plan, same bits."""
+    for name in ("micro_batch_tokens", "recompute"):
+        if decisions.reasons[name] != GIVEN:
+            decisions.values[name], decisions.reasons[name] = before[name]["value"], before[name]["reason"]
+
+
 def warmup_steps(warmup: float, steps: int) -> int:
     """A share of the steps, or a count, never all of them."""
     count = round(warmup * steps) if warmup < 1 else int(warmup)

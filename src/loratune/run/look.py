@@ -11,11 +11,11 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import needed
 from loratune.data.fit import show_mask
 from loratune.estimation import Shape, estimate_memory, step_flops
-from loratune.model import empty_model, load_tokenizer
+from loratune.model import context_of, empty_model, load_tokenizer
 from loratune.run.decide import Decisions, describe, lora_config
 from loratune.run.prepare import Prepared, data_line, prepare
 from loratune.run.record import adapter_facts, places
-from loratune.run.setup import context_of, decide_adapter
+from loratune.run.setup import decide_adapter
 
 _ITEMSIZE = {"auto": 2, "bf16": 2, "fp32": 4}
 

@@ -29,9 +29,10 @@ class Prepared:
     def rows(self) -> tuple[Rendered, ...]:
         return self.train.rows
 
-    def examples_for_samples(self, count: int) -> tuple[Example, ...]:
-        """Held-out examples where there are some, else the first training ones."""
-        return (self.split.val or self.split.train)[:count]
+    @property
+    def unseen(self) -> tuple[Example, ...]:
+        """Held-out examples where there are some, else the training ones: what samples are taken of."""
+        return self.split.val or self.split.train
 
 
 def prepare(data: Any, decisions: Decisions, tokenizer: Any, context: int | None) -> Prepared:

@@ -15,7 +15,7 @@ import torch
 
 from loratune.adapt import Adapters, TargetPlan, by_kind
 from loratune.adapter import effective_rank
-from loratune.data.example import Place
+from loratune.data.example import Place, hash_of
 from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup
@@ -40,6 +40,8 @@ def first_record(setup: Setup, name: str) -> dict[str, Any]:
     identity, parts = identity_of(
         settings,
         data_sha256=setup.prepared.corpus.sha256,
+        # Held-out rows may come from a file of their own, and they decide when a run stops early.
+        val_sha256=hash_of(setup.prepared.split.val),
         base_fingerprint=setup.base.fingerprint,
         tokenizer_sha256=tokenizer,
         chat_template_sha256=template,

@@ -13,8 +13,8 @@ from loratune.run.setup import Setup
 
 def take_samples(setup: Setup, lora: Adapters, *, max_new_tokens: int = 128) -> list[dict[str, Any]]:
     """Greedy answers to the first held-out prompts, with the adapter and without."""
-    examples = setup.prepared.examples_for_samples(setup.decisions["samples"])
-    prompts, references = zip(*(render_prompt(example, setup.base.tokenizer) for example in examples), strict=True)
+    chosen = _prompts(setup)
+    prompts = [prompt for _, prompt, _ in chosen]
     stops = stop_ids(setup.model, setup.base.tokenizer)
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=setup.decisions["seed"])
     tuned = generate(setup.model, setup.base.tokenizer, prompts, stops, sampling)
@@ -22,11 +22,23 @@ def take_samples(setup: Setup, lora: Adapters, *, max_new_tokens: int = 128) -> 
         base = generate(setup.model, setup.base.tokenizer, prompts, stops, sampling)
     return [
         {
-            "place": str(example.place),
+            "place": place,
             "prompt": setup.base.tokenizer.decode(list(prompt)),
             "reference": reference,
             "base": before.text,
             "tuned": after.text,
         }
-        for example, prompt, reference, before, after in zip(examples, prompts, references, base, tuned, strict=True)
+        for (place, prompt, reference), before, after in zip(chosen, base, tuned, strict=True)
     ]
+
+
+def _prompts(setup: Setup) -> list[tuple[str, tuple[int, ...], str]]:
+    """(place, prompt, reference) of the first rows whose prompt leaves room for an answer."""
+    chosen: list[tuple[str, tuple[int, ...], str]] = []
+    for example in setup.prepared.unseen:
+        if len(chosen) == setup.decisions["samples"]:
+            break
+        prompt, reference = render_prompt(example, setup.base.tokenizer)
+        if len(prompt) < setup.decisions["max_length"]:
+            chosen.append((str(example.place), prompt, reference))
+    return chosen

@@ -18,7 +18,7 @@ from loratune.estimation import (
     matmul_rate,
     step_flops,
 )
-from loratune.model import Base, available_memory, total_memory, why_not_packed
+from loratune.model import Base, available_memory, context_of, total_memory, why_not_packed
 from loratune.run.decide import Decisions, decide_training, lora_config
 from loratune.run.prepare import Prepared, prepare
 
@@ -99,12 +99,6 @@ def plan_line(setup: Setup) -> str:
         f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB"
     )
 
-
-def context_of(model: Any) -> int | None:
-    """The most positions the model was made for, where its config says."""
-    text = model.config.get_text_config()
-    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(length) if length else None
 
 
 def _decide_packing(model: Any, decisions: Decisions) -> None:

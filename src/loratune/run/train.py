@@ -14,8 +14,8 @@ from loratune.config import TrainConfig
 from loratune.data.pack import Order
 from loratune.errors import LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_batches, held_out_loss
-from loratune.model import find_base, recompute_activations
-from loratune.run.decide import warmup_steps
+from loratune.model import find_base, given_back, recompute_activations
+from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
 from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
 from loratune.run.journal import Journal
@@ -27,6 +27,7 @@ from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
 from loratune.training.loop import Hooks, Progress, Work, fit
+from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
 from loratune.training.processes import check_trackers, make_accelerator, tracker_listener
 from loratune.training.schedule import Schedule
@@ -51,7 +52,7 @@ def train(
     """Train an adapter, check it, and leave a run folder.
 
     Args:
-        model: hub id, folder, GGUF file, or a loaded model (which is given back without adapters).
+        model: hub id, folder, GGUF file, or a loaded model (which is given back as it was).
         data: file, hub data set id, rows, or a `datasets.Dataset`.
         tokenizer: for a loaded model whose tokenizer is not found by its name.
         listen: told everything that happens, as events.
@@ -62,10 +63,17 @@ def train(
     """
     config = TrainConfig(**settings)
     check_trackers(config.log_with)
+    with given_back(model), memory_errors():
+        return _run(model, data, tokenizer, config, listen)
+
+
+def _run(model: Any, data: Any, tokenizer: Any, config: TrainConfig, listen: RunListener | None) -> Run:
     folder = choose_folder(config.out)
     before = refuse_foreign(folder)
     base = find_base(model, tokenizer, dtype=config.dtype, device=config.device)
     setup = set_up(base, data, config)
+    if before is not None:
+        keep_plan(setup.decisions, before["settings"])
     record = first_record(setup, folder.name)
     journal = Journal(folder, record, [listen] if listen else [])
     journal.say("data", data_line(setup.prepared))
@@ -77,12 +85,13 @@ def train(
             return Run(folder.path, before)
     journal.open(before)
     try:
-        _train(setup, folder, journal, resume=before is not None)
+        with memory_errors():
+            _train(setup, folder, journal, resume=before is not None)
     except LoratuneError as error:
         journal.close("interrupted" if isinstance(error, RunInterrupted) else "failed", str(error))
         raise
     except BaseException as error:
-        journal.close("failed", repr(error))
+        journal.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
         raise
     return Run(folder.path, record)
 
@@ -153,7 +162,10 @@ def _start(
     if checkpoint is None:
         return Progress(0, setup.decisions["micro_batch_tokens"])
     journal.hear(Noticed(checkpoint.step, "resumed", f"continued after step {checkpoint.step}"))
-    return restore(checkpoint, lora, optimizer)
+    progress = restore(checkpoint, lora, optimizer)
+    # What memory forced stays; a smaller micro-batch may have been asked for since.
+    progress.micro_batch_tokens = min(progress.micro_batch_tokens, setup.decisions["micro_batch_tokens"])
+    return progress
 
 
 def _work(setup: Setup) -> Work:

@@ -1,0 +1,110 @@
+"""torch.compile and recomputed activations on an adapted model (BEHAVIOUR 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import loratune as lt
+from loratune.lora import TokenCounter
+from tests.adapt.model import CONFIG, IDS, Net, attached
+from tests.models import tiny
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(handle: lt.Adapters) -> list[Tensor]:
+    found = [p.grad for p in handle.parameters()]
+    for parameter in handle.parameters():
+        parameter.grad = None
+    assert all(grad is not None for grad in found)
+    return [grad for grad in found if grad is not None]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_adapted_model_is_one_graph(backend: str) -> None:
+    model, handle = attached("second")
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    for names in (("default",), ("second",), ("default", "second"), ()):
+        handle.activate(*names)
+        expected = model(IDS)
+        found = compiled(IDS)
+        assert torch.allclose(found, expected, atol=1e-6), names
+        if names:
+            expected.square().sum().backward()
+            plain = [p.grad for name in names for p in handle.parameters(name)]
+            for parameter in handle.parameters():
+                parameter.grad = None
+            found.square().sum().backward()
+            for name_grad, p in zip(plain, (p for n in names for p in handle.parameters(n)), strict=True):
+                assert name_grad is not None
+                assert p.grad is not None
+                assert torch.allclose(p.grad, name_grad, atol=1e-5)
+                p.grad = None
+
+
+def test_a_llama_with_counted_dropout_is_one_graph() -> None:
+    model = tiny("llama").train()
+    config = lt.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.3, init_lora_weights=False)
+    handle = lt.attach(model, config)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids = torch.arange(6).view(2, 3)
+    for step in range(2):
+        with handle.counting(TokenCounter(0, step, torch.arange(6).view(2, 3))):
+            expected = model(ids, use_cache=False).logits
+            found = compiled(ids, use_cache=False).logits
+        assert torch.allclose(found, expected, atol=1e-4), step
+
+
+class Recomputing(nn.Module):
+    """The net with each block's activations computed again in the backward pass."""
+
+    def __init__(self, inner: Net) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.inner.embed(ids)
+        for block in self.inner.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.inner.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_recomputed_activations_give_the_same_gradients(p: float) -> None:
+    model, handle = attached()
+    for low_rank in handle.factors().values():
+        low_rank.dropout = p
+    model.train()
+    with handle.counting(TokenCounter(3, 1, torch.arange(6).view(2, 3))):
+        model(IDS).square().sum().backward()
+        plain = gradients(handle)
+        Recomputing(model)(IDS).square().sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(handle), strict=True))
+
+
+def test_a_llama_recomputes_with_a_frozen_embedding() -> None:
+    model = tiny("llama").train()
+    handle = lt.attach(model, lt.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    ids = torch.arange(6).view(2, 3)
+    model(ids, use_cache=False).logits.square().mean().backward()
+    plain = gradients(handle)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    model(ids, use_cache=False).logits.square().mean().backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(handle), strict=True))
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_configs_are_the_tests_own() -> None:
+    assert CONFIG.init_lora_weights is False, "these tests need adapters that do something"

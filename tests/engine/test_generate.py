@@ -1,0 +1,126 @@
+"""Batched decoding gives what decoding one prompt at a time without any cache gives."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from loratune.engine import Sampling, generate
+from loratune.errors import DataError
+from loratune.model import use_packed_attention
+from tests.models import FAMILIES, tiny
+from tests.oracle.decoding import greedy
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    dice = random.Random(seed)
+    return [[dice.randrange(3, 400) for _ in range(length)] for length in lengths]
+
+
+PROMPTS = prompts_of(11, 3, 7, 1, 19, 7)
+
+
+def stops_for(model: Any) -> frozenset[int]:
+    """Tokens that some, but not all, of the greedy answers contain: those end early, the others at the limit."""
+    answers = [greedy(model, prompt, (), 8)[0] for prompt in PROMPTS]
+    return frozenset({answers[0][3], answers[2][0], answers[4][7]})
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("batch_size", [16, 2])
+def test_greedy_is_the_naive_loop(family: str, batch_size: int) -> None:
+    model = tiny(family)
+    if family != "gemma2":
+        use_packed_attention(model)  # as a model is after training
+    stops = stops_for(model)
+    answers = generate(model, TOKENIZER, PROMPTS, stops, Sampling(max_new_tokens=8), batch_size=batch_size)
+    naive = [greedy(model, prompt, stops, 8) for prompt in PROMPTS]
+    assert [(list(answer.ids), answer.stopped) for answer in answers] == naive
+    assert {True, False} == {answer.stopped for answer in answers}
+    for answer in answers:
+        assert answer.text == TOKENIZER.decode(list(answer.ids), skip_special_tokens=True)
+
+
+def test_no_stop_tokens() -> None:
+    model = tiny()
+    for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=5)):
+        assert len(answer.ids) == 5
+        assert not answer.stopped
+
+
+def test_nothing_to_do() -> None:
+    assert generate(tiny(), TOKENIZER, [], frozenset({1})) == []
+
+
+def test_order_and_progress() -> None:
+    model, done = tiny(), list[int]()
+    forward = generate(model, TOKENIZER, PROMPTS, frozenset({1}), Sampling(max_new_tokens=4), batch_size=4, done=done.append)
+    backward = generate(model, TOKENIZER, PROMPTS[::-1], frozenset({1}), Sampling(max_new_tokens=4), batch_size=3)
+    assert forward == backward[::-1]
+    assert done == [4, 2]
+
+
+def test_sampling_follows_its_seed() -> None:
+    model = tiny()
+
+    def sampled(seed: int, **how: Any) -> list[tuple[int, ...]]:
+        sampling = Sampling(max_new_tokens=8, temperature=1.0, seed=seed, **how)
+        return [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), sampling)]
+
+    first = sampled(0)
+    torch.rand(3)  # whatever was drawn before has no part in it
+    assert sampled(0) == first
+    assert sampled(1) != first
+    naive = [tuple(greedy(model, prompt, (), 8)[0]) for prompt in PROMPTS]
+    assert first != naive
+    # A nucleus that holds the likeliest token alone, or a temperature near zero, is greedy decoding.
+    assert sampled(0, top_p=1e-6) == naive
+    cold = Sampling(max_new_tokens=8, temperature=1e-4, seed=0)
+    assert [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), cold)] == naive
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = tiny().train()
+    before = model.generation_config.to_dict()
+    generate(model, TOKENIZER, PROMPTS[:1], frozenset({1}), Sampling(max_new_tokens=2))
+    assert model.training
+    assert model.generation_config.to_dict() == before
+
+
+def test_dropout_is_off() -> None:
+    model = tiny("gpt2", resid_pdrop=0.5).train()
+    answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6))
+    naive = [tuple(greedy(model.eval(), prompt, (), 6)[0]) for prompt in PROMPTS]
+    assert [answer.ids for answer in answers] == naive
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_context_ends_an_answer(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2 has no position beyond its context: asking for one raises an IndexError deep inside."""
+    model = tiny(family)
+    (prompt,) = prompts_of(120)
+    (answer,) = generate(model, TOKENIZER, [prompt], frozenset(), Sampling(max_new_tokens=50))
+    assert len(answer.ids) == 8
+    assert not answer.stopped
+    assert list(answer.ids) == greedy(model, prompt, (), 8)[0]
+
+
+def test_prompt_that_fills_the_context() -> None:
+    with pytest.raises(DataError) as caught:
+        generate(tiny(), TOKENIZER, [*PROMPTS, *prompts_of(128, 200)], frozenset({1}))
+    assert caught.value.problems == (
+        "prompt 7: 128 tokens, the model's context has 128",
+        "prompt 8: 200 tokens, the model's context has 128",
+    )
+
+
+def test_tokenizer_without_a_pad_token() -> None:
+    model = tiny()
+    answers = generate(model, tiny_tokenizer(pad=None), PROMPTS, frozenset({1}), Sampling(max_new_tokens=4))
+    assert answers == generate(model, TOKENIZER, PROMPTS, frozenset({1}), Sampling(max_new_tokens=4))

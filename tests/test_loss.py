@@ -1,0 +1,135 @@
+"""The objective against a slow float64 formula, and that no logits are computed which nobody scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratune.data.batch import Batch, make_batch
+from loratune.data.render import Rendered
+from loratune.loss import cross_entropy, logits_of, summed_loss
+from loratune.model import use_packed_attention
+from tests.models import FAMILIES, PAD, exact, rows_of, tiny
+from tests.oracle.loss import row_loss, supervised
+from tests.training.loops import assert_close
+
+ROWS = rows_of(9, 14, 2, 11, 20)
+
+
+def batches_of(rows: Sequence[Rendered], how: str) -> list[Batch]:
+    if how == "row by row":
+        return [make_batch([row], packed=True, pad_id=PAD) for row in rows]
+    if how == "two halves":
+        return [make_batch(half, packed=True, pad_id=PAD) for half in (rows[:2], rows[2:])]
+    return [make_batch(rows, packed=how == "packed", pad_id=PAD)]
+
+
+def trainable(family: str) -> Any:
+    return tiny(family).requires_grad_(True)
+
+
+def gradients(model: Any, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("how", ["packed", "padded", "row by row", "two halves"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
+def test_loss_and_gradients_against_the_oracle(family: str, how: str) -> None:
+    model, twin = trainable(family), exact(family).requires_grad_(True)
+    oracle = torch.stack([row_loss(twin, row) for row in ROWS]).sum()
+    use_packed_attention(model)
+    loss = torch.stack([summed_loss(model, batch) for batch in batches_of(ROWS, how)]).sum()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+    assert_close(gradients(model, loss), gradients(twin, oracle), rel=1e-5)
+
+
+def test_family_that_cannot_be_packed() -> None:
+    model, twin = trainable("gemma2"), exact("gemma2").requires_grad_(True)
+    oracle = torch.stack([row_loss(twin, row) for row in ROWS]).sum()
+    loss = summed_loss(model, make_batch(ROWS, packed=False, pad_id=PAD))
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+    assert_close(gradients(model, loss), gradients(twin, oracle), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("packed", [True, False])
+def test_head_sees_scored_positions_only(family: str, packed: bool) -> None:
+    model = tiny(family)
+    if packed and family == "gemma2":
+        packed = False
+    if packed:
+        use_packed_attention(model)
+    batch = make_batch(ROWS, packed=packed, pad_id=PAD)
+    seen: list[tuple[int, ...]] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    logits = logits_of(model, batch)
+    hook.remove()
+    assert seen == [(1, supervised(ROWS), 400)]
+    assert logits.shape == (supervised(ROWS), 400)
+    assert supervised(ROWS) < batch.input_ids.numel()
+
+
+def test_head_is_left_without_hooks() -> None:
+    model = tiny()
+    batch = make_batch(ROWS, packed=False, pad_id=PAD)
+    logits_of(model, batch)
+    assert not model.lm_head._forward_pre_hooks
+    assert model(input_ids=batch.input_ids).logits.shape[:2] == batch.input_ids.shape
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 600])
+def test_cross_entropy_in_chunks(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = (torch.randn(rows, 50, generator=generator) * 4).requires_grad_(True)
+    targets = torch.randint(50, (rows,), generator=generator)
+    double = logits.detach().double().requires_grad_(True)
+    oracle = (torch.logsumexp(double, 1) - double[torch.arange(rows), targets]).sum()
+    loss = cross_entropy(logits, targets)
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-6)
+    loss.backward()
+    oracle.backward()
+    assert logits.grad is not None
+    assert double.grad is not None
+    assert_close([logits.grad], [double.grad], rel=1e-6)
+
+
+def test_bf16_logits_are_scored_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(300, 50, generator=generator) * 4).bfloat16()
+    targets = torch.randint(50, (300,), generator=generator)
+    double = logits.double()
+    oracle = (torch.logsumexp(double, 1) - double[torch.arange(300), targets]).sum()
+    loss = cross_entropy(logits, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+
+
+def test_no_fp32_copy_of_all_logits_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk's fp32 logits are computed again in the backward pass: nothing of their size is saved for it."""
+    logits = torch.randn(1024, 64, dtype=torch.bfloat16, requires_grad=True)
+    sizes: list[tuple[int, torch.dtype]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append((t.numel(), t.dtype)), t)[1], lambda t: t):
+        cross_entropy(logits, torch.randint(64, (1024,)))
+    assert not [size for size in sizes if size[1] == torch.float32 and size[0] >= 64 * 64]
+
+
+def test_leak_between_rows_would_be_seen() -> None:
+    """Packed rows in a model that ignores where they end: the comparison with the oracle fails, as it must."""
+    model = tiny()
+    use_packed_attention(model)
+    batch = make_batch(ROWS, packed=True, pad_id=PAD)
+    right = float(summed_loss(model, batch))
+    leaking = float(summed_loss(model, _one_segment(batch)))
+    assert abs(leaking - right) > 1e-3 * right
+
+
+def _one_segment(batch: Batch) -> Batch:
+    return replace(batch, segments=(batch.input_ids.numel(),))

@@ -1,0 +1,230 @@
+"""The one loop against a textbook's, and that splitting a step changes nothing."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from loratune.errors import DivergedError, OutOfMemoryError
+from loratune.training import loop
+from loratune.training.events import Noticed, Validated
+from tests.models import FAMILIES, rows_of, tiny
+from tests.oracle import training as textbook
+from tests.training.loops import Training, assert_close, assert_same
+
+ROWS = rows_of(9, 14, 6, 11, 20, 8, 5, 17, 12, 7)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_against_the_textbook(family: str, packed: bool) -> None:
+    """Losses, norms and weights after several clipped steps with weight decay; float64 against our fp32."""
+    changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
+    ours = Training(ROWS, family, packed=packed, clip=0.5, weight_decay=0.1, limit=30, changes=changes)
+    pairs = {path: (x.A.detach().double(), x.B.detach().double()) for path, x in ours.lora.factors().items()}
+    base = tiny(family, **changes).double()
+    steps = [[ROWS[i] for i in ours.order.step(number)] for number in range(5)]
+    losses = textbook.train(base, pairs, 2.0, steps, ours.schedule.lr, clip=0.5, weight_decay=0.1)
+    ours.run()
+    assert [event.loss for event in ours.steps_heard()] == pytest.approx(losses, rel=1e-5)
+    assert any(event.grad_norm > 0.5 for event in ours.steps_heard())
+    for path, low_rank in ours.lora.factors().items():
+        # Adam divides by √v: where a gradient is nearly zero its rounding error is enlarged.
+        assert_close([low_rank.A, low_rank.B], pairs[path], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_and_padded_agree(family: str) -> None:
+    if family == "gemma2":  # cannot be packed: another split of the padded rows instead
+        one, other = Training(ROWS, family, packed=False), Training(ROWS, family, packed=False, limit=25)
+    else:
+        one, other = Training(ROWS, family), Training(ROWS, family, packed=False)
+    if family == "gpt2":
+        for training in (one, other):
+            training.model.apply(lambda module: setattr(module, "p", 0.0) if hasattr(module, "p") else None)
+    one.run(), other.run()
+    assert [e.loss for e in one.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
+    assert_close(one.weights(), other.weights(), rel=2e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_micro_batches_change_nothing(dropout: float, packed: bool) -> None:
+    """With dropout too: masks are counted by token, not drawn in the order of computation."""
+    whole, split, rows = (Training(ROWS, packed=packed, dropout=dropout, limit=x).run() for x in (2048, 30, 1))
+    for other in (split, rows):
+        assert [e.loss for e in whole.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
+        assert_close(whole.weights(), other.weights(), rel=2e-4)
+
+
+def test_dropout_does_something() -> None:
+    plain, dropped = Training(ROWS).run(), Training(ROWS, dropout=0.3).run()
+    first, second = plain.steps_heard(), dropped.steps_heard()
+    assert first[0].loss == second[0].loss  # B is zero: the first loss cannot see it
+    assert abs(first[-1].loss - second[-1].loss) > 1e-4
+
+
+def test_counts_of_a_step() -> None:
+    training = Training(ROWS, packed=False, steps=1).run()
+    rows = [ROWS[i] for i in training.order.step(0)]
+    (event,) = training.steps_heard()
+    assert event.examples == 4
+    assert event.tokens == sum(len(row.ids) for row in rows)
+    assert event.computed_tokens == event.tokens - 4
+    assert event.supervised_tokens == sum(sum(row.supervised) for row in rows)
+    assert event.peak_memory_bytes > 10**7
+    assert event.step_seconds > 0
+
+
+def test_only_the_adapter_changes() -> None:
+    training = Training(ROWS)
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    training.run()
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".lora." not in name), name
+
+
+def test_every_epoch_sees_every_row_once() -> None:
+    training = Training(ROWS, steps=6).run()
+    seen = [i for number in range(3) for i in training.order.step(number)]
+    assert sorted(seen) == list(range(10))
+    assert [event.examples for event in training.steps_heard()] == [4, 4, 2, 4, 4, 2]
+    assert seen != [i for number in range(3, 6) for i in training.order.step(number)]
+
+
+def test_no_clipping() -> None:
+    clipped, free = Training(ROWS, clip=1e-3).run(), Training(ROWS, clip=0.0).run()
+    assert clipped.steps_heard()[0].grad_norm == free.steps_heard()[0].grad_norm  # the norm before clipping
+    first = Training(ROWS, clip=1e-3, optimizer="sgd", steps=1, lr=1.0)
+    start = first.weights()
+    moved = math.sqrt(sum(float((a - b).norm()) ** 2 for a, b in zip(first.run().weights(), start, strict=True)))
+    assert moved == pytest.approx(1e-3 * first.schedule.lr(0), rel=1e-3)
+
+
+# -- validation, stopping ----------------------------------------------------------------------------------------
+
+
+def test_early_stop_keeps_the_best() -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.2, 9.0])
+    kept: dict[int, Any] = {}
+    training = Training(ROWS, steps=50, eval_every=1, patience=2, evaluate=lambda: next(losses))
+    training.evaluate = lambda: (kept.update({training.progress.step: training.weights()}), next(losses))[1]
+    training.run()
+    assert training.progress.stopped_early
+    assert training.progress.step == 4
+    assert (training.progress.best_step, training.progress.best_val) == (2, 2.0)
+    assert_same(training.weights(), kept[2])
+    assert [event.kind for event in training.heard if isinstance(event, Noticed)] == ["early stop", "best adapter"]
+
+
+def test_best_adapter_without_an_early_stop() -> None:
+    """The best one is kept also where the steps ran out first; without patience the last one is."""
+    for patience, step in ((10, 1), (0, 3)):
+        losses = iter([1.0, 2.0, 3.0])
+        kept: dict[int, Any] = {}
+        training = Training(ROWS, steps=3, eval_every=1, patience=patience)
+        training.evaluate = lambda t=training, k=kept, x=losses: (k.update({t.progress.step: t.weights()}), next(x))[1]
+        training.run()
+        assert_same(training.weights(), kept[step])
+
+
+def test_validation_and_saving_rhythm() -> None:
+    training = Training(ROWS, steps=7, eval_every=3, save_every=2, evaluate=lambda: 1.0).run()
+    assert [event.step for event in training.heard if isinstance(event, Validated)] == [3, 6, 7]
+    assert training.saved == [2, 4, 6]
+
+
+def test_stop_between_steps() -> None:
+    training = Training(ROWS, steps=5).run(until=2)
+    assert training.progress.step == 2
+    assert not training.progress.ended(training.schedule)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loop.summed_loss, iter(range(100))
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: real(*a) * (value if next(calls) == 2 else 1.0))
+    training = Training(ROWS)
+    with pytest.raises(DivergedError, match="step 3: loss"):
+        training.run()
+    assert len(training.steps_heard()) == 2
+    reference = Training(ROWS)
+    monkeypatch.undo()
+    assert_same(training.weights(), reference.run(until=2).weights())
+
+
+def test_gradient_that_is_not_finite() -> None:
+    training = Training(ROWS)
+    handle = next(iter(training.lora.factors().values())).B.register_hook(lambda g: g * math.nan)
+    with pytest.raises(DivergedError, match="gradient norm nan"):
+        training.run()
+    handle.remove()
+
+
+class Memory:
+    """Pretends that a micro-batch of more than `most` tokens does not fit, in one of the ways in which torch says so."""
+
+    def __init__(self, most: int, error: type[BaseException], *, after_backward: bool = False) -> None:
+        self.most, self.error, self.after_backward = most, error, after_backward
+        self.real, self.failures, self.largest = loop.summed_loss, 0, 0
+
+    def __call__(self, model: Any, batch: Any) -> torch.Tensor:
+        if batch.computed_tokens > self.most:
+            self.failures += 1
+            if self.after_backward:
+                self.real(model, batch).backward()  # leaves gradients of the step that failed
+            said = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: 80 TB"
+            raise self.error(said)
+        self.largest = max(self.largest, batch.computed_tokens)
+        return self.real(model, batch)
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    gc.collect()
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_out_of_memory_halves(
+    error: type[BaseException], after_backward: bool, monkeypatch: pytest.MonkeyPatch, collected: None
+) -> None:
+    reference = Training(ROWS, dropout=0.2).run()
+    memory = Memory(25, error, after_backward=after_backward)
+    monkeypatch.setattr(loop, "summed_loss", memory)
+    training = Training(ROWS, dropout=0.2, limit=200).run()
+    assert memory.failures > 0
+    assert memory.largest <= 25
+    assert training.progress.micro_batch_tokens == 25
+    noticed = [event for event in training.heard if isinstance(event, Noticed)]
+    assert [event.text for event in noticed] == [f"micro-batch halved to {n} tokens" for n in (100, 50, 25)]
+    assert all(event.kind == "out of memory" for event in noticed)
+    assert [e.loss for e in training.steps_heard()] == pytest.approx([e.loss for e in reference.steps_heard()], rel=1e-5)
+    assert_close(training.weights(), reference.weights(), rel=2e-4)
+
+
+def test_one_row_too_big(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "summed_loss", Memory(10, RuntimeError))
+    training = Training(ROWS, limit=200)
+    with pytest.raises(OutOfMemoryError, match="one row at a time"):
+        training.run()
+    assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(loop, "summed_loss", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        Training(ROWS).run()
