@@ -81,7 +81,7 @@ def test_a_checkpoint_of_the_base_loads() -> None:
     other = net(seed=7)
     assert not model.load_state_dict(other.state_dict(), strict=True).missing_keys
     assert torch.equal(model.blocks[0].q.weight, other.blocks[0].q.weight)
-    with pytest.raises(RuntimeError, match="blocks.0.q.weight"):
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.q\.weight"):
         model.load_state_dict({k: v for k, v in other.state_dict().items() if k != "blocks.0.q.weight"})
     again, _ = attached()
     again.load_state_dict(model.state_dict(), strict=True)

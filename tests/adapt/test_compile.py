@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loratune as lt
 from loratune.lora import TokenCounter
-from tests.adapt.model import CONFIG, IDS, Net, attached
+from tests.adapt.model import IDS, Net, attached
 from tests.models import tiny
 
 
@@ -104,7 +104,3 @@ def test_a_llama_recomputes_with_a_frozen_embedding() -> None:
     model(ids, use_cache=False).logits.square().mean().backward()
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(handle), strict=True))
     assert not model.get_input_embeddings().weight.requires_grad
-
-
-def test_configs_are_the_tests_own() -> None:
-    assert CONFIG.init_lora_weights is False, "these tests need adapters that do something"

@@ -26,9 +26,7 @@ def updates(handle: lt.Adapters, path: str) -> list[oracle.Update]:
 @pytest.mark.parametrize("stored", NAMES, ids=NAMES.values())
 @settings(derandomize=True, deadline=None, max_examples=12, database=None)
 @given(seed=st.integers(0, 2**32), several=st.booleans(), alpha=st.floats(0.01, 8))
-def test_fp64_merging_is_the_reference_to_the_bit(
-    stored: torch.dtype, seed: int, several: bool, alpha: float
-) -> None:
+def test_fp64_merging_is_the_reference_to_the_bit(stored: torch.dtype, seed: int, several: bool, alpha: float) -> None:
     torch.manual_seed(seed)
     model = net(stored)
     config = CONFIG.replace(lora_alpha=alpha)

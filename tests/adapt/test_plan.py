@@ -90,7 +90,9 @@ def test_all_linear_and_exclusions() -> None:
 
 def test_the_layer_index_is_the_outer_one() -> None:
     model = Mixed()
-    assert paths(model, target_modules=["up"], layers_to_transform=[2]) == [f"layers.2.experts.{e}.up" for e in range(4)]
+    assert paths(model, target_modules=["up"], layers_to_transform=[2]) == [
+        f"layers.2.experts.{e}.up" for e in range(4)
+    ]
     assert paths(model, target_modules=["up"], layers_to_transform=[3], layers_pattern=["experts"]) == [
         f"layers.{i}.experts.3.up" for i in range(3)
     ]
@@ -192,7 +194,9 @@ def test_patterns_set_ranks_and_scales(rslora: bool) -> None:
 
 
 PATTERNS = st.lists(
-    st.sampled_from(["q_proj", r"layers\.\d\.q_proj", "proj", ".*proj", r"0\.q_proj", "^layers.*", "q_proj|linear", "up"]),
+    st.sampled_from(
+        ["q_proj", r"layers\.\d\.q_proj", "proj", ".*proj", r"0\.q_proj", "^layers.*", "q_proj|linear", "up"]
+    ),
     unique=True,
     min_size=1,
     max_size=4,

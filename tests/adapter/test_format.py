@@ -332,7 +332,12 @@ def test_no_folder_and_no_config(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not JSON"), (b"[]", "holds no JSON object"), (b"\xff\xfe{}", "is not JSON"), (b"{}", "peft_type is None")],
+    [
+        (b"{", "is not JSON"),
+        (b"[]", "holds no JSON object"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"{}", "peft_type is None"),
+    ],
 )
 def test_a_config_that_is_none(folder: Path, content: bytes, message: str) -> None:
     (folder / CONFIG).write_bytes(content)
@@ -374,7 +379,7 @@ def test_unknown_keys_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_write_is_finished_before_reading(good: Path, folder: Path) -> None:
-    os.rename(shutil.copytree(good, folder / "x"), folder / ".committed")
+    shutil.copytree(good, folder / ".committed")
     for name in (CONFIG, TENSORS):
         (folder / name).write_bytes(b"old")
     lt.attach(base_of("plain"), folder)

@@ -12,7 +12,7 @@ from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.errors import ConfigError
 
-THEIRS = {key: value for key, value in peft.LoraConfig().to_dict().items()}
+THEIRS = dict(peft.LoraConfig().to_dict())
 
 
 def test_the_three_groups_are_all_keys_of_peft_and_do_not_overlap() -> None:
@@ -34,7 +34,7 @@ def test_defaults_are_pefts_but_for_alpha() -> None:
 
 def test_a_config_of_peft_is_accepted_whole() -> None:
     theirs = peft.LoraConfig(r=4, lora_alpha=9, target_modules=["b", "a"], task_type="CAUSAL_LM")
-    values = json.loads(json.dumps(theirs.to_dict(), default=lambda value: sorted(value)))
+    values = json.loads(json.dumps(theirs.to_dict(), default=sorted))
     config = LoraConfig(**values)
     assert (config.r, config.lora_alpha, set(config.target_modules or ())) == (4, 9, {"a", "b"})
 

@@ -74,7 +74,9 @@ def test_a_wrong_value_names_its_setting(name: str, value: Any) -> None:
     assert name in found[0]
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.1, 0.1), (100, 100), (20.0, 20), (0, 0), ("held.jsonl", "held.jsonl")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.1, 0.1), (100, 100), (20.0, 20), (0, 0), ("held.jsonl", "held.jsonl")]
+)
 def test_shares_and_counts(value: Any, expected: Any) -> None:
     config = TrainConfig(val=value)
     assert config.val == expected

@@ -68,9 +68,14 @@ def test_a_folder_moved_aside_comes_back(tmp_path: Path) -> None:
 
 def test_an_error_in_the_block_leaves_the_old_folder(tmp_path: Path) -> None:
     fill(tmp_path / "it")
-    with pytest.raises(KeyError), files.new_folder(tmp_path / "it") as folder:
-        (folder / "a").write_bytes(b"half")
-        raise KeyError
+
+    def interrupted() -> None:
+        with files.new_folder(tmp_path / "it") as folder:
+            (folder / "a").write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert tree(tmp_path / "it") == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 

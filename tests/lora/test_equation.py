@@ -49,7 +49,7 @@ def test_the_dense_delta(r: int, inner: int, outer: int, seed: int) -> None:
 def test_half_an_adapter_in_a_checkpoint_is_reported() -> None:
     low_rank = LowRank(torch.zeros(2, 3), torch.zeros(4, 2), scale=1.0)
     assert not low_rank.load_state_dict({}).missing_keys, "a checkpoint of the base alone"
-    with pytest.raises(RuntimeError, match='Missing key.*"B"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"B"'):
         low_rank.load_state_dict({"A": torch.ones(2, 3)})
     with pytest.raises(RuntimeError, match="size mismatch for A"):
         low_rank.load_state_dict({"A": torch.ones(2, 5), "B": torch.ones(4, 2)})

@@ -14,7 +14,9 @@ import loratune as lt
 from loratune.lora import generator_for, initial_factors
 
 
-def factors(init: bool | str, *, r: int = 8, inner: int = 500, outer: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
+def factors(
+    init: bool | str, *, r: int = 8, inner: int = 500, outer: int = 300, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     return initial_factors(init, r=r, in_features=inner, out_features=outer, generator=generator_for(seed, "x"))
 
 

@@ -39,9 +39,9 @@ CASES = st.builds(
     outer=st.integers(1, 9),
     bias=st.booleans(),
     lead=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
-    adapters=st.lists(
-        st.tuples(st.integers(1, 12), st.floats(0.1, 64), st.booleans()), min_size=1, max_size=3
-    ).map(tuple),
+    adapters=st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 64), st.booleans()), min_size=1, max_size=3).map(
+        tuple
+    ),
     seed=st.integers(0, 2**32),
 )
 

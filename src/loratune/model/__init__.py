@@ -25,6 +25,7 @@ from loratune.model.load import (
     tokenizer_hashes,
 )
 from loratune.model.recompute import recompute_activations
+from loratune.model.save import save_plain
 from loratune.model.tiny import tiny_model
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "pick_dtype",
     "processor_name",
     "recompute_activations",
+    "save_plain",
     "stop_ids",
     "tiny_model",
     "tokenizer_hashes",

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "loratune_packed"
 
-# Arguments by which some families change the softmax itself; the per-segment path does not know them.
+# Arguments by which some families change the softmax itself; neither path below knows them.
 _FOREIGN = ("softcap", "s_aux", "position_bias")
 
 
@@ -47,13 +47,15 @@ def packed_attention(
     Returns:
         (1, tokens, heads, dim), and no attention weights.
     """
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if foreign:
+        raise CannotPackError(f"its attention uses {', '.join(foreign)}")
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-    if foreign or not getattr(module, "is_causal", True):
-        raise CannotPackError(f"its attention uses {', '.join(foreign) or 'no causal mask'}")
+    if not getattr(module, "is_causal", True):
+        raise CannotPackError("its attention uses no causal mask")
     grouped = query.shape[1] != key.shape[1]
     pieces = []
     for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True):

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from loratune.errors import MissingExtraError, ModelError
 from loratune.files import new_folder
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
+from loratune.model.quiet import quietly
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> B
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     folder, source = _folder_of(name)
-    with _quietly(), _as_model_error(name):
+    with quietly(), _as_model_error(name):
         model, info = _load(folder, dtype=precision.dtype)
     _refuse_incomplete(name, info)
     model.name_or_path = model.config._name_or_path = name
@@ -90,14 +89,14 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 
 def load_tokenizer(name: str) -> Any:
     folder, _ = _folder_of(name)
-    with _quietly(), _as_model_error(name):
+    with quietly(), _as_model_error(name):
         return AutoTokenizer.from_pretrained(folder)
 
 
 def empty_model(name: str) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: nothing but its config is read."""
     folder, _ = _folder_of(name)
-    with _quietly(), _as_model_error(name), torch.device("meta"):
+    with quietly(), _as_model_error(name), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return model
 
@@ -121,7 +120,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _load(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     # The stubs of transformers do not know that output_loading_info makes it return a pair.
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(folder, output_loading_info=True, **options)
+    model, info = load(folder, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     return model, info
 
 
@@ -163,10 +162,12 @@ def _converted(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     if not _has_gguf():
-        raise MissingExtraError(f"{path} is a GGUF file, and the package 'gguf' that reads it is missing", extra="gguf")
+        raise MissingExtraError(
+            f"{path} is a GGUF file, and the package 'gguf' that reads it is missing", hint="pip install gguf"
+        )
     # The converter draws a bar of its own on stderr, which no setting of transformers reaches.
     silence = redirect_stderr(io.StringIO())
-    with _quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
+    with quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
         # Values become fp32, which holds every dequantised one exactly.
         model, info = _load(str(path.parent), gguf_file=path.name, dtype=torch.float32)
         _refuse_incomplete(str(path), info)
@@ -208,7 +209,8 @@ def _sha256(text: str) -> str:
 def _refuse_incomplete(name: str, info: dict[str, Any]) -> None:
     """Weights that the files lack would be drawn at random, which nobody asks for."""
     problems = [f"{name}: {key} is missing in its files" for key in sorted(info.get("missing_keys", ()))]
-    problems += [f"{name}: {entry} has another shape than the config says" for entry in info.get("mismatched_keys", ())]
+    for key, there, expected in sorted(info.get("mismatched_keys", ())):
+        problems.append(f"{name}: {key} is {tuple(there)} in its files, {tuple(expected)} by its config")
     if problems:
         raise ModelError(problems, hint="the model's files are incomplete, or of another architecture than its config")
 
@@ -228,18 +230,3 @@ def _as_model_error(name: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """transformers' own progress bars and warnings would interleave with ours on stderr."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

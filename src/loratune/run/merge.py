@@ -9,7 +9,7 @@ from loratune.data.batch import Batch, make_batch
 from loratune.data.example import Place
 from loratune.data.render import Rendered
 from loratune.errors import AdapterStateError, RunFolderError
-from loratune.files import new_folder
+from loratune.model import save_plain
 from loratune.run.opened import Opened
 from loratune.training.checks import eval_logits, merged_is_adapter, require
 
@@ -38,10 +38,7 @@ def merge(opened: Opened, out: str) -> dict[str, Any]:
     require([check])
     opened.lora.merge()
     try:
-        plain = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
-        with new_folder(target) as folder:
-            model.save_pretrained(folder, state_dict=plain)
-            opened.base.tokenizer.save_pretrained(folder)
+        save_plain(model, opened.base.tokenizer, target)
     finally:
         opened.lora.unmerge()
     return {"out": str(target), "dtype": str(model.dtype).removeprefix("torch."), "verified": check.detail}

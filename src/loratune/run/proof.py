@@ -10,6 +10,7 @@ from loratune.adapt import Adapters
 from loratune.data.batch import Batch, make_batch, needed
 from loratune.data.render import Rendered
 from loratune.model import fingerprint, stop_ids
+from loratune.run.decide import learning_rate
 from loratune.run.setup import Setup
 from loratune.training import checks
 from loratune.training.checks import Check
@@ -39,8 +40,10 @@ class Proof:
             stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
             found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
         if decisions["checks"] == "full":
+            # Whether the adapter can learn at all, not whether the run's own rate is a good one.
+            rate, _ = learning_rate(self.model.config.get_text_config().hidden_size)
             short = sorted(self.setup.prepared.rows, key=needed)[:_OVERFIT_ROWS]
-            found.append(checks.one_batch_overfits(self.model, lora, self._batch(short), decisions["lr"]))
+            found.append(checks.one_batch_overfits(self.model, lora, self._batch(short), rate))
         return found
 
     def remember(self, lora: Adapters) -> None:

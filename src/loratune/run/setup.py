@@ -100,7 +100,6 @@ def plan_line(setup: Setup) -> str:
     )
 
 
-
 def _decide_packing(model: Any, decisions: Decisions) -> None:
     if decisions.values.get("pack") is False:
         return

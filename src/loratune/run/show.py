@@ -16,7 +16,7 @@ def show(run: str) -> dict[str, Any]:
     saved = read_adapter(folder)
     record = RunFolder(folder).record()
     layers = []
-    for path, (A, B) in saved.factors.items():
+    for path, (A, B) in sorted(saved.factors.items(), key=lambda item: _natural(item[0])):
         r = A.shape[0]
         sigma = singular_values(A, B) * scale_of(r, saved.config.lora_alpha, saved.config.use_rslora)
         layers.append(
@@ -38,3 +38,8 @@ def show(run: str) -> dict[str, Any]:
         "layers": layers,
         "record": None if record is None else {key: record.get(key) for key in ("state", "result", "measured", "data")},
     }
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

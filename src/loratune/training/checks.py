@@ -24,7 +24,9 @@ from loratune.errors import CheckError
 from loratune.loss import logits_of, summed_loss
 
 OVERFIT_STEPS = 30
+# Halving the loss ends the check at once; a wide or untrained base that only loses a tenth in all its steps learns too.
 _OVERFIT_RATIO = 0.5
+_OVERFIT_LEAST = 0.9
 _OVERFIT_FLOOR = 0.1
 # Rounding a merged weight to bf16 moves the output a little; a wrong scale moves it by the adapter's own effect.
 _MERGE_SHARE = 0.05
@@ -94,7 +96,7 @@ def _last_supervised(row: Rendered) -> int:
 
 
 def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float) -> Check:
-    """A few steps on one batch must halve its loss; the adapter is put back as it was."""
+    """A few steps on one batch must bring its loss down; the adapter is put back as it was."""
     parameters = lora.parameters()
     start = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -116,7 +118,7 @@ def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float
     with torch.no_grad():
         for parameter, value in zip(parameters, start, strict=True):
             parameter.copy_(value)
-    passed = last <= max(first * _OVERFIT_RATIO, _OVERFIT_FLOOR)
+    passed = last <= max(first * _OVERFIT_LEAST, _OVERFIT_FLOOR)
     return Check("one batch overfits", "before", passed, f"loss {first:.2f} → {last:.2f} in {steps} steps")
 
 
