@@ -10,7 +10,7 @@ from loratune.model.quiet import quietly
 
 
 def save_plain(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write weights (without any adapter's factors), config and tokenizer; the folder appears complete or not at all."""
+    """Write weights without any adapter, config and tokenizer; the folder appears complete or not at all."""
     plain = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
     with quietly(), new_folder(path) as folder:
         model.save_pretrained(folder, state_dict=plain)
