@@ -69,7 +69,7 @@ def test_head_sees_scored_positions_only(family: str, packed: bool) -> None:
         use_packed_attention(model)
     batch = make_batch(ROWS, packed=packed, pad_id=PAD)
     seen: list[tuple[int, ...]] = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(out.shape)))
+    hook = model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(tuple(call[-1].shape)))
     logits = logits_of(model, batch)
     hook.remove()
     assert seen == [(1, supervised(ROWS), 400)]

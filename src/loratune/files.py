@@ -99,7 +99,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.replace(aside)
             temporary.replace(path)
-            shutil.rmtree(aside)
+            # Under this name no `recover` takes what is left of it for the old folder.
+            aside.replace(temporary)
         else:
             temporary.replace(path)
         _sync_folder(path.parent)

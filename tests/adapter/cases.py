@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     ),
     "all of one layer": ("llama", {"target_modules": "all-linear", "layers_to_transform": [0]}),
+    "regex of one layer": ("llama", {"target_modules": r".*\.[qv]_proj", "layers_to_transform": [1]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
     "gpt2 rslora": ("gpt2", {"target_modules": ["c_attn"], "use_rslora": True, "r": 3}),
     "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
@@ -48,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # What peft itself cannot make, or cannot write so that it reads back the same (its file sorts the patterns).
-OURS_ONLY = ("patterns whose order matters", "all of one layer")
+OURS_ONLY = ("patterns whose order matters", "all of one layer", "regex of one layer")
 
 IDS = torch.arange(2 * 7).view(2, 7) * 17 % VOCABULARY
 

@@ -60,7 +60,9 @@ def test_nothing_to_do() -> None:
 
 def test_order_and_progress() -> None:
     model, done = tiny(), list[int]()
-    forward = generate(model, TOKENIZER, PROMPTS, frozenset({1}), Sampling(max_new_tokens=4), batch_size=4, done=done.append)
+    forward = generate(
+        model, TOKENIZER, PROMPTS, frozenset({1}), Sampling(max_new_tokens=4), batch_size=4, done=done.append
+    )
     backward = generate(model, TOKENIZER, PROMPTS[::-1], frozenset({1}), Sampling(max_new_tokens=4), batch_size=3)
     assert forward == backward[::-1]
     assert done == [4, 2]

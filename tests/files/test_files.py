@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -32,6 +33,15 @@ AFTER: dict[str, dict[str, bytes]] = {
 }
 
 
+def remains(place: Path) -> list[dict[str, bytes] | None]:
+    """What is found under the name now, and what would be found if that were deleted by hand."""
+    files.recover(place / "it")
+    found = [tree(place / "it")]
+    shutil.rmtree(place / "it", ignore_errors=True)
+    files.recover(place / "it")
+    return [*found, tree(place / "it")]
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, scenario: str) -> None:
     subprocess.run(
@@ -45,15 +55,16 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, scenario
     seen = []
     last = max(int(path.name) for path in tmp_path.iterdir() if "." not in path.name)
     for place in tmp_path.iterdir():
-        files.recover(place / "it")
-        found = tree(place / "it")
+        beside = [path.name for path in place.iterdir()]
+        found, later = remains(place)
+        assert later in (None, old), "half of an old folder must not come back"
         if scenario == "one file" and found is not None:
             found = {name: content for name, content in found.items() if not name.endswith(".tmp")}
         assert found in (old, new, {} if old is None else old), place.name
         seen.append(found == new)
         if place.name == str(last):
             assert found == new
-            assert [path.name for path in place.iterdir()] == ["it"], "nothing stays behind"
+            assert beside == ["it"], "nothing stays behind"
     assert last > 5
     assert {True, False} == set(seen), "kills before and after the moment that counts"
 

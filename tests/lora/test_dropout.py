@@ -118,9 +118,9 @@ def test_kept_features_are_scaled_as_torch_scales_them(dtype: torch.dtype, p: fl
 def test_a_flattened_batch_has_the_masks_of_its_tokens() -> None:
     tokens = torch.tensor([[5, 6, 7], [90, 91, 92]])
     x = torch.randn(2, 3, 8)
-    square = drop(x, 0.5, TokenCounter(0, 0, tokens), 1)
-    flat = drop(x.view(6, 8), 0.5, TokenCounter(0, 0, tokens), 1)
-    assert torch.equal(square.view(6, 8), flat)
+    expected = x.view(6, 8) * mask(tokens.flatten(), 8, 0.5, layer=1) * 2
+    for shape in ((2, 3, 8), (6, 8), (1, 6, 8)):
+        assert torch.equal(drop(x.view(shape), 0.5, TokenCounter(0, 0, tokens), 1).view(6, 8), expected)
 
 
 def test_a_selection_of_tokens_is_counted_by_itself() -> None:

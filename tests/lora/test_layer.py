@@ -180,6 +180,20 @@ def test_dtypes_with_and_without_autocast(kind: str, autocast: bool, base: torch
     assert low_rank.A.grad.norm() > 0
 
 
+class Narrow(nn.Linear):
+    """As layers with a compute dtype of their own do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+def test_the_base_decides_the_dtype_of_the_output() -> None:
+    state = AdapterState(active=("a",))
+    layer = adapt_in_place(Narrow(4, 3), state, PATH)
+    layer.lora["a"] = LowRank(torch.randn(2, 4), torch.randn(3, 2), scale=1.0)
+    assert layer(torch.randn(5, 4)).dtype == torch.bfloat16
+
+
 def test_forward_assigns_nothing() -> None:
     layer, state = adapted(Case("Linear", 4, 4, True, (2,), ((2, 4.0, False),), 0), p=0.5)
     state.counter = TokenCounter(0, 0, torch.arange(2))

@@ -150,7 +150,7 @@ def test_probe_finds_a_model_that_ignores_positions() -> None:
     """Planted: a model that mixes tokens outside its attention, as convolutions and recurrent states do."""
     model = tiny()
     norm = model.model.norm
-    norm.register_forward_hook(lambda module, args, out: out + 0.1 * out.cumsum(1))
+    norm.register_forward_hook(lambda *call: call[-1] + 0.1 * call[-1].cumsum(1))
     why = why_not_packed(model)
     assert why is not None
     assert "deviate" in why

@@ -82,7 +82,9 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
-def test_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_converted_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = tiny(tie_word_embeddings=False)
     path = write_gguf(tmp_path / "tiny.gguf", model)
     read = conversions(monkeypatch)
@@ -133,7 +135,9 @@ def test_unsupported_architecture(tmp_path: Path, cache: Path) -> None:
     assert not (cache / "gguf").exists() or not list((cache / "gguf").iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such format at all" * 10, b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"no such format at all" * 10, b"GGUF\x03\x00\x00\x00" + b"\xff" * 64]
+)
 def test_damaged_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)

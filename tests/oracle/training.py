@@ -1,4 +1,4 @@
-"""Training as a textbook writes it: unpacked, row by row, weights W + s·BA made dense, torch's own AdamW and clipping."""
+"""Training as a textbook writes it: row by row, weights W + s·BA made dense, torch's own AdamW and clipping."""
 
 from __future__ import annotations
 

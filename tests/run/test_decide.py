@@ -26,7 +26,9 @@ def fit_of(rows: int, supervised: int) -> Fit:
     return Fit(rows, 10 * supervised, supervised, 100, 50, 50.0, 4.0, 0)
 
 
-def decided(rows: int = 100, supervised: int = 1000, *, per_rank: int = 1000, hidden: int = 576, **given: Any) -> Decisions:
+def decided(
+    rows: int = 100, supervised: int = 1000, *, per_rank: int = 1000, hidden: int = 576, **given: Any
+) -> Decisions:
     decisions = Decisions(TrainConfig(**given))
     decide_training(decisions, fit_of(rows, supervised), hidden, per_rank)
     return decisions
@@ -59,9 +61,7 @@ def test_epochs_that_are_no_whole_number() -> None:
     assert decided(80, epochs=0.25)["max_steps"] == 3
 
 
-@pytest.mark.parametrize(
-    ("supervised", "r"), [(1000, 16), (32_000, 16), (32_001, 32), (64_001, 64), (10**9, 256)]
-)
+@pytest.mark.parametrize(("supervised", "r"), [(1000, 16), (32_000, 16), (32_001, 32), (64_001, 64), (10**9, 256)])
 def test_rank_holds_the_data(supervised: int, r: int) -> None:
     decisions = decided(supervised=supervised, per_rank=1000)
     assert decisions["r"] == r
@@ -109,7 +109,9 @@ def test_length() -> None:
         decide_length(Decisions(TrainConfig(max_length=64)), 32)
 
 
-@pytest.mark.parametrize(("warmup", "steps", "count"), [(0.05, 100, 5), (0, 100, 0), (10, 100, 10), (10, 4, 3), (0.5, 1, 0)])
+@pytest.mark.parametrize(
+    ("warmup", "steps", "count"), [(0.05, 100, 5), (0, 100, 0), (10, 100, 10), (10, 4, 3), (0.5, 1, 0)]
+)
 def test_warmup(warmup: float, steps: int, count: int) -> None:
     assert warmup_steps(warmup, steps) == count
 

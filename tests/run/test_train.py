@@ -95,7 +95,12 @@ def test_record_holds_what_reproducing_needs(finished: Path, base: str, data: st
     assert record["base"]["dtype"] == "fp32"
     assert record["data"]["source"] == data
     assert (record["data"]["rows"], record["data"]["train"], record["data"]["val"]) == (24, 22, 2)
-    for digest in (record["identity"], record["base"]["fingerprint"], record["data"]["sha256"], record["tokenizer"]["sha256"]):
+    for digest in (
+        record["identity"],
+        record["base"]["fingerprint"],
+        record["data"]["sha256"],
+        record["tokenizer"]["sha256"],
+    ):
         assert len(digest) == 64
     assert {"loratune", "torch", "transformers", "python"} <= set(record["versions"])
     assert record["hardware"]["processor"]
@@ -256,14 +261,25 @@ def test_padding_gives_the_same_losses(quick: Quick, tmp_path: Path, finished: P
 
 
 def test_failed_check_ends_the_run(quick: Quick, tmp_path: Path) -> None:
-    """With a rate of 1e-9 no batch can be overfitted: the run stops before its first step and says why."""
-    with pytest.raises(CheckError, match="one batch overfits"):
-        quick(tmp_path / "run", lr=1e-9)
+    """At a rate of 1e-60 nothing moves: the run says so instead of saving an adapter that does nothing."""
+    with pytest.raises(CheckError, match="every B moved: 0/14 B moved") as caught:
+        quick(tmp_path / "run", lr=1e-60)
+    assert "on ≠ base" in str(caught.value)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["state"] == "failed"
-    assert [check["name"] for check in record["checks"] if not check["passed"]] == ["one batch overfits"]
+    assert "every B moved" in [check["name"] for check in record["checks"] if not check["passed"]]
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_failed_check_before_training_trains_nothing(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratune.training.checks._OVERFIT_LEAST", 0.0)
+    monkeypatch.setattr("loratune.training.checks._OVERFIT_FLOOR", 0.0)
+    with pytest.raises(CheckError, match="one batch overfits"):
+        quick(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_divergence_is_an_error(quick: Quick, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ class Training:
 def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, rel: float) -> None:
     """Equal tensor by tensor, by norm."""
     for mine, other in zip(ours, theirs, strict=True):
-        error = float((mine.detach().double() - other.detach().double()).norm() / other.detach().double().norm().clamp_min(1e-12))
+        error = float(
+            (mine.detach().double() - other.detach().double()).norm() / other.detach().double().norm().clamp_min(1e-12)
+        )
         assert error <= rel, f"{tuple(mine.shape)}: {error:.2e}"
 
 

@@ -201,9 +201,7 @@ def test_reload_that_loses_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Adapters,
         "saved",
-        lambda self, name=None: replace(
-            saved(self, name), config=saved(self, name).config.replace(lora_alpha=16.0)
-        ),
+        lambda self, name=None: replace(saved(self, name), config=saved(self, name).config.replace(lora_alpha=16.0)),
     )
     assert not case.reload().passed
 
@@ -278,7 +276,7 @@ def test_disabled_that_does_not_disable(monkeypatch: pytest.MonkeyPatch) -> None
     from contextlib import nullcontext
 
     case = Case()
-    monkeypatch.setattr(Adapters, "disabled", lambda self: nullcontext())
+    monkeypatch.setattr(Adapters, "disabled", lambda _: nullcontext())
     assert not case.off().passed
 
 

@@ -28,7 +28,7 @@ def test_all_unknown_trackers_are_named() -> None:
 
 
 def test_all_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError) as caught:
         processes.check_trackers(["mlflow", "tensorboard"])
     assert caught.value.hint == "pip install mlflow tensorboard"

@@ -24,11 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave.code if isinstance(leave.code, int) else 0
     except LoratuneError as error:
         return complain(error, as_json=as_json)
-    except MemoryError:
-        return complain(OutOfMemoryError("out of memory", hint="lower --max-length"), as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the last door: no traceback passes it
-        return complain(_internal(error), as_json=as_json)
+        return complain(_out_of_memory(error) or _internal(error), as_json=as_json)
     return 0
+
+
+def _out_of_memory(error: Exception) -> LoratuneError | None:
+    """Memory that ran out, as torch says it; looking must not import torch."""
+    if "torch" in sys.modules:
+        from loratune.training.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            return None
+    elif not isinstance(error, MemoryError):
+        return None
+    return OutOfMemoryError("out of memory", hint="lower --batch-size or --max-length")
 
 
 def _internal(error: Exception) -> LoratuneError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -134,7 +133,7 @@ class LoraConfig(Settings):
         if isinstance(value, Mapping):
             for key, number in value.items():
                 _compile(str(key))
-                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
                     raise ValueError(f"{key!r}: {number!r} is not a positive number")
         return value
 

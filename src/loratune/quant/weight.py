@@ -48,7 +48,7 @@ def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     cut = value - near.double()
     even = (near.view(torch.int32) & 1) == 0
     other = torch.nextafter(near, torch.copysign(torch.full_like(near, torch.inf), cut.float()))
-    return torch.where((cut != 0) & even & near.isfinite(), other, near).to(dtype)
+    return torch.where((cut != 0) & even, other, near).to(dtype)
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight | None:

@@ -1,0 +1,99 @@
+"""The command as its users start it: a process of its own, signals and closed pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import QUICK
+
+LONG = (*QUICK, "--max-steps=150", "--checks=off", "--samples=0", "--eval-every=75", "--save-every=20")
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "NO_COLOR")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "loratune", *map(str, words)],
+        env={**clean, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def steps_done(folder: Path) -> int:
+    try:
+        return sum('"loss"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def signalled(number: signal.Signals, folder: Path, *words: object) -> tuple[int, str, str]:
+    """Start a run and send it a signal once it has done 30 steps."""
+    process = start("train", *words, "--out", folder)
+    deadline = time.monotonic() + 120
+    while steps_done(folder) < 30 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return finish(process)
+
+
+@pytest.fixture(scope="module")
+def whole(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of the uninterrupted run, made by a process too."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, _, err = finish(start("train", base, data, "--out", folder, *LONG))
+    assert code == 0, err
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def continued(folder: Path, whole: bytes, *words: object) -> Any:
+    code, out, err = finish(start("train", *words, "--out", folder, "--json", NO_COLOR="1"))
+    assert code == 0, err
+    assert "\x1b" not in out + err
+    assert "continued after step" in err
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+    assert steps_done(folder) == 150
+    return json.loads(out)
+
+
+def test_interrupted_by_the_keyboard(base: str, data: str, tmp_path: Path, whole: bytes) -> None:
+    code, out, err = signalled(signal.SIGINT, tmp_path / "run", base, data, *LONG)
+    assert (code, out) == (130, "")
+    assert "checkpoint saved" in err
+    assert 30 <= steps_done(tmp_path / "run") < 150
+    said = continued(tmp_path / "run", whole, base, data, *LONG)
+    assert said["record"]["state"] == "finished"
+
+
+@pytest.mark.full
+def test_killed(base: str, data: str, tmp_path: Path, whole: bytes) -> None:
+    code, _, _ = signalled(signal.SIGKILL, tmp_path / "run", base, data, *LONG)
+    assert code == -signal.SIGKILL
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "running"
+    continued(tmp_path / "run", whole, base, data, *LONG)
+
+
+def test_reader_that_goes_away(finished: Path) -> None:
+    """`loratune show RUN | head -1` ends quietly."""
+    process = start("show", finished, "--json")
+    assert process.stdout is not None
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
