@@ -15,7 +15,7 @@ from loratune.adapt import Adapters
 from loratune.data.pack import Order
 from loratune.data.render import Rendered
 from loratune.model import use_packed_attention
-from loratune.training.loop import Hooks, Progress, Work, fit
+from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.optimizer import make_optimizer
 from loratune.training.processes import make_accelerator
 from loratune.training.schedule import Schedule
@@ -80,7 +80,7 @@ class Training:
         )
         self.model.train()
         accelerator = make_accelerator(torch.device("cpu"), (), Path())
-        fit(self.model, self.lora, work, self.updater, self.schedule, accelerator, self.progress, hooks)
+        Loop(self.model, self.lora, work, self.updater, self.schedule, accelerator, self.progress, hooks).run()
         self.model.eval()
         return self
 

@@ -26,7 +26,7 @@ from loratune.run.samples import take_samples
 from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
-from loratune.training.loop import Hooks, Progress, Work, fit
+from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
 from loratune.training.processes import check_trackers, make_accelerator, tracker_listener
@@ -138,7 +138,7 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     setup.model.train()
     with stop_signals() as stop:
         hooks = Hooks(journal.hear, evaluate, save, stop.is_set)
-        fit(setup.model, lora, _work(setup), optimizer, schedule, accelerator, progress, hooks)
+        Loop(setup.model, lora, _work(setup), optimizer, schedule, accelerator, progress, hooks).run()
         save(progress)
         stopped = stop.is_set() and not progress.ended(schedule)
     accelerator.end_training()

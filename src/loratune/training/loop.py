@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loratune.adapt import Adapters
-from loratune.data.batch import Batch, make_batch, needed, offsets
+from loratune.data.batch import make_batch, needed, offsets
 from loratune.data.pack import Order, micro_batches
 from loratune.data.render import Rendered
 from loratune.errors import DivergedError, OutOfMemoryError
@@ -72,160 +73,139 @@ class Hooks:
     stop: Callable[[], bool]
 
 
-def fit(
-    model: nn.Module,
-    lora: Adapters,
-    work: Work,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    accelerator: Accelerator,
-    progress: Progress,
-    hooks: Hooks,
-) -> None:
-    """Train from `progress.step` to the schedule's end, an early stop, or until `hooks.stop` says so.
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The parts of a training run, and the way they go through it together."""
 
-    A step's loss is the sum over its supervised tokens divided by their number, over all its micro-batches.
+    model: nn.Module
+    lora: Adapters
+    work: Work
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    accelerator: Accelerator
+    progress: Progress
+    hooks: Hooks
 
-    Raises:
-        DivergedError: a loss or gradient is not finite; the weights are those before that step.
-        OutOfMemoryError: not even one row at a time fits.
-    """
-    parameters = lora.parameters()
-    while not progress.ended(schedule) and not hooks.stop():
-        _step(model, lora, work, optimizer, schedule, accelerator, progress, hooks)
-        last = progress.step == schedule.steps
-        if hooks.evaluate and (last or (work.eval_every and progress.step % work.eval_every == 0)):
-            _validate(hooks.evaluate, parameters, work, progress, hooks.emit)
-        if work.save_every and progress.step % work.save_every == 0 and not progress.ended(schedule):
-            hooks.save(progress)
-    if progress.ended(schedule):
-        _keep_best(parameters, work, progress, hooks.emit)
+    def run(self) -> None:
+        """Train from `progress.step` to the schedule's end, an early stop, or until `hooks.stop` says so.
 
+        A step's loss is the sum over its supervised tokens divided by their number, over all its micro-batches.
 
-def _step(
-    model: nn.Module,
-    lora: Adapters,
-    work: Work,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    accelerator: Accelerator,
-    progress: Progress,
-    hooks: Hooks,
-) -> None:
-    started = time.perf_counter()
-    rows = [work.rows[i] for i in work.order.step(progress.step)]
-    loss, computed = _gradients_within_memory(model, lora, rows, work, accelerator, progress, hooks.emit)
-    norm = float(accelerator.clip_grad_norm_(lora.parameters(), work.clip or math.inf) or 0.0)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        optimizer.zero_grad()
-        raise DivergedError(
-            f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}",
-            hint="lower --lr; the last checkpoint is kept",
-        )
-    lr = schedule.lr(progress.step)
-    set_lr(optimizer, lr, schedule.peak)
-    optimizer.step()
-    optimizer.zero_grad()
-    progress.step += 1
-    hooks.emit(
-        StepDone(
-            step=progress.step,
-            loss=loss,
-            lr=lr,
-            grad_norm=norm,
-            tokens=sum(len(row.ids) for row in rows),
-            computed_tokens=computed,
-            supervised_tokens=sum(sum(row.supervised) for row in rows),
-            examples=len(rows),
-            step_seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(accelerator.device),
-        )
-    )
+        Raises:
+            DivergedError: a loss or gradient is not finite; the weights are those before that step.
+            OutOfMemoryError: not even one row at a time fits.
+        """
+        work, progress = self.work, self.progress
+        while not progress.ended(self.schedule) and not self.hooks.stop():
+            self._step()
+            last = progress.step == self.schedule.steps
+            if self.hooks.evaluate and (last or (work.eval_every and progress.step % work.eval_every == 0)):
+                self._validate(self.hooks.evaluate())
+            if work.save_every and progress.step % work.save_every == 0 and not progress.ended(self.schedule):
+                self.hooks.save(progress)
+        if progress.ended(self.schedule):
+            self._keep_best()
 
-
-def _validate(
-    evaluate: Callable[[], float], parameters: Sequence[Tensor], work: Work, progress: Progress, emit: Listener
-) -> None:
-    val_loss = evaluate()
-    emit(Validated(progress.step, val_loss))
-    if val_loss < progress.best_val:
-        progress.best_val, progress.best_step, progress.worse = val_loss, progress.step, 0
-        if work.patience:
-            progress.best = [parameter.detach().clone() for parameter in parameters]
-        return
-    progress.worse += 1
-    if work.patience and progress.worse >= work.patience:
-        progress.stopped_early = True
-        text = f"{progress.worse} validations without a better loss than {progress.best_val:.4f}"
-        emit(Noticed(progress.step, "early stop", text))
-
-
-@torch.no_grad()
-def _keep_best(parameters: Sequence[Tensor], work: Work, progress: Progress, emit: Listener) -> None:
-    """Where training may stop early, the adapter that is kept is the one with the best held-out loss."""
-    if work.patience and progress.best and progress.best_step != progress.step:
-        for parameter, best in zip(parameters, progress.best, strict=True):
-            parameter.copy_(best)
-        emit(Noticed(progress.step, "best adapter", f"the adapter of step {progress.best_step} is kept"))
-
-
-def _gradients_within_memory(
-    model: nn.Module,
-    lora: Adapters,
-    rows: Sequence[Rendered],
-    work: Work,
-    accelerator: Accelerator,
-    progress: Progress,
-    emit: Listener,
-) -> tuple[float, int]:
-    """The step's gradients; where memory runs out the micro-batch halves and the step is done again."""
-    while True:
-        try:
-            return step_gradients(model, lora, rows, work, accelerator, progress)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the except block, so that the traceback no longer holds the failed step's tensors.
-        model.zero_grad()
-        release_memory()
-        if progress.micro_batch_tokens <= 1 or len(_groups(rows, work, progress)) == len(rows):
-            raise OutOfMemoryError(
-                f"step {progress.step + 1}: out of memory with one row at a time",
-                hint="lower --max-length, or use --recompute on",
+    def _step(self) -> None:
+        started = time.perf_counter()
+        progress = self.progress
+        rows = [self.work.rows[i] for i in self.work.order.step(progress.step)]
+        loss, computed = self._gradients_within_memory(rows)
+        norm = float(self.accelerator.clip_grad_norm_(self.lora.parameters(), self.work.clip or math.inf) or 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            self._diverged(f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}")
+        lr = self.schedule.lr(progress.step)
+        set_lr(self.optimizer, lr, self.schedule.peak)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        self.hooks.emit(
+            StepDone(
+                step=progress.step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=sum(len(row.ids) for row in rows),
+                computed_tokens=computed,
+                supervised_tokens=sum(sum(row.supervised) for row in rows),
+                examples=len(rows),
+                step_seconds=time.perf_counter() - started,
+                peak_memory_bytes=peak_memory(self.accelerator.device),
             )
-        progress.micro_batch_tokens //= 2
-        emit(Noticed(progress.step, "out of memory", f"micro-batch halved to {progress.micro_batch_tokens} tokens"))
+        )
 
+    def _validate(self, val_loss: float) -> None:
+        progress, patience = self.progress, self.work.patience
+        if not math.isfinite(val_loss):
+            self._diverged(f"step {progress.step}: held-out loss {val_loss:g}")
+        self.hooks.emit(Validated(progress.step, val_loss))
+        if val_loss < progress.best_val:
+            progress.best_val, progress.best_step, progress.worse = val_loss, progress.step, 0
+            if patience:
+                progress.best = [parameter.detach().clone() for parameter in self.lora.parameters()]
+            return
+        progress.worse += 1
+        if patience and progress.worse >= patience:
+            progress.stopped_early = True
+            text = f"{progress.worse} validations without a better loss than {progress.best_val:.4f}"
+            self.hooks.emit(Noticed(progress.step, "early stop", text))
 
-def step_gradients(
-    model: nn.Module,
-    lora: Adapters,
-    rows: Sequence[Rendered],
-    work: Work,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> tuple[float, int]:
-    """Accumulate the gradients of one step; returns its loss and the tokens that went through the model."""
-    supervised = sum(sum(row.supervised) for row in rows)
-    starts = offsets(rows)
-    total = torch.zeros((), device=accelerator.device)
-    computed = 0
-    for number, group in enumerate(_groups(rows, work, progress)):
-        batch: Batch = make_batch(
-            [rows[i] for i in group], packed=work.packed, pad_id=work.pad_id, starts=[starts[i] for i in group]
-        ).to(accelerator.device)
-        # The model's own dropout (GPT-2 has some) draws from torch's generator: the same numbers after a resume.
-        torch.manual_seed(_seed_of(work.seed, progress.step, number))
-        with lora.counting(TokenCounter(work.seed, progress.step, batch.tokens)):
-            loss = summed_loss(model, batch) / supervised
-            accelerator.backward(loss)
-        total += loss.detach()
-        computed += batch.computed_tokens
-    return float(total), computed
+    @torch.no_grad()
+    def _keep_best(self) -> None:
+        """Where training may stop early, the adapter that is kept is the one with the best held-out loss."""
+        progress = self.progress
+        if self.work.patience and progress.best and progress.best_step != progress.step:
+            for parameter, best in zip(self.lora.parameters(), progress.best, strict=True):
+                parameter.copy_(best)
+            self.hooks.emit(Noticed(progress.step, "best adapter", f"the adapter of step {progress.best_step} is kept"))
 
+    def _gradients_within_memory(self, rows: Sequence[Rendered]) -> tuple[float, int]:
+        """The step's gradients; where memory runs out the micro-batch halves and the step is done again."""
+        progress = self.progress
+        while True:
+            try:
+                return self._gradients(rows)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the except block, so that the traceback no longer holds the failed step's tensors.
+            self.model.zero_grad()
+            release_memory()
+            if progress.micro_batch_tokens <= 1 or len(self._groups(rows)) == len(rows):
+                raise OutOfMemoryError(
+                    f"step {progress.step + 1}: out of memory with one row at a time",
+                    hint="lower --max-length, or use --recompute on",
+                )
+            progress.micro_batch_tokens //= 2
+            text = f"micro-batch halved to {progress.micro_batch_tokens} tokens"
+            self.hooks.emit(Noticed(progress.step, "out of memory", text))
 
-def _groups(rows: Sequence[Rendered], work: Work, progress: Progress) -> list[list[int]]:
-    return micro_batches([needed(row) for row in rows], progress.micro_batch_tokens, packed=work.packed)
+    def _gradients(self, rows: Sequence[Rendered]) -> tuple[float, int]:
+        """Accumulate the gradients of one step; returns its loss and the tokens that went through the model."""
+        work, step, device = self.work, self.progress.step, self.accelerator.device
+        supervised = sum(sum(row.supervised) for row in rows)
+        starts = offsets(rows)
+        total = torch.zeros((), device=device)
+        computed = 0
+        for number, group in enumerate(self._groups(rows)):
+            chosen, begin = [rows[i] for i in group], [starts[i] for i in group]
+            batch = make_batch(chosen, packed=work.packed, pad_id=work.pad_id, starts=begin).to(device)
+            # The model's own dropout (GPT-2 has some) draws from torch's generator: the same numbers after a resume.
+            torch.manual_seed(_seed_of(work.seed, step, number))
+            with self.lora.counting(TokenCounter(work.seed, step, batch.tokens)):
+                loss = summed_loss(self.model, batch) / supervised
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            computed += batch.computed_tokens
+        return float(total), computed
+
+    def _groups(self, rows: Sequence[Rendered]) -> list[list[int]]:
+        lengths = [needed(row) for row in rows]
+        return micro_batches(lengths, self.progress.micro_batch_tokens, packed=self.work.packed)
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise DivergedError(what, hint="lower --lr; the last checkpoint is kept")
 
 
 def _seed_of(*parts: int) -> int:
