@@ -6,6 +6,7 @@ a sibling folder; renaming that folder is the moment they count, and `recover` f
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -40,6 +41,21 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

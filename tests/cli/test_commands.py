@@ -120,6 +120,22 @@ def test_generate(cli: Cli, finished: Path, data: str, tmp_path: Path) -> None:
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
 
+def test_generate_from_prompts_without_answers(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    words = ("generate", finished, "--max-new-tokens", 2, "--prompts")
+    text, rows, named = tmp_path / "a.txt", tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    text.write_text("2 + 3 =\n4 + 5 =\n")
+    write_jsonl(rows, [{"prompt": "2 + 3 =", "id": 7}, {"prompt": "4 + 5 =", "completion": "9"}])
+    write_jsonl(named, [{"q": "2 + 3 ="}, {"q": "4 + 5 ="}])
+    from_text = [json.loads(line) for line in cli(*words, text).out.splitlines()]
+    found = [json.loads(line) for line in cli(*words, rows).out.splitlines()]
+    from_named = [json.loads(line) for line in cli(*words, named, "--columns", "prompt=q").out.splitlines()]
+    assert [row["reference"] for row in from_text] == [None, None]
+    assert ([row["reference"] for row in found], found[0]["id"], "id" in found[1]) == ([None, "9"], 7, False)
+    said = [[(row["prompt"], row["output"]) for row in rows] for rows in (from_text, found, from_named)]
+    assert said[0] == said[1] == said[2]
+    assert all("2 + 3 =<|im_end|>" in answers[0][0] for answers in said)
+
+
 def test_sampling_repeats_with_its_seed(cli: Cli, finished: Path, data: str) -> None:
     words = ("generate", finished, "--prompts", data, "--limit", 2, "--max-new-tokens", 6, "--temperature", "1.5")
     first = cli(*words).out

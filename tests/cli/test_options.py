@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loratune.cli.options import parse_given
-from loratune.config import TrainConfig, flag_of
+from loratune.config import TrainConfig, flag_of, read_settings
 from loratune.errors import ConfigError
 from tests.cli.conftest import Cli
 
@@ -111,6 +111,9 @@ def test_words_that_cannot_be_read() -> None:
     for flags in ({"layers_to_transform": "1-"}, {"columns": "a"}, {"columns": "a=,b=c"}):
         with pytest.raises(ConfigError):
             parse_given(flags)
+        for name, value in flags.items():
+            with pytest.raises(ConfigError):
+                read_settings(None, [f"{name}={value}"], {})
 
 
 # -- files, --set, flags -----------------------------------------------------------------------------------------
@@ -172,6 +175,20 @@ def test_one_setting_under_two_names(file: Path, chosen: Chosen) -> None:
         ("targets=all-linear", "target_modules", "all-linear"),
         ('columns={"prompt": "question"}', "columns", {"prompt": "question"}),
         ("val=held-out.jsonl", "val", "held-out.jsonl"),
+        ("targets=q_proj,v_proj", "target_modules", ("q_proj", "v_proj")),
+        ("targets=q_proj", "target_modules", ("q_proj",)),
+        (r"targets=.*\.(up|down)_proj", "target_modules", r".*\.(up|down)_proj"),
+        (r"target_modules='.*_proj'", "target_modules", ".*_proj"),
+        ("exclude=up_proj,down_proj", "exclude_modules", ("up_proj", "down_proj")),
+        ("layers=0,2,5-7", "layers_to_transform", (0, 2, 5, 6, 7)),
+        ("layers=3", "layers_to_transform", (3,)),
+        ("layers=[3]", "layers_to_transform", (3,)),
+        ("columns=prompt=question,completion=answer", "columns", {"prompt": "question", "completion": "answer"}),
+        ("log-with=wandb,mlflow", "log_with", ("wandb", "mlflow")),
+        ("init=False", "init_lora_weights", False),
+        ("init=false", "init_lora_weights", False),
+        ("val=50", "val", 50),
+        ("warmup=1e-2", "warmup", 0.01),
         ("recompute=on", "recompute", "on"),
     ],
 )

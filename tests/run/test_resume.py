@@ -35,6 +35,11 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 def steps_of(folder: Path) -> list[int]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "loss" in line]
@@ -112,7 +117,7 @@ def test_damaged_checkpoint_falls_back(quick: Quick, finished: Path, tmp_path: P
 
 
 def test_model_with_its_own_dropout(tmp_path: Path, data: str) -> None:
-    """GPT-2 drops activations itself, from torch's generator: a resumed run draws the same numbers."""
+    """GPT-2 drops activations itself; that is off in a run, so neither a resume nor a split changes the result."""
     from loratune.run import train
 
     settings = {**QUICK, "lora_dropout": 0.1, "samples": 0, "checks": "off", "micro_batch_tokens": 60}
@@ -123,6 +128,11 @@ def test_model_with_its_own_dropout(tmp_path: Path, data: str) -> None:
         train(model, data, tokenizer=tokenizer, out=str(tmp_path / "cut"), listen=stop_at(3), **settings)
     cut = train(model, data, tokenizer=tokenizer, out=str(tmp_path / "cut"), **settings)
     assert adapter_bytes(cut.path) == adapter_bytes(whole.path)
+    settings["micro_batch_tokens"] = 500
+    other = train(model, data, tokenizer=tokenizer, out=str(tmp_path / "other"), **settings)
+    losses = [losses_of(run.path) for run in (whole, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert any("dropout is off" in event["text"] for event in whole.record["events"])
 
 
 def test_early_stop_survives_an_interruption(quick: Quick, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class Training:
             eval_every=self.eval_every,
             save_every=self.save_every,
             patience=self.patience,
+            device=torch.device("cpu"),
         )
         hooks = Hooks(
             self.heard.append,

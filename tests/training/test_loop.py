@@ -224,3 +224,13 @@ def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(loop, "summed_loss", fail)
     with pytest.raises(RuntimeError, match="shapes"):
         Training(ROWS).run()
+
+
+def test_each_step_draws_its_own_masks() -> None:
+    """One row, one token order, weights that do not move: only the masks can change the loss from step to step."""
+    training = Training(rows_of(24), steps=3, dropout=0.5, lr=1e-30)
+    with torch.no_grad():
+        for low_rank in training.lora.factors().values():
+            low_rank.B.normal_()  # with B zero no mask would show
+    training.run()
+    assert len({event.loss for event in training.steps_heard()}) == 3

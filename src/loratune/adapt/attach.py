@@ -10,7 +10,8 @@ from torch import nn
 
 from loratune.adapt.handle import ATTRIBUTE, Adapters
 from loratune.config import LoraConfig
-from loratune.errors import AdapterStateError
+from loratune.errors import AdapterStateError, ConfigError
+from loratune.lora import LoraLayer
 
 
 def attach(
@@ -34,7 +35,11 @@ def attach(
         AdapterStateError: the model has adapters already (use `add` or `load` of its handle).
         AdapterFileError: the folder's files are damaged or do not fit.
     """
-    if getattr(model, ATTRIBUTE, None) is not None:
+    given: object = config_or_path
+    if not isinstance(given, LoraConfig | str | os.PathLike):
+        kind = type(given).__name__
+        raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
+    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, LoraLayer) for m in model.modules()):
         raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
     handle = Adapters(model)
     if isinstance(config_or_path, LoraConfig):

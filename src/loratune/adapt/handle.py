@@ -31,6 +31,7 @@ from loratune.lora import (
     LowRank,
     TokenCounter,
     adapt_in_place,
+    adapter_prefixes,
     generator_for,
     initial_factors,
     release,
@@ -113,7 +114,7 @@ class Adapters:
         ]
 
     def param_groups(
-        self, lr: float, *, lora_plus_ratio: float | None = None, weight_decay: float = 0.0
+        self, lr: float, lora_plus_ratio: float | None = None, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
         """Optimizer groups; with LoRA+ (Hayou et al., arXiv:2402.12354) B learns at `lora_plus_ratio` · lr."""
         low_ranks = [low_rank for name in self.names for low_rank in self.factors(name).values()]
@@ -125,6 +126,16 @@ class Adapters:
             {"params": a, "lr": lr, "weight_decay": weight_decay},
             {"params": b, "lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
         ]
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's own parameters by name: everything that is no adapter's."""
+        prefixes = adapter_prefixes(self.model)
+        return ((name, p) for name, p in self.model.named_parameters() if not name.startswith(prefixes))
+
+    def base_state(self) -> dict[str, Tensor]:
+        """`state_dict` without the adapters' tensors: the base, or the merged model."""
+        prefixes = adapter_prefixes(self.model)
+        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(prefixes)}
 
     def count(self) -> Count:
         parameters = list(self.model.parameters())
@@ -266,6 +277,8 @@ class Adapters:
             dtype: fp32 or fp64; what the deltas are computed and added in before the one rounding.
         """
         self._refuse_merged()
+        if dtype not in (torch.float32, torch.float64):
+            raise AdapterStateError(f"a merge in {dtype} would round twice", hint="torch.float32 or torch.float64")
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
         if self._suspended:
@@ -281,7 +294,9 @@ class Adapters:
         self._state.active, self._merged, self._kept = self._merged, (), None
 
     def detach(self) -> nn.Module:
-        """Take every adapter off; returns the model as it was before `attach`."""
+        """Take every adapter off; returns the model as it was before `attach`. The handle is of no use afterwards."""
+        if vars(self.model).get(ATTRIBUTE) is not self:
+            raise AdapterStateError("this handle is detached already", hint="attach again for a new one")
         if self._merged:
             unfold(self._layers, self._kept)
         for layer in self._layers.values():
@@ -293,7 +308,8 @@ class Adapters:
         delattr(self.model, ATTRIBUTE)
         self._layers, self._entries, self._suspended, self._merged, self._kept = {}, {}, [], (), None
         self._state.active = ()
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from loratune.adapt.presets import TARGETS
 from loratune.config import ALL_LINEAR, LoraConfig
 from loratune.errors import TargetError, nearest
-from loratune.lora import lora_parameters, patched_forward, scale_of
+from loratune.lora import LoraLayer, adapter_prefixes, lora_parameters, patched_forward, scale_of
 from loratune.quant import frozen_weight
 
 _SHOWN_NAMES = 40
@@ -92,7 +92,12 @@ class _Planner:
         self.model = model
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.modules = {path: module for path, module in model.named_modules() if path and not _inside_adapter(path)}
+        self.prefixes = adapter_prefixes(model)
+        self.modules = {
+            path: module
+            for path, module in model.named_modules()
+            if path and not (path + ".").startswith(self.prefixes)
+        }
         # MultiheadAttention multiplies by its projection's weight itself: an adapter there would never be called.
         hidden = {
             f"{path}.out_proj" for path, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)
@@ -114,7 +119,7 @@ class _Planner:
             self.problems.append("nothing is left to adapt")
         return TargetPlan(
             tuple(targets),
-            sum(p.numel() for name, p in self.model.named_parameters() if not _inside_adapter(name)),
+            sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith(self.prefixes)),
             tuple(self.notes),
             tuple(self.problems),
             self._hint() if self.problems else "",
@@ -129,6 +134,8 @@ class _Planner:
             self.notes.append(
                 f"{path}: rank {r} exceeds the weight's own {min(weight.in_features, weight.out_features)}"
             )
+        if hasattr(module, "lora") and not isinstance(module, LoraLayer):
+            self.problems.append(f"{path}: it has an attribute called 'lora' already, where the adapter would stand")
         if patched_forward(module):
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")
         scale = scale_of(r, alpha or self.config.lora_alpha, self.config.use_rslora)
@@ -248,7 +255,3 @@ def first_match(patterns: Mapping[str, float], path: str) -> float | None:
 
 def _matches(pattern: str, path: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
-
-
-def _inside_adapter(path: str) -> bool:
-    return ".lora." in path or path.endswith(".lora")

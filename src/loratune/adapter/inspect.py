@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """The r singular values of B A in fp64, largest first, from the factors alone.
+    """The r singular values of B A in fp64 on the CPU, largest first, from the factors alone.
 
     B A = Q_B (R_B R_Aᵀ) Q_Aᵀ with orthonormal Q, so the small (r, r) matrix has the same singular values.
     """
-    _, right = torch.linalg.qr(A.detach().double().T)
-    _, left = torch.linalg.qr(B.detach().double())
+    _, right = torch.linalg.qr(A.detach().cpu().double().T)
+    _, left = torch.linalg.qr(B.detach().cpu().double())
     values: Tensor = torch.linalg.svdvals(left @ right.T)
     return values
 

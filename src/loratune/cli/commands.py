@@ -6,7 +6,7 @@ Rooms that need torch are imported inside the commands, so that `--help` answers
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -139,9 +139,14 @@ def chat(
 @app.command()
 def generate(
     run: RunArgument,
-    prompts: Annotated[str, typer.Option("--prompts", help="data file whose prompts are answered")],
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="data file, with or without answers, or a text file with a prompt a line")
+    ],
     out: Annotated[
         str | None, typer.Option("--out", help="JSONL file for the answers; standard output otherwise")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="names of the data's columns: prompt=question")
     ] = None,
     base: BaseOption = None,
     device: Device = None,
@@ -163,7 +168,8 @@ def generate(
     from loratune.run.answer import generate as answer
     from loratune.run.opened import open_run
 
-    examples = read(prompts).examples[:limit]
+    corpus = read(prompts, answers=False, **parse_given({"columns": columns}))
+    examples = corpus.examples[:limit]
     opened = open_run(run, base=base, device=device)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with counting(len(examples), "answers") as done:
@@ -217,7 +223,7 @@ def merge(
     run: RunArgument,
     out: Annotated[str, typer.Option("--out", help="folder for the plain model")],
     base: BaseOption = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16 or fp32")] = "auto",
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option("--dtype", help="of the merged model")] = "auto",
     as_json: Json = False,
 ) -> None:
     """A plain model folder with the adapter folded in, verified against the adapter."""

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from loratune.cli.commands import app
-from loratune.cli.output import complain
-from loratune.errors import LoratuneError, OutOfMemoryError
+from loratune.cli.output import complain, stderr, write_json
+from loratune.errors import ConfigError, LoratuneError, OutOfMemoryError, RunInterrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="loratune")
     except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 0
+        return _left(leave.code if isinstance(leave.code, int) else 0, as_json=as_json)
     except LoratuneError as error:
         return complain(error, as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the last door: no traceback passes it
@@ -39,6 +39,16 @@ def _out_of_memory(error: Exception) -> LoratuneError | None:
     elif not isinstance(error, MemoryError):
         return None
     return OutOfMemoryError("out of memory", hint="lower --batch-size or --max-length")
+
+
+def _left(code: int, *, as_json: bool) -> int:
+    """typer said what was wrong with the command line on stderr; a program that reads stdout is told too."""
+    if code == ConfigError.exit_code and as_json:
+        hint = "see --help"
+        write_json({"error": {"kind": "UsageError", "problems": ["wrong usage"], "hint": hint, "exit_code": code}})
+    elif code == RunInterrupted.exit_code:
+        stderr().print("interrupted")
+    return code
 
 
 def _internal(error: Exception) -> LoratuneError:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 import types
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from loratune.config import TrainConfig, flag_of, group_of
-from loratune.errors import ConfigError
+from loratune.config import TrainConfig, flag_of, group_of, read_word
 
 _PLAIN = (int, float, bool, str)
 
@@ -46,7 +44,9 @@ def with_settings(leave_out: Collection[str] = (), groups: Collection[str] | Non
 def parse_given(flags: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, with words of the command line turned into values."""
     return {
-        name: _PARSERS[name](value) if name in _PARSERS else value for name, value in flags.items() if value is not None
+        name: read_word(name, value) if isinstance(value, str) else value
+        for name, value in flags.items()
+        if value is not None
     }
 
 
@@ -67,62 +67,4 @@ def _is_union(annotation: Any) -> bool:
 def _default_words(default: Any) -> str:
     if default is None or default in ((), {}):
         return ""
-    return f" [{default}]"
-
-
-# -- words -------------------------------------------------------------------------------------------------------
-
-
-def _number_or_word(value: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def _names(value: str) -> Any:
-    """A comma list of module names; `all-linear` and regular expressions stay strings."""
-    if value == "all-linear" or not re.fullmatch(r"[\w.,\- ]+", value):
-        return value
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-def _indices(value: str) -> tuple[int, ...]:
-    """`0,1,5-8` as indices."""
-    found: list[int] = []
-    for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise ConfigError(f"--layers {value!r}: write indices and ranges like 0,1,5-8")
-        first = int(match[1])
-        found += range(first, int(match[2] or first) + 1)
-    return tuple(found)
-
-
-def _pairs(value: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in value.split(",")]
-    if any(not equals or not key.strip() or not item.strip() for key, equals, item in pairs):
-        raise ConfigError(f"--columns {value!r}: write ours=theirs, separated by commas")
-    return {key.strip(): item.strip() for key, _, item in pairs}
-
-
-def _init(value: str) -> Any:
-    return {"true": True, "false": False}.get(value.lower(), value)
-
-
-def _words(value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "val": _number_or_word,
-    "warmup": _number_or_word,
-    "target_modules": _names,
-    "exclude_modules": _names,
-    "layers_to_transform": _indices,
-    "columns": _pairs,
-    "init_lora_weights": _init,
-    "log_with": _words,
-}
+    return f" (default {default})"

@@ -4,5 +4,16 @@ from loratune.config.lora import ALL_LINEAR, LoraConfig
 from loratune.config.setting import Settings, flag_of, group_of, setting
 from loratune.config.source import read_settings
 from loratune.config.train import TrainConfig
+from loratune.config.words import read_word
 
-__all__ = ["ALL_LINEAR", "LoraConfig", "Settings", "TrainConfig", "flag_of", "group_of", "read_settings", "setting"]
+__all__ = [
+    "ALL_LINEAR",
+    "LoraConfig",
+    "Settings",
+    "TrainConfig",
+    "flag_of",
+    "group_of",
+    "read_settings",
+    "read_word",
+    "setting",
+]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.config.train import TrainConfig
+from loratune.config.words import WORDS
 from loratune.errors import ConfigError
 
 # The schema of YAML 1.2 where 1.1, which the parser implements, reads something else.
@@ -26,17 +27,19 @@ def read_settings(file: str | None, words: Sequence[str], flags: Mapping[str, An
     """One dictionary of settings by name; flags win over words, words over the file.
 
     Args:
-        words: `name=value`, the value written as in TOML; a bare word is a string.
+        words: `name=value`, the value written as in TOML, or bare as its flag takes it: `targets=q_proj,v_proj`.
 
     Raises:
-        ConfigError: the file is missing or malformed, a word has no `=`, or a source contradicts itself.
+        ConfigError: the file is missing or malformed, a word has no `=` or cannot be read, or a source contradicts
+            itself.
     """
     given: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"--set {word!r}: write name=value")
-        given[name.strip().replace("-", "_")] = _value(value.strip())
+        name = name.strip().replace("-", "_")
+        given[name] = _value(TrainConfig.aliases().get(name, name), value.strip())
     sources = (
         _from_file(Path(file)) if file else {},
         given,
@@ -94,7 +97,14 @@ def _mapping(path: Path, value: Any) -> dict[str, Any]:
     return value
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
+    value = _structured(text)
+    # A number is as bare as a word: `layers=3` names one layer.
+    is_bare = value == text or type(value) in (int, float)
+    return WORDS[name](text) if is_bare and name in WORDS else value
+
+
+def _structured(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:

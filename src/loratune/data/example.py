@@ -33,6 +33,8 @@ class Example:
         messages: each with `role` and `content` (strings), and what else the row said (`tool_calls`, `name`, …). An
             assistant message with `weight` 0 is context: it is never supervised.
         separator: stands between prompt and completion where no chat template separates them.
+        answered: whether the row has an answer; where it has none, all of it is the prompt of an answer to come.
+        id: what a row read as a prompt calls itself.
     """
 
     place: Place
@@ -43,6 +45,8 @@ class Example:
     completion: str = ""
     text: str = ""
     separator: str = ""
+    answered: bool = True
+    id: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loratune.data.example import Place
 from loratune.data.messages import kind
-from loratune.data.shapes import SHAPES, Problem, Row
+from loratune.data.shapes import SHAPES, Problem, Row, Shape
 from loratune.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -93,8 +93,10 @@ def read_jsonl(path: Path) -> tuple[list[Row], list[Problem]]:
     return rows, problems
 
 
-def read_json(path: Path) -> tuple[list[Row], list[Problem]]:
+def read_json(path: Path, shapes: Sequence[Shape] = SHAPES) -> tuple[list[Row], list[Problem]]:
     """An array of objects, an object that holds one such array, or one object a line under another name.
+
+    An object that has the columns of one of `shapes` is a row itself.
 
     Raises:
         DataError: the file as a whole is not valid JSON, or it is not clear where its rows are.
@@ -114,7 +116,7 @@ def read_json(path: Path) -> tuple[list[Row], list[Problem]]:
         return read_jsonl(path)
     if not isinstance(value, dict):
         raise DataError(f"{path}: is {kind(value)}, expected an array of objects", hint="write one object for each row")
-    if any(shape.fits(value) for shape in SHAPES):
+    if any(shape.fits(value) for shape in shapes):
         place = Place(path.name, 1)
         faults = strict.taken_faults()
         return ([] if faults else [(place, value)]), [(place, fault) for fault in faults]
@@ -230,6 +232,12 @@ def read_text(path: Path) -> tuple[list[Row], list[Problem]]:
             rows.append((Place(path.name, number - len(lines)), {"text": "\n".join(lines)}))
             lines = []
     return rows, []
+
+
+def read_lines(path: Path) -> tuple[list[Row], list[Problem]]:
+    """Lines that are not blank, each a `text` row."""
+    lines = _decoded(path).replace("\r\n", "\n").split("\n")
+    return [(Place(path.name, number), {"text": line}) for number, line in enumerate(lines, 1) if line.strip()], []
 
 
 def _decoded(path: Path) -> str:

@@ -3,6 +3,7 @@
 read("train.jsonl") → Corpus          files: .jsonl .ndjson .json .csv .tsv .parquet .txt
 read("owner/data-set")                the train split of a data set on the hub
 read([{"prompt": …, "completion": …}, …])
+read("questions.txt", answers=False)  rows to be answered, with or without the answer they expect
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from loratune.data.example import Corpus, Example, Place, hash_of
-from loratune.data.files import read_csv, read_json, read_jsonl, read_text
+from loratune.data.files import read_csv, read_json, read_jsonl, read_lines, read_text
 from loratune.data.messages import kind
-from loratune.data.shapes import Problem, Row, canonical_rows, convert, found_columns, recognise
+from loratune.data.prompts import PROMPT_SHAPES
+from loratune.data.shapes import SHAPES, Problem, Row, canonical_rows, convert, found_columns, recognise
 from loratune.errors import DataError, MissingExtraError, nearest
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Corpus", "Example", "Place", "read"]
 
+Reader = Callable[[Path], tuple[list[Row], list[Problem]]]
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
@@ -32,6 +36,7 @@ def read(
     data: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | datasets.Dataset | Corpus,
     *,
     columns: Mapping[str, str] | None = None,
+    answers: bool = True,
 ) -> Corpus:
     """The rows of `data` in canonical form.
 
@@ -41,21 +46,27 @@ def read(
 
     Args:
         columns: canonical name → name in the data, for example `{"prompt": "question", "completion": "answer"}`.
+        answers: whether rows must have an answer. Without, they are prompts (`loratune.data.prompts` has their
+            shapes): an answer at the end is what the row expects and never part of the prompt, a `text` is a prompt
+            as a whole, and a row of a plain text file is a line, because questions are written one under the other;
+            a prompt of several lines can be given as JSONL. A `Corpus` stays what it was read as.
 
     Raises:
-        DataError: nothing to read, or rows that cannot be trained on: all of them, each with its place and reason.
+        DataError: nothing to read, or rows that cannot be trained on or answered: all of them, each with its place and
+            reason.
         ConfigError: `columns` names something that does not exist.
     """
     if isinstance(data, Corpus):
         return data
-    source, rows, problems = _rows(data)
+    shapes, readers = (SHAPES, _READERS) if answers else (PROMPT_SHAPES, _PROMPT_READERS)
+    source, rows, problems = _rows(data, readers)
     if not rows and not problems:
         raise DataError(f"{source}: no rows", hint="give at least one row")
     columns = columns or {}
     if not rows:
         _refuse(problems)
     rows = canonical_rows(rows, columns)
-    shape, strangers = recognise(rows, columns)
+    shape, strangers = recognise(rows, columns, shapes)
     skip = {place for place, _ in strangers}
     examples, faults = convert(shape, rows, skip)
     problems = problems + strangers + faults
@@ -70,11 +81,11 @@ def _refuse(problems: Iterable[Problem]) -> NoReturn:
     raise DataError([f"{place}: {reason}" for place, reason in in_order], hint="correct or remove these rows")
 
 
-def _rows(data: object) -> tuple[str, list[Row], list[Problem]]:
+def _rows(data: object, readers: Mapping[str, Reader]) -> tuple[str, list[Row], list[Problem]]:
     if isinstance(data, str | os.PathLike):
         path = Path(data).expanduser()
         if _exists(path) or not _may_be_hub_id(str(data)):
-            return (str(path), *_file(path))
+            return (str(path), *_file(path, readers))
         return str(data), *_hub(str(data))
     if _is_dataset(data):
         return "rows", *_arrow(cast("datasets.Dataset", data), "rows")
@@ -93,7 +104,7 @@ def _rows(data: object) -> tuple[str, list[Row], list[Problem]]:
     return "rows", rows, problems
 
 
-def _file(path: Path) -> tuple[list[Row], list[Problem]]:
+def _file(path: Path, readers: Mapping[str, Reader]) -> tuple[list[Row], list[Problem]]:
     if not _exists(path):
         shown = str(path)[:200]
         raise DataError(f"{shown}: no such file{nearest(path.name, _names_in(path.parent))}", hint="check the path")
@@ -102,7 +113,7 @@ def _file(path: Path) -> tuple[list[Row], list[Problem]]:
         raise DataError(
             f"{path}: is a folder", hint=f"name a data file: {', '.join(found[:8]) or 'there is none in it'}"
         )
-    reader = _READERS.get(path.suffix.lower())
+    reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown file type {path.suffix!r}", hint=f"known types: {', '.join(_READERS)}")
     try:
@@ -208,7 +219,7 @@ def _libraries() -> tuple[Any, Any]:
     return datasets, pa
 
 
-_READERS: Mapping[str, Callable[[Path], tuple[list[Row], list[Problem]]]] = {
+_READERS: Mapping[str, Reader] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": read_json,
@@ -216,4 +227,9 @@ _READERS: Mapping[str, Callable[[Path], tuple[list[Row], list[Problem]]]] = {
     ".tsv": read_csv,
     ".parquet": _parquet,
     ".txt": read_text,
+}
+_PROMPT_READERS: Mapping[str, Reader] = {
+    **_READERS,
+    ".json": partial(read_json, shapes=PROMPT_SHAPES),
+    ".txt": read_lines,
 }

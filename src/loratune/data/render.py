@@ -101,8 +101,9 @@ def render_prompt(example: Example, tokenizer: Tokenizer) -> tuple[tuple[int, ..
     """What to generate from, and what the row answers.
 
     Returns:
-        The ids of everything before the last answer, with the header that asks for it, and that answer's text. A plain
-        text has no answer: it is cut after its first half, at most 32 tokens.
+        The ids of everything before the last answer, with the header that asks for it, and that answer's text. A row
+        read as a prompt that has no answer is sent whole, and the answer is empty. A text that is trained on has no
+        answer either: it is cut after its first half, at most 32 tokens, and the answer is how it goes on.
 
     Raises:
         DataError: the row has no such form for this tokenizer.

@@ -16,7 +16,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratune.data.example import Example, Place
@@ -49,7 +49,7 @@ def _messages(place: Place, row: Mapping[str, Any], problems: list[str]) -> Exam
     return Example(place, "chat", messages=messages, tools=tools(row.get("tools"), problems))
 
 
-def _prompt_completion(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
+def prompt_completion(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
     lists = [isinstance(row[name], list | tuple) for name in ("prompt", "completion")]
     if all(lists):
         # The prompt is what the row answers, also where it has earlier answers in it.
@@ -61,43 +61,48 @@ def _prompt_completion(place: Place, row: Mapping[str, Any], problems: list[str]
     if any(lists):
         problems.append("'prompt' and 'completion' must be both strings or both lists of messages")
         return Example(place, "pair")
-    return _pair(place, _text(row, "prompt", problems), _text(row, "completion", problems), "", problems)
+    return pair(place, text_of(row, "prompt", problems), text_of(row, "completion", problems), "", problems)
 
 
-def _instruction(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
-    parts = [_text(row, "instruction", problems)]
+def instruction_output(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
+    return pair(place, instruction_prompt(row, problems), text_of(row, "output", problems), "\n\n", problems)
+
+
+def instruction_prompt(row: Mapping[str, Any], problems: list[str]) -> str:
+    parts = [text_of(row, "instruction", problems)]
     if row.get("input") is not None:
-        parts.append(_text(row, "input", problems))
-    prompt = "\n\n".join(part for part in parts if part.strip())
-    return _pair(place, prompt, _text(row, "output", problems), "\n\n", problems)
+        parts.append(text_of(row, "input", problems))
+    return "\n\n".join(part for part in parts if part.strip())
 
 
-def _label(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
+def text_label(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
     label = row["label"]
     if not isinstance(label, str | int | float):
         problems.append(f"column 'label' is {kind(label)}, expected a string or a number")
         label = " "
     answer = label if isinstance(label, str) else json.dumps(label)
-    return _pair(place, _text(row, "text", problems), checked_text(answer, "label", problems), "\n", problems)
+    return pair(place, text_of(row, "text", problems), checked_text(answer, "label", problems), "\n", problems)
 
 
 def _plain(place: Place, row: Mapping[str, Any], problems: list[str]) -> Example:
-    text = _text(row, "text", problems)
+    text = text_of(row, "text", problems)
     if not problems and not text.strip():
         problems.append("column 'text' is empty")
     return Example(place, "text", text=text)
 
 
-def _pair(place: Place, prompt: str, completion: str, separator: str, problems: list[str]) -> Example:
+def pair(place: Place, prompt: str, completion: str | None, separator: str, problems: list[str]) -> Example:
+    """A question and its answer; `completion` is None where none is expected."""
     if not problems:
         if not prompt.strip():
             problems.append("row without a question: the prompt is empty")
-        if not completion.strip():
+        if completion is not None and not completion.strip():
             problems.append("row without an answer: the completion is empty")
-    return Example(place, "pair", prompt=prompt, completion=completion, separator=separator)
+    answered = completion is not None
+    return Example(place, "pair", prompt=prompt, completion=completion or "", separator=separator, answered=answered)
 
 
-def _text(row: Mapping[str, Any], column: str, problems: list[str]) -> str:
+def text_of(row: Mapping[str, Any], column: str, problems: list[str]) -> str:
     value = row[column]
     if isinstance(value, str):
         return checked_text(value, f"column {column!r}", problems)
@@ -109,9 +114,9 @@ def _text(row: Mapping[str, Any], column: str, problems: list[str]) -> str:
 SHAPES = (
     Shape("messages", ("messages",), ("tools",), _messages),
     Shape("conversations", ("conversations",), ("tools",), _messages),
-    Shape("prompt/completion", ("prompt", "completion"), ("tools",), _prompt_completion),
-    Shape("instruction/output", ("instruction", "output"), ("input",), _instruction),
-    Shape("text/label", ("text", "label"), (), _label),
+    Shape("prompt/completion", ("prompt", "completion"), ("tools",), prompt_completion),
+    Shape("instruction/output", ("instruction", "output"), ("input",), instruction_output),
+    Shape("text/label", ("text", "label"), (), text_label),
     Shape("text", ("text",), (), _plain),
 )
 CANONICAL = tuple(dict.fromkeys(column for shape in SHAPES for column in shape.columns))
@@ -153,7 +158,9 @@ def canonical_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]
     ]
 
 
-def recognise(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Shape, list[Problem]]:
+def recognise(
+    rows: Sequence[Row], columns: Mapping[str, str], shapes: Sequence[Shape] = SHAPES
+) -> tuple[Shape, list[Problem]]:
     """The shape of most rows, and a problem for each row of another one.
 
     Args:
@@ -163,7 +170,7 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Shape, l
     Raises:
         DataError: no row has a known shape.
     """
-    preferred = sorted(SHAPES, key=lambda shape: not set(columns) <= set(shape.columns))
+    preferred = sorted(shapes, key=lambda shape: not set(columns) <= set(shape.columns))
     known: dict[frozenset[str], Shape | None] = {}
     each: list[Shape | None] = []
     for _, row in rows:
@@ -173,9 +180,9 @@ def recognise(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[Shape, l
         each.append(known[names])
     counts = Counter(shape.name for shape in each if shape)
     if not counts:
-        raise _unknown(found_columns(rows), rows[0][0].file)
+        raise _unknown(found_columns(rows), rows[0][0].file, shapes)
     name = counts.most_common(1)[0][0]
-    shape = next(shape for shape in SHAPES if shape.name == name)
+    shape = next(shape for shape in shapes if shape.name == name)
     pairs = zip(rows, each, strict=True)
     return shape, [(place, _stranger(row, shape, other)) for (place, row), other in pairs if other is not shape]
 
@@ -188,9 +195,18 @@ def convert(shape: Shape, rows: Sequence[Row], skip: set[Place]) -> tuple[list[E
         if place in skip:
             continue
         faults: list[str] = []
-        examples.append(shape.convert(place, row, faults))
+        example = shape.convert(place, row, faults)
+        if "id" in shape.columns:
+            example = replace(example, id=_id(row.get("id"), faults))
+        examples.append(example)
         problems += [(place, fault) for fault in faults]
     return examples, problems
+
+
+def _id(value: object, problems: list[str]) -> str | int | None:
+    if isinstance(value, str):
+        return checked_text(value, "column 'id'", problems)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def found_columns(rows: Iterable[Row]) -> tuple[str, ...]:
@@ -207,14 +223,14 @@ def _stranger(row: Mapping[str, Any], shape: Shape, other: Shape | None) -> str:
     return f"is {other.name}, the other rows are {shape.name}: it also has {_listed(extra)}"
 
 
-def _unknown(found: Sequence[str], file: str) -> DataError:
-    known = "; ".join(" + ".join(shape.required) for shape in SHAPES)
+def _unknown(found: Sequence[str], file: str, shapes: Sequence[Shape]) -> DataError:
+    known = "; ".join(" + ".join(shape.required) for shape in shapes)
     problem = f"{file}: no known shape has the columns {_listed(found)}; known shapes: {known}"
-    mapping = suggestion(found)
+    mapping = suggestion(found, shapes)
     return DataError(problem, hint=f"name them: --columns {mapping}")
 
 
-def suggestion(found: Sequence[str]) -> str:
+def suggestion(found: Sequence[str], shapes: Sequence[Shape] = SHAPES) -> str:
     """The mapping that the column names suggest, as `prompt=question,completion=answer`."""
     lower = {name.lower(): name for name in reversed(found)}
     guess: dict[str, str] = {}
@@ -223,10 +239,10 @@ def suggestion(found: Sequence[str]) -> str:
         close = [lower[name] for name in names if name in lower]
         close = close or difflib.get_close_matches(canonical, found, n=1, cutoff=0.75)
         guess |= {canonical: close[0]} if close and close[0] not in guess.values() else {}
-    for shape in SHAPES:
+    for shape in shapes:
         if shape.fits(guess):
             return ",".join(f"{name}={guess[name]}" for name in shape.required if guess[name] != name) or "prompt=…"
-    return "prompt=…,completion=…"
+    return "prompt=…,completion=…" if shapes is SHAPES else "prompt=…"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -47,8 +47,10 @@ class ChatTemplate:
         """The row's text and its supervised answers.
 
         Raises:
-            TemplateFault: the template refuses the row, or its answers cannot be told apart.
+            TemplateFault: the template refuses the row, its answers cannot be told apart, or it has none.
         """
+        if not example.answered:
+            raise _unanswered()
         if example.kind == "text":
             return Spanned(example.text, ((0, len(example.text)),), chat=False, everything=True)
         if not self.exists and example.kind == "pair":
@@ -73,9 +75,12 @@ class ChatTemplate:
     def prompt(self, example: Example) -> tuple[str, str]:
         """What stands before the last answer, with the header that asks for it, and that answer.
 
-        An answer that is only tool calls is given as the template writes it, with its end-of-turn token.
+        An answer that is only tool calls is given as the template writes it, with its end-of-turn token. A row without
+        an answer is all prompt, and the answer is empty.
         """
         messages = self.messages(example)
+        if not example.answered:
+            return self.render(messages, example, ask=True), ""
         last = _targets(messages)[-1]
         before = self.render(messages[:last], example, ask=True)
         answer = str(messages[last]["content"])
@@ -91,10 +96,9 @@ class ChatTemplate:
                 everywhere=True,
             )
         if example.kind == "pair":
-            return [
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.completion},
-            ]
+            question = {"role": "user", "content": example.prompt}
+            answer = {"role": "assistant", "content": example.completion}
+            return [question, answer] if example.answered else [question]
         return [dict(message) for message in example.messages]
 
     def render(self, messages: Messages, example: Example, *, ask: bool = False) -> str:
@@ -168,8 +172,12 @@ class ChatTemplate:
 def _targets(messages: Messages) -> list[int]:
     found = answers(messages)
     if not found:
-        raise TemplateFault("row without an answer", "remove the row: it teaches nothing", everywhere=False)
+        raise _unanswered()
     return found
+
+
+def _unanswered() -> TemplateFault:
+    return TemplateFault("row without an answer", "remove the row: it teaches nothing", everywhere=False)
 
 
 def _said(messages: Messages) -> Messages:

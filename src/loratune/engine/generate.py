@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.errors import DataError
-from loratune.model import context_of
+from loratune.model import context_of, evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +58,9 @@ def generate(
     _refuse_full(prompts, context)
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
-    training = model.training
-    model.eval()
     answers: dict[int, Answer] = {}
     generation: Any = model.generate
-    try:
+    with evaluating(model):
         for group in _by_length(prompts, batch_size):
             width = max(len(prompts[i]) for i in group)
             most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
@@ -79,8 +77,6 @@ def generate(
                 answers[i] = _answer(row, stop_ids, tokenizer)
             if done is not None:
                 done(len(group))
-    finally:
-        model.train(training)
     return [answers[i] for i in range(len(prompts))]
 
 

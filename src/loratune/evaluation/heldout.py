@@ -13,6 +13,7 @@ from loratune.data.batch import Batch, make_batch, needed
 from loratune.data.pack import micro_batches
 from loratune.data.render import Rendered
 from loratune.loss import summed_loss
+from loratune.model import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,7 @@ def held_out_batches(rows: Sequence[Rendered], *, packed: bool, limit: int, pad_
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> HeldOut:
     """Mean loss over the supervised tokens of all batches, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         total = sum(float(summed_loss(model, batch.to(device))) for batch in batches)
-    finally:
-        model.train(training)
     count = sum(batch.supervised for batch in batches)
     return HeldOut(total / count, count, sum(batch.examples for batch in batches))

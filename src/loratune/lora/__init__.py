@@ -3,7 +3,7 @@
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, lora_parameters, scale_of
 from loratune.lora.init import generator_for, initial_factors
-from loratune.lora.layer import AdapterState, LoraLayer, adapt_in_place, patched_forward, release
+from loratune.lora.layer import AdapterState, LoraLayer, adapt_in_place, adapter_prefixes, patched_forward, release
 
 __all__ = [
     "AdapterState",
@@ -11,6 +11,7 @@ __all__ = [
     "LowRank",
     "TokenCounter",
     "adapt_in_place",
+    "adapter_prefixes",
     "generator_for",
     "initial_factors",
     "lora_parameters",

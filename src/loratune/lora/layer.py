@@ -93,6 +93,11 @@ def release(layer: LoraLayer) -> None:
     _rebind(layer)
 
 
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """The prefixes of names in `state_dict` under which adapters' tensors stand; a base may use the word itself."""
+    return tuple(f"{path}.lora." if path else "lora." for path, m in model.named_modules() if isinstance(m, LoraLayer))
+
+
 def patched_forward(module: nn.Module) -> bool:
     """Whether a replaced `forward` would hide the adapter. accelerate's hooks are known: `_rebind` follows them."""
     held = vars(module).get("_old_forward", vars(module).get("forward"))

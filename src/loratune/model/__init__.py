@@ -24,17 +24,20 @@ from loratune.model.load import (
     stop_ids,
     tokenizer_hashes,
 )
+from loratune.model.modes import adapter_training, evaluating
 from loratune.model.recompute import recompute_activations
 from loratune.model.save import save_plain
 from loratune.model.tiny import tiny_model
 
 __all__ = [
     "Base",
+    "adapter_training",
     "available_memory",
     "base_of",
     "context_of",
     "device_name",
     "empty_model",
+    "evaluating",
     "find_base",
     "fingerprint",
     "given_back",

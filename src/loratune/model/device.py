@@ -13,6 +13,8 @@ import torch
 
 from loratune.errors import ConfigError
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True, slots=True)
 class Precision:
@@ -36,8 +38,10 @@ def pick_device(wanted: str | None) -> torch.device:
 
 def pick_dtype(wanted: str, device: torch.device) -> Precision:
     """bf16 where the hardware multiplies it fast, else fp32."""
+    if wanted in _DTYPES:
+        return Precision(_DTYPES[wanted], "given")
     if wanted != "auto":
-        return Precision(torch.bfloat16 if wanted == "bf16" else torch.float32, "given")
+        raise ConfigError(f"dtype={wanted!r}: not one of auto, bf16, fp32")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

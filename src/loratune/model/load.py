@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune.errors import MissingExtraError, ModelError
+from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import new_folder
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
@@ -64,10 +64,23 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> B
 def find_base(model: Any, tokenizer: Any = None, *, dtype: str = "auto", device: str | None = None) -> Base:
     """The base that `model` names, or is."""
     if isinstance(model, PreTrainedModel):
+        _refuse_moving(model, dtype, device)
         return base_of(model, tokenizer)
     if not isinstance(model, str | os.PathLike):
         raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
     return load_base(os.fspath(model), dtype=dtype, device=device)
+
+
+def _refuse_moving(model: PreTrainedModel, dtype: str, device: str | None) -> None:
+    """A loaded model is somebody's: it is neither moved nor cast, and told to be elsewhere it is refused."""
+    problems = []
+    where = next(model.parameters()).device
+    if device is not None and pick_device(device) != where and device != where.type:
+        problems.append(f"device={device!r}: the loaded model is on {where}")
+    if dtype != "auto" and pick_dtype(dtype, where).dtype != model.dtype:
+        problems.append(f"dtype={dtype!r}: the loaded model is in {str(model.dtype).removeprefix('torch.')}")
+    if problems:
+        raise ConfigError(problems, hint="move or cast it before, or leave the setting out")
 
 
 def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
@@ -229,4 +242,6 @@ def _as_model_error(name: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What a library says, on one line: it often needs a second line to say which name it missed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:400] or type(error).__name__

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from loratune.files import new_folder
 from loratune.model.quiet import quietly
 
 
-def save_plain(model: Any, tokenizer: Any, path: Path) -> None:
-    """Write weights without any adapter, config and tokenizer; the folder appears complete or not at all."""
-    plain = {name: tensor for name, tensor in model.state_dict().items() if ".lora." not in name}
+def save_plain(model: Any, state: dict[str, Tensor], tokenizer: Any, path: Path) -> None:
+    """Write `state`, the model's config and the tokenizer; the folder appears complete or not at all."""
     with quietly(), new_folder(path) as folder:
-        model.save_pretrained(folder, state_dict=plain)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)

@@ -27,14 +27,15 @@ def generate(
     batch_size: int = 16,
     done: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The model's answer to each example's prompt, beside the answer the data has."""
+    """The model's answer to each example's prompt, beside the answer the data has (None where it has none)."""
     prompts, references = _prompts(opened, examples)
     answers = _answers(opened, prompts, sampling, batch_size, done)
     return [
-        {
+        ({} if example.id is None else {"id": example.id})
+        | {
             "place": str(example.place),
             "prompt": opened.base.tokenizer.decode(list(prompt)),
-            "reference": reference,
+            "reference": reference if example.answered else None,
             "output": answer.text,
             "stopped": answer.stopped,
             "tokens": len(answer.ids),

@@ -24,8 +24,10 @@ def doctor() -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = tiny_model()
+        move: Any = model.to
+        move(device)
         out = str(Path(folder) / "run")
-        run = train(model, _ROWS, tokenizer=tokenizer, out=out, max_steps=4, lr=1e-2, samples=0, device="cpu")
+        run = train(model, _ROWS, tokenizer=tokenizer, out=out, max_steps=4, lr=1e-2, samples=0)
     return {
         "versions": versions(),
         "device": device_name(device),

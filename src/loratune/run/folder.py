@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import RunFolderError
-from loratune.files import append_line, write_bytes, write_json
+from loratune.files import append_line, locked, write_bytes, write_json
 
 RECORD, METRICS, SAMPLES, CHECKPOINTS = "record.json", "metrics.jsonl", "samples.jsonl", "checkpoints"
+LOCK = ".lock"
 
 _ADJECTIVES = (
     "amber",
@@ -61,12 +64,28 @@ class RunFolder:
     def add_metrics(self, values: dict[str, Any]) -> None:
         append_line(self.path / METRICS, json.dumps(values, allow_nan=False))
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop what an interrupted run logged after the checkpoint that it continues from."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside the block this process alone writes here, and a disk that refuses is a `RunFolderError`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locked(self.path / LOCK):
+                yield
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{self.path}: another process trains in it", hint="wait, or use another --out"
+            ) from None
+        except OSError as error:
+            where, why = error.filename or self.path, error.strerror or error
+            hint = "free some space or choose another folder with --out"
+            raise RunFolderError(f"{where} cannot be written: {why}", hint=hint) from error
+
+    def keep_metrics(self, first: int, last: int) -> None:
+        """Keep the lines of steps `first` to `last`: what an interrupted run logged after its checkpoint goes."""
         path = self.path / METRICS
         if not path.is_file():
             return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if first <= _step_of(line) <= last]
         write_bytes(path, "".join(line + "\n" for line in kept).encode())
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
@@ -101,7 +120,7 @@ def refuse_foreign(folder: RunFolder) -> dict[str, Any] | None:
     if folder.path.exists() and not folder.path.is_dir():
         raise RunFolderError(f"{folder.path} is a file", hint="name a folder with --out")
     record = folder.record()
-    if record is None and folder.path.is_dir() and any(folder.path.iterdir()):
+    if record is None and folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir()):
         raise RunFolderError(f"{folder.path} holds other files and no run", hint="name another folder with --out")
     return record
 

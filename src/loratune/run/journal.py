@@ -49,8 +49,9 @@ class Journal:
         self._pass_on(event)
 
     def base_loss(self, loss: float) -> None:
-        """The held-out loss of the base, which is validation 0."""
+        """The held-out loss of the base, which is validation 0; recorded at once, since it is measured only once."""
         self.hear(Validated(0, loss))
+        self.folder.write_record(self.record)
 
     def take(self, topic: str, found: Sequence[Check]) -> None:
         """Note checks and say them; raises `CheckError` if one failed."""

@@ -11,7 +11,7 @@ from loratune.data.render import Rendered
 from loratune.errors import AdapterStateError, RunFolderError
 from loratune.model import save_plain
 from loratune.run.opened import Opened
-from loratune.training.checks import eval_logits, merged_is_adapter, require
+from loratune.training.checks import merged_is_adapter, require
 
 # Text to compare both models on where no held-out rows are at hand.
 _PROBE = "The quick brown fox explains, step by step, how a bridge carries its load, and what it costs to build one."
@@ -32,13 +32,11 @@ def merge(opened: Opened, out: str) -> dict[str, Any]:
         raise AdapterStateError(f"{opened.base.name} has no adapter to merge", hint="name a run or an adapter folder")
     model = opened.base.model
     batch = _probe(opened)
-    with opened.lora.disabled():
-        base_logits = eval_logits(model, batch)
-    check = merged_is_adapter(model, opened.lora, batch, base_logits)
-    require([check])
+    check = merged_is_adapter(model, opened.lora, batch)
+    require([check], hint="nothing was written; --dtype fp32 merges with less rounding")
     opened.lora.merge()
     try:
-        save_plain(model, opened.base.tokenizer, target)
+        save_plain(model, opened.lora.base_state(), opened.base.tokenizer, target)
     finally:
         opened.lora.unmerge()
     return {"out": str(target), "dtype": str(model.dtype).removeprefix("torch."), "verified": check.detail}

@@ -32,10 +32,11 @@ class Proof:
     def before(self, lora: Adapters) -> list[Check]:
         """Checks on the freshly attached adapter, which is left as it was."""
         decisions = self.setup.decisions
-        found = [
-            checks.step0_is_base(self.model, self.probe, self.base_logits),
-            checks.gradients_only_in_adapter(self.model, lora, self.probe),
-        ]
+        found = []
+        # With both factors random the adapter changes the model from the start, as was asked for.
+        if decisions["init_lora_weights"] is not False:
+            found.append(checks.step0_is_base(self.model, self.probe, self.base_logits))
+        found.append(checks.gradients_only_in_adapter(self.model, lora, self.probe))
         if decisions["loss"] != "all":
             stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
             found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
@@ -58,15 +59,10 @@ class Proof:
             checks.reload_is_live(self.model, lora, self.probe),
         ]
         if self.setup.decisions["checks"] == "full":
-            found.append(checks.merged_is_adapter(self.model, lora, self.probe, self.base_logits))
-        expected = self.setup.base.fingerprint
-        found.append(
-            checks.off_is_base(self.model, lora, self.probe, self.base_logits, expected, self._base_fingerprint)
-        )
+            found.append(checks.merged_is_adapter(self.model, lora, self.probe))
+        expected, now = self.setup.base.fingerprint, fingerprint(lora.base_parameters())
+        found.append(checks.off_is_base(self.model, lora, self.probe, self.base_logits, expected, now))
         return found
-
-    def _base_fingerprint(self) -> str:
-        return fingerprint((name, p) for name, p in self.model.named_parameters() if ".lora." not in name)
 
     def _probe_rows(self) -> list[Rendered]:
         """A few rows with at most about 512 tokens, held-out ones where there are some."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,9 @@ import torch
 from loratune.adapt import Adapters, attach
 from loratune.config import TrainConfig
 from loratune.data.pack import Order
-from loratune.errors import LoratuneError, RunInterrupted
+from loratune.errors import ConfigError, DivergedError, LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_batches, held_out_loss
-from loratune.model import find_base, given_back, recompute_activations
+from loratune.model import adapter_training, find_base, given_back, recompute_activations
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
 from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
@@ -63,6 +65,8 @@ def train(
     """
     config = TrainConfig(**settings)
     check_trackers(config.log_with)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes cannot train one adapter yet", hint="start one process")
     with given_back(model), memory_errors():
         return _run(model, data, tokenizer, config, listen)
 
@@ -83,6 +87,12 @@ def _run(model: Any, data: Any, tokenizer: Any, config: TrainConfig, listen: Run
         if before["state"] == "finished":
             journal.say("saved", f"{folder.path} is finished already; nothing was done")
             return Run(folder.path, before)
+    with folder.writing():
+        return _recorded(setup, folder, journal, before)
+
+
+def _recorded(setup: Setup, folder: RunFolder, journal: Journal, before: dict[str, Any] | None) -> Run:
+    """Train; whatever happens, the record says how it ended."""
     journal.open(before)
     try:
         with memory_errors():
@@ -93,7 +103,7 @@ def _run(model: Any, data: Any, tokenizer: Any, config: TrainConfig, listen: Run
     except BaseException as error:
         journal.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
         raise
-    return Run(folder.path, record)
+    return Run(folder.path, journal.record)
 
 
 def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -> None:
@@ -129,13 +139,17 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     evaluate = _evaluation(setup)
     if evaluate is not None and "base_val_loss" not in journal.record["result"]:
         with lora.disabled():
-            journal.base_loss(evaluate())
+            base_loss = evaluate()
+        if not math.isfinite(base_loss):
+            raise DivergedError(f"the base's held-out loss is {base_loss:g}", hint="try --dtype fp32")
+        journal.base_loss(base_loss)
 
     def save(at: Progress) -> None:
         save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"])
 
     journal.begin(progress.step, steps)
-    setup.model.train()
+    if adapter_training(setup.model) and not resume:
+        journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
     with stop_signals() as stop:
         hooks = Hooks(journal.hear, evaluate, save, stop.is_set)
         Loop(setup.model, lora, _work(setup), optimizer, schedule, accelerator, progress, hooks).run()
@@ -158,7 +172,9 @@ def _start(
     checkpoint, damaged = latest_checkpoint(folder.checkpoints) if resume else (None, [])
     for text in damaged:
         journal.hear(Noticed(0, "checkpoint", text))
-    folder.keep_metrics_until(checkpoint.step if checkpoint else 0)
+    # Without a base loss in the record step 0 is validated again, so its line goes too.
+    first = 0 if "base_val_loss" in journal.record["result"] else 1
+    folder.keep_metrics(first, checkpoint.step if checkpoint else 0)
     if checkpoint is None:
         return Progress(0, setup.decisions["micro_batch_tokens"])
     journal.hear(Noticed(checkpoint.step, "resumed", f"continued after step {checkpoint.step}"))
@@ -180,6 +196,7 @@ def _work(setup: Setup) -> Work:
         eval_every=decisions.values.get("eval_every"),
         save_every=decisions["save_every"],
         patience=decisions["early_stop"],
+        device=setup.base.device,
     )
 
 

@@ -73,7 +73,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in reversed(_all(folder)):
         try:
             return _read(path), damaged
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             damaged.append(f"{path.name} is damaged ({error})")
     return None, damaged
 

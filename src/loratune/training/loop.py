@@ -40,6 +40,7 @@ class Work:
     eval_every: int | None
     save_every: int | None
     patience: int
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -131,7 +132,7 @@ class Loop:
                 supervised_tokens=sum(sum(row.supervised) for row in rows),
                 examples=len(rows),
                 step_seconds=time.perf_counter() - started,
-                peak_memory_bytes=peak_memory(self.accelerator.device),
+                peak_memory_bytes=peak_memory(self.work.device),
             )
         )
 
@@ -183,7 +184,7 @@ class Loop:
 
     def _gradients(self, rows: Sequence[Rendered]) -> tuple[float, int]:
         """Accumulate the gradients of one step; returns its loss and the tokens that went through the model."""
-        work, step, device = self.work, self.progress.step, self.accelerator.device
+        work, step, device = self.work, self.progress.step, self.work.device
         supervised = sum(sum(row.supervised) for row in rows)
         starts = offsets(rows)
         total = torch.zeros((), device=device)
