@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import loratune as lt
-from loratune.errors import AdapterStateError, TargetError
+from loratune.errors import AdapterStateError, ConfigError, TargetError
 from tests.adapt.model import CONFIG, IDS, attached, bits, net, picture
 from tests.models import tiny
 
@@ -332,3 +332,46 @@ def test_training_mode_follows_the_module() -> None:
     assert not torch.equal(model(IDS), model(IDS))
     handle.add(CONFIG, "second")
     assert all(low_rank.training for low_rank in handle.factors("second").values())
+
+
+class _HasLora(nn.Module):
+    """A base with a module of its own called `lora`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora = nn.Linear(4, 4)
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.proj(self.lora(x))
+        return out
+
+
+def test_a_base_may_use_the_word_itself() -> None:
+    """Adapters' tensors are found by where they stand, not by their name."""
+    model = _HasLora()
+    keys = set(model.state_dict())
+    lora = lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear"))
+    assert {target.path for target in lora.plan().targets} == {"lora", "proj"}
+    assert set(lora.base_state()) == keys
+    assert lora.plan().base_parameters == 40
+    assert sum(parameter.numel() for _, parameter in lora.base_parameters()) == 40
+
+
+def test_a_target_whose_place_is_taken_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].lora = nn.Identity()
+    with pytest.raises(TargetError, match="called 'lora'"):
+        lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear"))
+
+
+def test_second_detach_and_foreign_arguments_are_typed_errors() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora = lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(AdapterStateError, match="already"):
+        lt.attach(model[0], lt.LoraConfig(r=2, target_modules="all-linear"))
+    lora.detach()
+    with pytest.raises(AdapterStateError, match="detached"):
+        lora.detach()
+    with pytest.raises(ConfigError, match="dict"):
+        lt.attach(model, {"r": 2})

@@ -244,3 +244,15 @@ def test_method_and_its_contradiction(chosen: Chosen, cli: Cli) -> None:
     said = cli("train", "model", "data", "--method", "rslora", "--no-rslora")
     assert said.code == 2
     assert "use_rslora=False contradicts method='rslora'" in said.err
+
+
+@pytest.mark.parametrize("default", ["full", "auto", "assistant", "error", "all-linear", "cosine", "adamw"])
+def test_help_says_word_defaults(default: str, cli: Cli) -> None:
+    """Square brackets would be read as markup and vanish."""
+    assert f"(default {default})" in re.sub(r"[\s│]+", " ", cli("train", "--help").out)
+
+
+def test_mistyped_dtype_of_a_merge_is_refused(cli: Cli, tmp_path: Path) -> None:
+    said = cli("merge", "run", "--out", str(tmp_path / "out"), "--dtype", "bff16")
+    assert said.code == 2
+    assert "bff16" in said.err

@@ -52,7 +52,8 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.path / RECORD} cannot be read: {error}") from None
+            hint = "name another folder with --out"
+            raise RunFolderError(f"{self.path / RECORD} cannot be read: {error}", hint=hint) from None
         if not isinstance(record, dict) or "identity" not in record:
             raise RunFolderError(f"{self.path / RECORD} is no record of a run")
         return record
