@@ -32,7 +32,7 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
         'lora = lt.attach(model, "path/to/this/folder")',
         "```",
         "",
-        "The folder is in PEFT's format: `peft`, `transformers` and vLLM read it as it is.",
+        "The folder is in PEFT's format; `peft` reads it as it is.",
         "",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n" + "\n".join(lines)

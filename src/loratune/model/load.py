@@ -103,14 +103,15 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 def load_tokenizer(name: str) -> Any:
     folder, _ = _folder_of(name)
     with quietly(), _as_model_error(name):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def empty_model(name: str) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: nothing but its config is read."""
     folder, _ = _folder_of(name)
     with quietly(), _as_model_error(name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -133,7 +134,9 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _load(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     # The stubs of transformers do not know that output_loading_info makes it return a pair.
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(folder, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    model, info = load(
+        folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+    )
     return model, info
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +30,7 @@ class Journal:
         """Write the record of a run that starts, or goes on from `before`."""
         if before is not None:
             self.record.update(created=before["created"], events=before["events"], result=before["result"])
+            self._go_on_from(before.get("measured", {}))
         self.folder.write_record(self.record)
 
     def say(self, topic: str, text: str) -> None:
@@ -60,7 +61,7 @@ class Journal:
         require(found)
 
     def measured(self) -> dict[str, Any]:
-        """Totals of the steps heard, in this process."""
+        """Totals of the steps heard, with those of the processes before that could still write them down."""
         return {
             "seconds": round(self._seconds, 2),
             "peak_memory_bytes": self._peak,
@@ -74,6 +75,11 @@ class Journal:
             self.record["error"] = error
         self.folder.write_record(self.record)
         write_report(self.folder.path)
+
+    def _go_on_from(self, measured: Mapping[str, Any]) -> None:
+        self._seconds = float(measured.get("seconds", 0.0))
+        self._tokens = round(measured.get("tokens_per_second", 0.0) * self._seconds)
+        self._peak = int(measured.get("peak_memory_bytes", 0))
 
     def _note_result(self, event: StepDone | Validated) -> None:
         result = self.record["result"]

@@ -180,7 +180,11 @@ def _start(
     journal.hear(Noticed(checkpoint.step, "resumed", f"continued after step {checkpoint.step}"))
     progress = restore(checkpoint, lora, optimizer)
     # What memory forced stays; a smaller micro-batch may have been asked for since.
-    progress.micro_batch_tokens = min(progress.micro_batch_tokens, setup.decisions["micro_batch_tokens"])
+    limit = min(progress.micro_batch_tokens, setup.decisions["micro_batch_tokens"])
+    if limit != progress.micro_batch_tokens:
+        text = f"{limit} tokens at once instead of {progress.micro_batch_tokens}: equal within rounding, not in bits"
+        journal.hear(Noticed(checkpoint.step, "micro-batch", text))
+    progress.micro_batch_tokens = limit
     return progress
 
 
@@ -218,8 +222,7 @@ def _save(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, pro
         record["result"]["val_loss"] = progress.best_val
     record["adapter"]["effective_rank"] = effective_ranks(lora)
     lora.save(folder.path, tokenizer=setup.base.tokenizer, about=_about(record["result"]))
-    if decisions["samples"]:
-        folder.write_samples(take_samples(setup, lora))
+    folder.write_samples(take_samples(setup, lora) if decisions["samples"] else [])
     journal.close("finished")
     journal.say("saved", f"{folder.path}    next: loratune chat {folder.path} --vs base")
 
