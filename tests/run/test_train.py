@@ -143,7 +143,7 @@ def test_samples_of_base_and_tuned(quick: Quick, tmp_path: Path) -> None:
 
 def test_no_samples_no_checks_no_validation(quick: Quick, tmp_path: Path) -> None:
     run = quick(tmp_path / "run", samples=0, checks="off", val=0)
-    assert not (run.path / "samples.jsonl").exists()
+    assert lines_of(run.path / "samples.jsonl") == []
     assert run.record["checks"] == []
     assert all("val_loss" not in line for line in lines_of(run.path / "metrics.jsonl"))
     assert run.record["data"]["val"] == 0
