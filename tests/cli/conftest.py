@@ -72,4 +72,4 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     import loratune.run  # noqa: F401 - what is patched must be there
 
     monkeypatch.setattr("loratune.run.journal.write_report", lambda folder: folder)
-    monkeypatch.setattr("loratune.run.setup.matmul_rate", lambda *_: 1e11)
+    monkeypatch.setattr("loratune.run.setup.forward_rate", lambda *_: 1e4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +13,14 @@ import loratune as lt
 from loratune.adapt import TargetPlan
 from loratune.adapt.plan import Target
 from loratune.data.batch import make_batch
-from loratune.estimation import Shape, activation_bytes_per_token, estimate_memory, matmul_rate, step_flops
+from loratune.estimation import (
+    Shape,
+    activation_bytes_per_token,
+    estimate_memory,
+    forward_rate,
+    matmul_rate,
+    step_flops,
+)
 from loratune.loss import summed_loss
 from loratune.model import use_packed_attention
 from tests.models import PAD, rows_of, tiny
@@ -90,3 +99,22 @@ def test_flops_against_a_counted_step() -> None:
 
 def test_rate_is_a_plausible_number() -> None:
     assert 1e6 < matmul_rate(torch.device("cpu"), torch.float32, width=64) < 1e16
+
+
+def test_forward_rate_counts_the_tokens_it_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass is told to take a second; the first one, which warms up, a hundred."""
+    from tests.models import tiny
+
+    sent: list[int] = []
+    took = iter([100.0, 1.0, 2.0])
+
+    def pretend(model: Any, ids: torch.Tensor) -> float:
+        assert not model.training
+        sent.append(ids.shape[1])
+        return next(took)
+
+    monkeypatch.setattr("loratune.estimation.speed._forward_seconds", pretend)
+    model = tiny("llama").train()
+    assert forward_rate(model, tokens=64) == 64.0
+    assert sent == [64, 64, 64]
+    assert model.training

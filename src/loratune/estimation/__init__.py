@@ -7,14 +7,16 @@ from loratune.estimation.memory import (
     estimate_memory,
     step_flops,
 )
-from loratune.estimation.speed import STEP_SHARE, matmul_rate
+from loratune.estimation.speed import RECOMPUTED_FORWARDS, STEP_FORWARDS, forward_rate, matmul_rate
 
 __all__ = [
-    "STEP_SHARE",
+    "RECOMPUTED_FORWARDS",
+    "STEP_FORWARDS",
     "MemoryEstimate",
     "Shape",
     "activation_bytes_per_token",
     "estimate_memory",
+    "forward_rate",
     "matmul_rate",
     "step_flops",
 ]

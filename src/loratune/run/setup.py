@@ -10,13 +10,13 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import needed
 from loratune.errors import ConfigError
 from loratune.estimation import (
-    STEP_SHARE,
+    RECOMPUTED_FORWARDS,
+    STEP_FORWARDS,
     MemoryEstimate,
     Shape,
     activation_bytes_per_token,
     estimate_memory,
-    matmul_rate,
-    step_flops,
+    forward_rate,
 )
 from loratune.model import Base, available_memory, context_of, total_memory, why_not_packed
 from loratune.run.decide import Decisions, decide_training, lora_config
@@ -64,7 +64,7 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     _decide_packing(base.model, decisions)
     memory = _decide_memory(base, decisions, prepared, targets, shape)
     _decide_rhythm(decisions, prepared)
-    seconds = _seconds(base, decisions, prepared, targets, shape)
+    seconds = _seconds(base, decisions, prepared)
     return Setup(base, prepared, decisions, lora, targets, memory, seconds)
 
 
@@ -148,9 +148,8 @@ def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
     decisions.decide("save_every", max(10, steps // 4), f"four times in {steps} steps, not more often than every 10")
 
 
-def _seconds(base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape) -> float:
-    share = decisions["max_steps"] * decisions["batch_size"] / len(prepared.rows)
-    tokens = int(prepared.fit.tokens * share)
-    scored = int(prepared.fit.supervised_tokens * share)
-    flops = step_flops(targets, shape, tokens, scored, recompute=decisions["recompute"] == "on")
-    return flops / (matmul_rate(base.device, base.precision.dtype) * STEP_SHARE)
+def _seconds(base: Base, decisions: Decisions, prepared: Prepared) -> float:
+    """How long the steps will take, from how long the base's own forward pass takes here and now."""
+    tokens = prepared.fit.tokens * decisions["max_steps"] * decisions["batch_size"] / len(prepared.rows)
+    forwards = RECOMPUTED_FORWARDS if decisions["recompute"] == "on" else STEP_FORWARDS
+    return float(tokens * forwards / forward_rate(base.model))
