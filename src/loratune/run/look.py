@@ -14,7 +14,7 @@ from loratune.estimation import Shape, estimate_memory, step_flops
 from loratune.model import context_of, empty_model, load_tokenizer
 from loratune.run.decide import Decisions, describe, lora_config
 from loratune.run.prepare import Prepared, data_line, prepare
-from loratune.run.record import adapter_facts, places
+from loratune.run.record import adapter_facts, data_facts
 from loratune.run.setup import decide_adapter
 
 _ITEMSIZE = {"auto": 2, "bf16": 2, "fp32": 4}
@@ -27,17 +27,8 @@ def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any)
     prepared = prepare(data, decisions, tokenizer, context_of(empty_model(model)))
     return {
         "line": data_line(prepared),
-        "source": prepared.corpus.source,
-        "sha256": prepared.corpus.sha256,
-        "shape": prepared.corpus.shape,
-        "rows": len(prepared.corpus),
-        "train": len(prepared.rows),
-        "val": len(prepared.val.rows) if prepared.val else 0,
+        **data_facts(prepared),
         "ignored_columns": list(prepared.corpus.ignored_columns),
-        "duplicates": [[str(a), str(b)] for a, b in prepared.split.duplicates],
-        "truncated": places(prepared.train.truncated),
-        "dropped": places(prepared.train.dropped),
-        "fit": asdict(prepared.fit),
         "masks": [{"place": str(row.place), "pieces": show_mask(row, tokenizer)} for row in prepared.rows[:show_masks]],
     }
 

@@ -6,7 +6,7 @@ import datetime as dt
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from loratune.adapt import Adapters, TargetPlan, by_kind
 from loratune.adapter import effective_rank
-from loratune.data.example import Place, hash_of
+from loratune.data.example import hash_of
 from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup
@@ -57,7 +57,7 @@ def first_record(setup: Setup, name: str) -> dict[str, Any]:
         "settings": settings,
         "base": _base_facts(setup),
         "tokenizer": {"sha256": tokenizer, "chat_template_sha256": template},
-        "data": _data_facts(setup.prepared),
+        "data": data_facts(setup.prepared),
         "adapter": adapter_facts(setup.targets),
         "plan": {
             "steps": decisions["max_steps"],
@@ -90,7 +90,8 @@ def _base_facts(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _data_facts(prepared: Prepared) -> dict[str, Any]:
+def data_facts(prepared: Prepared) -> dict[str, Any]:
+    """The data as the record and `loratune data` describe it."""
     return {
         "source": prepared.corpus.source,
         "sha256": prepared.corpus.sha256,
@@ -99,8 +100,8 @@ def _data_facts(prepared: Prepared) -> dict[str, Any]:
         "train": len(prepared.rows),
         "val": len(prepared.val.rows) if prepared.val else 0,
         "duplicates": [[str(train), str(val)] for train, val in prepared.split.duplicates],
-        "truncated": places(prepared.train.truncated),
-        "dropped": places(prepared.train.dropped),
+        "truncated": [str(place) for place in prepared.train.truncated],
+        "dropped": [str(place) for place in prepared.train.dropped],
         "fit": asdict(prepared.fit),
     }
 
@@ -134,10 +135,6 @@ def effective_ranks(lora: Adapters) -> list[dict[str, Any]]:
         {"path": path, "effective": round(effective_rank(low_rank.A, low_rank.B), 2), "r": low_rank.r}
         for path, low_rank in lora.factors().items()
     ]
-
-
-def places(rows: Sequence[Place]) -> list[str]:
-    return [str(place) for place in rows]
 
 
 def versions() -> dict[str, str]:
