@@ -192,7 +192,7 @@ class Loop:
         for number, group in enumerate(self._groups(rows)):
             chosen, begin = [rows[i] for i in group], [starts[i] for i in group]
             batch = make_batch(chosen, packed=work.packed, pad_id=work.pad_id, starts=begin).to(device)
-            # The model's own dropout (GPT-2 has some) draws from torch's generator: the same numbers after a resume.
+            # Whatever a family still draws by itself (its dropout is off) is drawn the same after a resume.
             torch.manual_seed(_seed_of(work.seed, step, number))
             with self.lora.counting(TokenCounter(work.seed, step, batch.tokens)):
                 loss = summed_loss(self.model, batch) / supervised
