@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from loratune.config import TrainConfig, flag_of
 from tests.contract.house import REPOSITORY
+from tests.contract.scripts import script
 
 
 def test_settings_page_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_settings", REPOSITORY / "docs" / "make_settings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = script("docs/make_settings.py")
     written = (REPOSITORY / "docs" / "settings.md").read_text(encoding="utf-8")
     assert written == maker.page(), "run: python docs/make_settings.py"
     for name, field in TrainConfig.model_fields.items():

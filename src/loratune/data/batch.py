@@ -22,7 +22,7 @@ class Batch:
         scored: int64 (N,), positions in the flattened (B · T) whose logits predict a supervised token.
         targets: int64 (N,), those tokens.
         tokens: int64 (B, T), each token's index in the step's canonical order (for dropout masks).
-        examples, example_tokens, computed_tokens: rows, their whole lengths, what goes through the model without pads.
+        examples, computed_tokens: rows, and what goes through the model without pads.
     """
 
     input_ids: Tensor
@@ -33,7 +33,6 @@ class Batch:
     targets: Tensor
     tokens: Tensor
     examples: int
-    example_tokens: int
     computed_tokens: int
 
     @property
@@ -90,7 +89,6 @@ def make_batch(rows: Sequence[Rendered], *, packed: bool, pad_id: int, starts: S
         torch.tensor(targets, dtype=torch.int64),
         counters.view(shape),
         len(rows),
-        sum(len(row.ids) for row in rows),
         sum(lengths),
     )
 

@@ -39,6 +39,12 @@ class Base:
     device: torch.device
     fingerprint: str
 
+    @property
+    def pad_id(self) -> int:
+        """What padding holds; masked by position, so any id would do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None else 0
+
 
 def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> Base:
     """Load a base for adaptation: evaluation mode, frozen, every weight present and finite.

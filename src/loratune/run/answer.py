@@ -70,8 +70,7 @@ def evaluate(
         overlong=decisions["overlong"],
     )
     packed = why_not_packed(model) is None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = held_out_batches(rendered.rows, packed=packed, limit=_LIMIT, pad_id=pad)
+    batches = held_out_batches(rendered.rows, packed=packed, limit=_LIMIT, pad_id=opened.base.pad_id)
     held_out = held_out_loss(model, batches, opened.base.device)
     found = {
         "rows": held_out.rows,

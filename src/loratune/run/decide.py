@@ -28,8 +28,8 @@ class Decisions:
     def __post_init__(self) -> None:
         for name in TrainConfig.names():
             value = getattr(self.config, name)
-            given = name in self.config.model_fields_set and value is not None
-            if given or value is not None:
+            if value is not None:
+                given = name in self.config.model_fields_set
                 self.values[name], self.reasons[name] = value, GIVEN if given else DEFAULT
 
     def __getitem__(self, name: str) -> Any:

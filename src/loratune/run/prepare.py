@@ -65,7 +65,7 @@ def data_line(prepared: Prepared) -> str:
             parts.append(f"{len(rows)} {word} ({_first(rows)})")
     if prepared.split.duplicates:
         parts.append(f"{len(prepared.split.duplicates)} held-out rows also in training")
-    parts.append(f"{numbers.supervised_tokens / numbers.tokens:.0%} of {numbers.tokens:,} tokens supervised")
+    parts.append(f"{numbers.supervised_share:.0%} of {numbers.tokens:,} tokens supervised")
     parts.append(f"fit {numbers.characters_per_token:.1f} characters a token")
     if numbers.unknown_tokens:
         parts.append(f"{numbers.unknown_tokens} unknown tokens")

@@ -75,5 +75,5 @@ class Proof:
         return rows
 
     def _batch(self, rows: Sequence[Rendered]) -> Batch:
-        batch = make_batch(rows, packed=self.setup.decisions["pack"], pad_id=self.setup.pad_id)
+        batch = make_batch(rows, packed=self.setup.decisions["pack"], pad_id=self.setup.base.pad_id)
         return batch.to(self.setup.base.device)

@@ -41,12 +41,6 @@ class Setup:
     def model(self) -> Any:
         return self.base.model
 
-    @property
-    def pad_id(self) -> int:
-        """What padding holds; masked by position, so any id would do."""
-        pad = self.base.tokenizer.pad_token_id
-        return int(pad) if pad is not None else 0
-
 
 def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     """Read the data, look at the model, decide what was left open. Nothing is changed but the base's attention kernel.

@@ -156,7 +156,6 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
         save(progress)
         stopped = stop.is_set() and not progress.ended(schedule)
     accelerator.end_training()
-    setup.model.eval()
     if stopped:
         raise RunInterrupted(
             f"stopped after step {progress.step} of {steps}, checkpoint saved",
@@ -194,7 +193,7 @@ def _work(setup: Setup) -> Work:
         rows=rows,
         order=Order(len(rows), decisions["batch_size"], decisions["seed"]),
         packed=decisions["pack"],
-        pad_id=setup.pad_id,
+        pad_id=setup.base.pad_id,
         seed=decisions["seed"],
         clip=decisions["clip"],
         eval_every=decisions.values.get("eval_every"),
@@ -209,7 +208,10 @@ def _evaluation(setup: Setup) -> Callable[[], float] | None:
         return None
     decisions = setup.decisions
     batches = held_out_batches(
-        setup.prepared.val.rows, packed=decisions["pack"], limit=decisions["micro_batch_tokens"], pad_id=setup.pad_id
+        setup.prepared.val.rows,
+        packed=decisions["pack"],
+        limit=decisions["micro_batch_tokens"],
+        pad_id=setup.base.pad_id,
     )
     return lambda: held_out_loss(setup.model, batches, setup.base.device).loss
 
