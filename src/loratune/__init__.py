@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
-    from loratune.run import Run, evaluate, generate, merge, open_run, show, train
+    from loratune.run import Run, combine, diff, evaluate, generate, inspect, merge, open_run, show, train
 
 _ROOM_OF = {
     "Adapters": "adapt",
@@ -24,8 +24,11 @@ _ROOM_OF = {
     "TrainConfig": "config",
     "adapters": "adapt",
     "attach": "adapt",
+    "combine": "run",
+    "diff": "run",
     "evaluate": "run",
     "generate": "run",
+    "inspect": "run",
     "lora_parameters": "lora",
     "merge": "run",
     "open_run": "run",
@@ -44,8 +47,11 @@ __all__ = [
     "TrainConfig",
     "adapters",
     "attach",
+    "combine",
+    "diff",
     "evaluate",
     "generate",
+    "inspect",
     "lora_parameters",
     "merge",
     "open_run",

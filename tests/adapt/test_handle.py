@@ -78,7 +78,7 @@ def test_switching_touches_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("__getattr__", "__setattr__", "modules", "named_modules", "children", "parameters", "apply", "train"):
         monkeypatch.setattr(nn.Module, name, touched)
     monkeypatch.setattr(handle, "model", None)
-    monkeypatch.setattr(handle, "_layers", None)
+    monkeypatch.setattr(handle, "_placement", None)
     handle.activate("second")
     with handle.disabled():
         handle.activate("default")

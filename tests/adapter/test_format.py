@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratune as lt
-from loratune.adapter import SavedAdapter, card_of, read_adapter, write_adapter
+from loratune.adapter import Factors, SavedAdapter, card_of, read_adapter, write_adapter
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL
 from loratune.errors import AdapterFileError, AdapterStateError, TargetError
 from tests.adapter.cases import CASES, base_of, logits, ours
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+ORIGIN = "loratune.json"
 KEY = "base_model.model."
 
 
@@ -74,7 +75,7 @@ def test_the_folder(tmp_path: Path) -> None:
     again = lt.attach(base_of("patterns"), lt.LoraConfig(target_modules=["q_proj"]))
     assert again.names == ("default",)
     handle.save(tmp_path, about="Trained on sums.")
-    assert sorted(files_of(tmp_path)) == [CARD, CONFIG, TENSORS]
+    assert sorted(files_of(tmp_path)) == sorted([CARD, CONFIG, TENSORS, ORIGIN])
 
     text = (tmp_path / CONFIG).read_text()
     config = json.loads(text)
@@ -161,10 +162,10 @@ def test_bytes_do_not_depend_on_process_hash_seed_or_name(tmp_path: Path) -> Non
 def test_a_dtype_is_kept_and_aliases_are_copied(tmp_path: Path) -> None:
     A = torch.randn(4, 8, dtype=torch.bfloat16)
     config = lt.LoraConfig(r=2, target_modules=("a", "b"))
-    factors = {"a": (A[:2], A.T[:, :2]), "b": (A[2:], A.T[:, 2:])}
+    factors = {"a": Factors(A[:2], A.T[:, :2]), "b": Factors(A[2:], A.T[:, 2:])}
     write_adapter(tmp_path, SavedAdapter(config, factors), card="x")
     read = read_adapter(tmp_path).factors
-    assert all(torch.equal(ours, theirs) for p in factors for ours, theirs in zip(factors[p], read[p], strict=True))
+    assert all(torch.equal(factors[p].A, read[p].A) and torch.equal(factors[p].B, read[p].B) for p in factors)
     assert read["a"][0].dtype == torch.bfloat16
 
 
@@ -282,8 +283,8 @@ def test_every_odd_tensor_is_listed(folder: Path) -> None:
         f"{V1!r} holds NaN or infinity",
         "unexpected tensor 'lm_head.weight'",
         "unexpected tensor 'base_model.model.a.lora_embedding_A'",
-        "'base_model.model.b.lora_A.weight' is (3,) torch.float32, not a floating-point matrix",
-        "'base_model.model.b.lora_B.weight' is (3, 3) torch.int64, not a floating-point matrix",
+        "'base_model.model.b.lora_A.weight' is (3,), not a matrix",
+        "'base_model.model.b.lora_B.weight' is torch.int64, not floating-point",
     )
 
 
@@ -308,7 +309,7 @@ def test_a_file_of_something_else(folder: Path) -> None:
     (folder / TENSORS).write_bytes(b"PK\x03\x04" + bytes(range(256)) * 40)
     refused(folder, "is damaged or not a safetensors file")
     save_file({}, folder / TENSORS)
-    refused(folder, "holds no tensors")
+    refused(folder, "holds no low-rank tensors")
 
 
 def test_pickle_is_never_opened(folder: Path) -> None:
@@ -350,8 +351,8 @@ def test_another_method_of_peft(folder: Path) -> None:
 
 
 def test_all_that_a_config_asks_in_vain_is_listed(folder: Path) -> None:
-    edit_config(folder, use_dora=True, bias="all", modules_to_save=["lm_head"], r=-1, init_lora_weights="pissa")
-    refused(folder, "use_dora=True", "bias='all'", "modules_to_save=['lm_head']", "r=-1", "init_lora_weights='pissa'")
+    edit_config(folder, use_qalora=True, bias="some", target_parameters=["w"], r=-1, init_lora_weights="pisa")
+    refused(folder, "use_qalora=True", "bias='some'", "target_parameters=['w']", "r=-1", "init_lora_weights='pisa'")
 
 
 def test_a_config_whose_targets_the_model_lacks(folder: Path) -> None:

@@ -73,6 +73,7 @@ def test_our_config_has_exactly_pefts_keys(tmp_path: Path) -> None:
     assert ours_.keys() == theirs_.keys()
     assert {key: type(ours_[key]) for key in ours_} == {key: type(theirs_[key]) for key in theirs_} | {
         "auto_mapping": type(None),  # the transformers class, which peft needs for its own `AutoPeftModel` only
+        "task_type": str,  # ours is found from the model
         "base_model_name_or_path": type(ours_["base_model_name_or_path"]),
     }
     assert ours_["inference_mode"] is True

@@ -36,10 +36,10 @@ def test_every_problem_at_once_with_the_nearest_spelling() -> None:
         lora_alhpa=3,
         target_modules="(",
         layers_to_transform=[-2],
-        use_dora=True,
+        use_qalora=True,
     )
     assert len(found) == 8
-    for name in ("r=-1", "lora_dropout=7.0", "init_lora_weights='gausian'", "bias='nope'", "use_dora=True"):
+    for name in ("r=-1", "lora_dropout=7.0", "init_lora_weights='gausian'", "bias='nope'", "use_qalora=True"):
         assert any(line.startswith(name) for line in found), (name, found)
     assert any("lora_alhpa" in line and "did you mean 'lora_alpha'?" in line for line in found)
     assert any("did you mean 'gaussian'?" in line for line in found)

@@ -148,7 +148,7 @@ def test_evaluation_is_deterministic_and_drops_nothing() -> None:
         first = model(x)
     low_rank = handle.factors()["0"]
     assert torch.equal(first, model(x))
-    assert torch.allclose(first, F.linear(x, model[0].weight + low_rank.delta(), model[0].bias), atol=1e-5)
+    assert torch.allclose(first, F.linear(x, model[0].weight + low_rank.delta(model[0].weight), model[0].bias), atol=1e-5)
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -170,8 +170,8 @@ def test_it_acts_on_the_low_rank_path_only(counted: bool) -> None:
     assert not torch.allclose(y, model.eval()(x))
     # What the adapter adds must be B A of an input whose features are zero or doubled: solve for that input.
     low_rank = handle.factors()["0"]
-    wide = torch.linalg.lstsq(low_rank.delta(torch.float64), (y - base).detach().double().T).solution.T
-    assert torch.allclose(wide @ low_rank.delta(torch.float64).T, (y - base).detach().double(), atol=1e-5)
+    wide = torch.linalg.lstsq(low_rank.delta(model[0].weight.double()), (y - base).detach().double().T).solution.T
+    assert torch.allclose(wide @ low_rank.delta(model[0].weight.double()).T, (y - base).detach().double(), atol=1e-5)
 
 
 def test_counting_ends_with_its_block() -> None:

@@ -1,9 +1,14 @@
 """Low-rank adaptation written out slowly in float64, one row and one number at a time.
 
 Nothing here comes from the package under test: formulas are those of Hu et al. (arXiv:2106.09685), Kalajdzievski
-(arXiv:2312.03732) and Srivastava et al. (dropout, 2014), gradients are derived by hand.
+(arXiv:2312.03732), Liu et al. (DoRA, arXiv:2402.09353), Meng et al. (PiSSA, arXiv:2404.02948) and Srivastava et al.
+(dropout, 2014), gradients are derived by hand.
 
-    y = W x + b + Σ s · B A (m ∘ x)        m: each feature's factor, 0 or 1 / (1 - p)
+    y = W x + b + Σ u                        u = s · ((B A - B₀ A₀) (m ∘ x) + c)
+    y = W x + b + Σ (g ∘ (W x + u) - W x)    DoRA: g = magnitude / ‖W + s · (B A - B₀ A₀)‖ by rows
+
+m is each feature's dropout factor, 0 or 1 / (1 - p); A₀, B₀ and c are zero where an update has none. In gradients the
+norm in g is a constant (arXiv:2402.09353, section 4.3).
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +27,31 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Update:
-    """One adapter on one layer: A (r, in), B (out, r), its scale, and the factors m (rows, in) of its dropout."""
+    """One adapter on one layer: A (r, in), B (out, r), its scale, and the factors m (rows, in) of its dropout.
+
+    Further c (out,), the magnitude (out,) of DoRA, and where A and B started, if the update counts from there.
+    """
 
     A: Array
     B: Array
     scale: float
     mask: Array | None = None
+    c: Array | None = None
+    magnitude: Array | None = None
+    start: tuple[Array, Array] | None = None
 
     def seen(self, x: Array, row: int) -> Array:
         return x if self.mask is None else np.asarray(x * self.mask[row])
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """∂loss by each tensor of one update; None for what it does not have."""
+
+    A: Array
+    B: Array
+    c: Array | None
+    magnitude: Array | None
 
 
 def exact(tensor: Any) -> Array:
@@ -57,40 +78,96 @@ def _times(matrix: Array, vector: Array) -> Array:
 
 def forward(W: Array, b: Array | None, x: Array, updates: Sequence[Update] = ()) -> Array:
     """x (rows, in) → (rows, out)."""
+    stretches = [stretch(W, update) for update in updates]
     out = []
     for number, row in enumerate(x):
-        y = _times(W, row)
-        if b is not None:
-            y = y + b
-        for update in updates:
-            y = y + update.scale * _times(update.B, _times(update.A, update.seen(row, number)))
+        Wx = _times(W, row)
+        y = Wx if b is None else Wx + b
+        for update, g in zip(updates, stretches, strict=True):
+            u = term(update, update.seen(row, number))
+            y = y + (u if g is None else g * (Wx + u) - Wx)
         out.append(y)
     return np.array(out).reshape(len(x), W.shape[0])
 
 
-def gradients(W: Array, x: Array, g: Array, updates: Sequence[Update]) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Of a loss with ∂loss/∂y = g (rows, out): ∂loss/∂x, and (∂loss/∂A, ∂loss/∂B) of each update.
+def term(update: Update, seen: Array) -> Array:
+    """u = s · (B A x - B₀ A₀ x + c) for one row as the update sees it."""
+    u = _times(update.B, _times(update.A, seen))
+    if update.start is not None:
+        A0, B0 = update.start
+        u = u - _times(B0, _times(A0, seen))
+    return np.asarray(update.scale * (u if update.c is None else u + update.c))
 
-    ∂/∂x = Wᵀ g + Σ s · m ∘ (Aᵀ Bᵀ g) · ∂/∂B = s · Σ g (A m∘x)ᵀ · ∂/∂A = s · Σ (Bᵀ g) (m∘x)ᵀ, sums over rows.
+
+def stretch(W: Array, update: Update) -> Array | None:
+    """g (out,) = magnitude / ‖W + ΔW‖ by rows from the dense matrix; a row of zeros has nothing to stretch."""
+    if update.magnitude is None:
+        return None
+    lengths = [math.sqrt(math.fsum(value * value for value in row)) for row in W + dense(update)]
+    return np.array([m / n if n else m for m, n in zip(update.magnitude, lengths, strict=True)])
+
+
+def gradients(W: Array, x: Array, g: Array, updates: Sequence[Update]) -> tuple[Array, list[Gradients]]:
+    """Of a loss with ∂loss/∂y = g (rows, out): ∂loss/∂x, and those of each update.
+
+    With h = g, for DoRA h = stretch ∘ g, and sums over rows:
+    ∂/∂x = Wᵀ g + Σ s · m ∘ ((B A - B₀ A₀)ᵀ h), for DoRA + Wᵀ (h - g)
+    ∂/∂B = s · Σ h (A m∘x)ᵀ · ∂/∂A = s · Σ (Bᵀ h) (m∘x)ᵀ · ∂/∂c = s · Σ h · ∂/∂magnitude = Σ g ∘ (W x + u) / ‖W + ΔW‖
     """
     to_x = np.array([_times(W.T, row) for row in g])
-    factors = []
+    found = []
     for update in updates:
+        stretched = stretch(W, update)
         to_A, to_B = np.zeros_like(update.A), np.zeros_like(update.B)
+        to_c, to_magnitude = np.zeros(len(W)), np.zeros(len(W))
         for number in range(len(x)):
             seen = update.seen(x[number], number)
-            back = _times(update.B.T, g[number])
+            h = g[number] if stretched is None else stretched * g[number]
+            back = _times(update.B.T, h)
             to_A += update.scale * np.outer(back, seen)
-            to_B += update.scale * np.outer(g[number], _times(update.A, seen))
-            through = update.scale * _times(update.A.T, back)
+            to_B += update.scale * np.outer(h, _times(update.A, seen))
+            to_c += update.scale * h
+            through = _times(update.A.T, back)
+            if update.start is not None:
+                through = through - _times(update.start[0].T, _times(update.start[1].T, h))
+            through = update.scale * through
             to_x[number] += through if update.mask is None else through * update.mask[number]
-        factors.append((to_A, to_B))
-    return to_x, factors
+            if stretched is not None:
+                to_x[number] += _times(W.T, h - g[number])
+                to_magnitude += g[number] * (_times(W, x[number]) + term(update, seen)) * _inverse_norms(W, update)
+        found.append(
+            Gradients(
+                to_A,
+                to_B,
+                None if update.c is None else to_c,
+                None if update.magnitude is None else to_magnitude,
+            )
+        )
+    return to_x, found
+
+
+def _inverse_norms(W: Array, update: Update) -> Array:
+    one = stretch(W, replace(update, magnitude=np.ones(len(W))))
+    assert one is not None
+    return one
 
 
 def dense(update: Update) -> Array:
-    """ΔW = s · B A, number by number."""
-    return np.array([[update.scale * math.fsum(row * column) for column in update.A.T] for row in update.B])
+    """s · (B A - B₀ A₀), number by number; for DoRA this is what is added before rows are stretched."""
+    pairs = [(update.A, update.B, 1.0)]
+    if update.start is not None:
+        pairs.append((*update.start, -1.0))
+    out, inner = len(update.B), update.A.shape[1]
+    total = np.zeros((out, inner))
+    for A, B, sign in pairs:
+        total += sign * np.array([[math.fsum(row * column) for column in A.T] for row in B]).reshape(out, inner)
+    return np.asarray(update.scale * total)
+
+
+def delta(W: Array, update: Update) -> Array:
+    """ΔW, of which W + ΔW is the merged weight: for DoRA g ∘ (W + s · B A) - W."""
+    g = stretch(W, update)
+    return dense(update) if g is None else np.asarray(g[:, None] * (W + dense(update)) - W)
 
 
 def rounded(values: Array, dtype: str) -> Array:
@@ -105,7 +182,7 @@ def rounded(values: Array, dtype: str) -> Array:
 def merged(W: Array, updates: Sequence[Update], dtype: str) -> Array:
     total = W.copy()
     for update in updates:
-        total = total + dense(update)
+        total = total + delta(W, update)
     return rounded(total, dtype)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loratune.adapt import Adapters
-from loratune.adapter import SavedAdapter
+from loratune.adapter import Factors, SavedAdapter
 from loratune.data.batch import make_batch
 from loratune.errors import AdapterFileError, AdapterStateError, CheckError
 from loratune.lora import LowRank
@@ -67,7 +67,7 @@ def test_sound_run_passes_everything(family: str, packed: bool) -> None:
         checks.one_batch_overfits(case.model, case.lora, case.batch, 1e-2),
     ]
     case.training.run()
-    found += [checks.every_b_moved(case.lora, case.start), checks.all_finite(case.lora)]
+    found += [checks.every_update_moved(case.lora, case.start), checks.all_finite(case.lora)]
     found += [case.reload(), case.merged(), case.off()]
     checks.require(found)
     assert [check for check in found if not check.passed] == []
@@ -160,9 +160,9 @@ def test_batch_that_cannot_be_overfitted() -> None:
 
 def test_b_that_did_not_move() -> None:
     case = Case()
-    assert checks.every_b_moved(case.lora, case.start).detail == "14/14 B moved"
+    assert checks.every_update_moved(case.lora, case.start).detail == "14/14 B moved"
     case.factors[UP].B.data.copy_(case.start[UP])
-    check = checks.every_b_moved(case.lora, case.start)
+    check = checks.every_update_moved(case.lora, case.start)
     assert not check.passed
     assert check.detail == f"13/14 B moved; not {UP}"
 
@@ -186,7 +186,7 @@ def test_reload_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(self: Adapters, name: str | None = None) -> SavedAdapter:
         """Writes bf16 where the live adapter is fp32: what is reloaded is another adapter."""
         value = saved(self, name)
-        return replace(value, factors={path: (A.bfloat16(), B.bfloat16()) for path, (A, B) in value.factors.items()})
+        return replace(value, factors={path: Factors(f.A.bfloat16(), f.B.bfloat16()) for path, f in value.factors.items()})
 
     assert case.reload().passed
     monkeypatch.setattr(Adapters, "saved", rounded)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loratune.adapt.handle import ATTRIBUTE, Adapters
+from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, ConfigError
 from loratune.lora import LoraLayer
@@ -16,13 +17,13 @@ from loratune.lora import LoraLayer
 
 def attach(
     model: nn.Module,
-    config_or_path: LoraConfig | str | os.PathLike[str],
+    config_or_path: LoraConfig | str | os.PathLike[str] | SavedAdapter,
     *,
     name: str = "default",
     trainable: bool | None = None,
     dtype: torch.dtype | None = None,
 ) -> Adapters:
-    """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder.
+    """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder or hub id.
 
     The model keeps its identity and its modules theirs; its own parameters stop requiring gradients. A fresh adapter
     is trainable and computes the base's function; a saved one is frozen unless `trainable`.
@@ -36,7 +37,7 @@ def attach(
         AdapterFileError: the folder's files are damaged or do not fit.
     """
     given: object = config_or_path
-    if not isinstance(given, LoraConfig | str | os.PathLike):
+    if not isinstance(given, LoraConfig | str | os.PathLike | SavedAdapter):
         kind = type(given).__name__
         raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
     if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, LoraLayer) for m in model.modules()):
@@ -48,10 +49,8 @@ def attach(
             handle.freeze(name)
     else:
         handle.load(config_or_path, name, trainable=bool(trainable), dtype=dtype)
-    own = {id(p) for low_rank in handle.factors(name).values() for p in low_rank.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
+    for _, parameter in handle.base_parameters():
+        parameter.requires_grad_(False)
     handle.activate(name)
     setattr(model, ATTRIBUTE, handle)
     return handle

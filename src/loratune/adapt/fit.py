@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from typing import cast
 
-from loratune.adapt.plan import TargetPlan
-from loratune.adapter import SavedAdapter
+from torch import Tensor, nn
+
+from loratune.adapt.plan import Target, TargetPlan
+from loratune.adapter import Factors, SavedAdapter
 from loratune.errors import AdapterFileError
 
 
-def check_fit(target_plan: TargetPlan, saved: SavedAdapter, path: Path) -> None:
+def check_fit(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, where: str) -> None:
+    """
+    Raises:
+        AdapterFileError: with one line for each tensor that is missing, too many, or of another shape.
+    """
     targets = {target.path: target for target in target_plan.targets}
-    problems = [
-        f"{path}: no tensors for {name}, which its config targets" for name in targets if name not in saved.factors
-    ]
-    for name, (A, B) in saved.factors.items():
-        if name not in targets:
-            problems.append(f"{path}: tensors for {name}, which this model lacks or the config does not target")
-            continue
-        target = targets[name]
-        expected = (target.r, target.in_features), (target.out_features, target.r)
-        if (tuple(A.shape), tuple(B.shape)) != expected:
-            problems.append(
-                f"{path}: {name}: A {tuple(A.shape)} and B {tuple(B.shape)}, expected {expected[0]} and {expected[1]}"
-            )
+    problems = [f"no tensors for {name}, which its config targets" for name in targets if name not in saved.factors]
+    for name, factors in saved.factors.items():
+        if name in targets:
+            problems += _of_target(targets[name], factors, saved)
+        else:
+            problems.append(f"tensors for {name}, which this model lacks or the config does not target")
+    problems += _of_replaced(model, target_plan, saved)
+    if saved.config.decomposes and str(saved.config.init_lora_weights).startswith("pissa_niter"):
+        problems.append(
+            f"init_lora_weights={saved.config.init_lora_weights!r}: it counts from a start that was drawn at random, "
+            "and that is not in the file"
+        )
     if problems:
-        raise AdapterFileError(problems, hint="the adapter belongs to another base, or its folder is damaged")
+        hint = "the adapter belongs to another base, or its folder is damaged"
+        raise AdapterFileError([f"{where}: {problem}" for problem in problems], hint=hint)
+
+
+def _of_target(target: Target, factors: Factors, saved: SavedAdapter) -> Iterator[str]:
+    a, b = tuple(factors.A.shape), tuple(factors.B.shape)
+    expected = (target.r, target.in_features), (target.out_features, target.r)
+    if (a, b) != expected:
+        yield f"{target.path}: A {a} and B {b}, expected {expected[0]} and {expected[1]}"
+    for name, key, asked in (
+        ("bias", "lora_bias", saved.config.lora_bias),
+        ("magnitude", "use_dora", saved.config.use_dora),
+    ):
+        there = getattr(factors, name) is not None
+        if there != asked:
+            yield f"{target.path}: {'a' if there else 'no'} {name}, and the config says {key}={asked}"
+
+
+def _of_replaced(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter) -> Iterator[str]:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for part in target_plan.replaced:
+        parameters = model.get_submodule(part.path)._parameters
+        wanted |= {f"{part.path}.{name}": tuple(cast(Tensor, parameters[name]).shape) for name in part.names}
+    for name, shape in wanted.items():
+        if name not in saved.replaced:
+            yield f"no tensor {name}, which its config saves"
+        elif tuple(saved.replaced[name].shape) != shape:
+            yield f"{name} {tuple(saved.replaced[name].shape)}, expected {shape}"
+    yield from (f"unexpected tensor {name}" for name in saved.replaced if name not in wanted)

@@ -1,80 +1,125 @@
-"""Folding deltas into weights, all layers or none."""
+"""Folding adapters into weights, all tensors or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import LoraLayer, LowRank
-from loratune.quant import FrozenWeight, frozen_weight
+from loratune.lora import LoraLayer, LowRank, base_modules
+
+# Full name of a base tensor → what computes its merged value.
+Merged = dict[str, Callable[[], Tensor]]
 
 
 def fold(
-    model: nn.Module, layers: Mapping[str, LoraLayer], names: Sequence[str], *, keep_base: bool, dtype: torch.dtype
+    placement: Placement, names: Sequence[str], *, keep_base: bool, dtype: torch.dtype
 ) -> dict[str, Tensor] | None:
-    """Add the named adapters' summed deltas to the weights.
+    """Add the named adapters' summed deltas to the weights, and put their own tensors in the base's place.
 
-    The sum is formed in `dtype`, added to the weight in it and rounded once. Every merged weight is computed and
+    The sum is formed in `dtype`, added to the weight in it and rounded once. Every merged tensor is computed and
     looked at before the first one is replaced.
 
     Returns:
-        The original tensors by path, or None without `keep_base`.
+        The original tensors by name, or None without `keep_base`.
 
     Raises:
-        AdapterStateError: a tied weight would part from its twin, or a merged weight would not be finite.
+        AdapterStateError: a tied weight would part from its twin, a merged tensor would not be finite, or a bias has
+            no place.
     """
-    weights = {path: _weight(layer) for path, layer in layers.items() if any(name in layer.lora for name in names)}
-    problems = _tied(model, weights)
-    for path, weight in weights.items():
-        if path not in problems and not bool(_merged(weight, layers[path], names, dtype).isfinite().all()):
-            problems[path] = "the merged weight would hold NaN or infinity"
+    merged, problems = _merged(placement, names, dtype)
+    problems |= _tied(placement, [name for name in merged if name not in problems])
+    for name, value in merged.items():
+        if name not in problems and not bool(value().isfinite().all()):
+            problems[name] = "the merged tensor would hold NaN or infinity"
     if problems:
-        raise AdapterStateError([f"{path}: {why}" for path, why in problems.items()], hint="nothing was merged")
+        raise AdapterStateError([f"{name}: {why}" for name, why in problems.items()], hint="nothing was merged")
     kept: dict[str, Tensor] = {}
-    for path, weight in weights.items():
-        merged = _merged(weight, layers[path], names, dtype)
+    for name, value in merged.items():
+        parameter = placement.base_tensor(name)
         if keep_base:
-            kept[path] = weight.parameter.data
-            weight.parameter.data = merged
+            kept[name] = parameter.data
+            parameter.data = value()
         else:
-            weight.parameter.data.copy_(merged)
+            parameter.data.copy_(value())
     return kept if keep_base else None
 
 
-def unfold(layers: Mapping[str, LoraLayer], kept: Mapping[str, Tensor] | None) -> None:
+def unfold(placement: Placement, kept: Mapping[str, Tensor] | None) -> None:
     """Put the original tensors back: the very bits, since they were never changed."""
     if kept is None:
         raise MergedError(
             "the adapters were merged without keeping the base, which cannot be undone",
             hint="load the base again, or merge with keep_base=True",
         )
-    for path, original in kept.items():
-        parameter = _weight(layers[path]).parameter
+    for name, original in kept.items():
+        parameter = placement.base_tensor(name)
         # The model may have moved since; where it has not, `to` returns the original itself.
         parameter.data = original.to(parameter.device, parameter.dtype)
 
 
-def _weight(layer: LoraLayer) -> FrozenWeight:
-    return cast(FrozenWeight, frozen_weight(layer))
+def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> tuple[Merged, dict[str, str]]:
+    """What each tensor becomes, and why some cannot."""
+    merged: Merged = {}
+    problems: dict[str, str] = {}
+    for name in names:
+        for full, parameter in placement.replaced(name).items():
+            merged[full] = _once(parameter, placement.base_tensor(full).dtype)
+    for path, layer in placement.layers.items():
+        low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
+        if low_ranks:
+            merged[f"{path}.weight"] = _weight(layer, low_ranks, dtype)
+        biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
+        if biased and layer._parameters["bias"] is None:
+            problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
+        elif biased:
+            merged[f"{path}.bias"] = _bias(layer, biased, merged.get(f"{path}.bias"), dtype)
+    return merged, problems
 
 
-def _merged(weight: FrozenWeight, layer: LoraLayer, names: Sequence[str], dtype: torch.dtype) -> Tensor:
-    deltas = [cast(LowRank, layer.lora[name]).delta(dtype) for name in names if name in layer.lora]
-    return weight.plus(torch.stack(deltas).sum(0) if len(deltas) > 1 else deltas[0])
+def _weight(layer: LoraLayer, low_ranks: Sequence[LowRank], dtype: torch.dtype) -> Callable[[], Tensor]:
+    def value() -> Tensor:
+        weight = weight_of(layer)
+        dense = weight.dense(dtype)
+        delta = low_ranks[0].delta(dense)
+        for low_rank in low_ranks[1:]:
+            delta = delta + low_rank.delta(dense)
+        return weight.plus(delta)
+
+    return value
 
 
-def _tied(model: nn.Module, weights: Mapping[str, FrozenWeight]) -> dict[str, str]:
+def _bias(
+    layer: LoraLayer, biased: Sequence[LowRank], own: Callable[[], Tensor] | None, dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    def value() -> Tensor:
+        base = cast(Tensor, layer._parameters["bias"])
+        total = (base.detach() if own is None else own()).to(dtype)
+        for low_rank in biased:
+            total = total + cast(Tensor, low_rank.bias).detach().to(dtype) * low_rank.scale
+        return total.to(base.dtype)
+
+    return value
+
+
+def _once(parameter: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    # A copy: the merged base must not share memory with the adapter.
+    return lambda: parameter.detach().clone().to(dtype)
+
+
+def _tied(placement: Placement, names: Sequence[str]) -> dict[str, str]:
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}")
-    return {
-        path: f"its weight is tied to {', '.join(o for o in owners[id(w.parameter)] if o != path + '.weight')}, "
-        "which a merge would change too"
-        for path, w in weights.items()
-        if len(owners[id(w.parameter)]) > 1
-    }
+    for path, module in base_modules(placement.model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    problems = {}
+    for name in names:
+        others = [owner for owner in owners[id(placement.base_tensor(name))] if owner != name]
+        if others:
+            problems[name] = f"it is tied to {', '.join(others)}, which a merge would change too"
+    return problems

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from torch import nn
 
+from loratune.adapt.heads import new_heads, output_head, task_of_class, with_task
 from loratune.adapt.presets import TARGETS
+from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.config import ALL_LINEAR, LoraConfig
+from loratune.config.lora import pattern_matches
 from loratune.errors import TargetError, nearest
-from loratune.lora import LoraLayer, adapter_prefixes, lora_parameters, patched_forward, scale_of
+from loratune.lora import LoraLayer, base_modules, base_parameters, lora_parameters, patched_forward, scale_of
 from loratune.quant import frozen_weight
 
 _SHOWN_NAMES = 40
-_HEADS = ("score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r)."""
+    """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
+
+    `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude.
+    """
 
     path: str
     kind: str
@@ -29,10 +34,11 @@ class Target:
     out_features: int
     r: int
     scale: float
+    vectors: int = 0
 
     @property
     def parameters(self) -> int:
-        return lora_parameters(self.out_features, self.in_features, self.r)
+        return lora_parameters(self.out_features, self.in_features, self.r) + self.vectors * self.out_features
 
     @property
     def frozen(self) -> int:
@@ -47,19 +53,23 @@ class TargetPlan:
     Attributes:
         targets: the modules that would be adapted, in the model's order.
         base_parameters: parameters of the model without adapters; tied ones count once.
+        replaced: tensors of the base that the adapter has its own of (biases, modules trained whole).
+        saved: paths of the modules that train whole.
         notes: decisions taken on the way, as sentences.
         problems: why attach would refuse; empty where it would not.
     """
 
     targets: tuple[Target, ...]
     base_parameters: int
+    replaced: tuple[Replacement, ...] = ()
+    saved: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     hint: str = ""
 
     @property
     def trainable(self) -> int:
-        return sum(target.parameters for target in self.targets)
+        return sum(t.parameters for t in self.targets) + sum(part.parameters for part in self.replaced)
 
     @property
     def total(self) -> int:
@@ -83,21 +93,22 @@ class TargetPlan:
 
 def plan(model: nn.Module, config: LoraConfig) -> TargetPlan:
     """What `attach(model, config)` would do: modules, shapes, parameters, refusals. Works on the meta device."""
-    return _Planner(model, config).plan()
+    return _Planner(model, with_task(model, config), of_file=False).plan()
+
+
+def plan_as_written(model: nn.Module, config: LoraConfig) -> TargetPlan:
+    """The plan of a file's config: no task is found where it names none, and modules to save are named as in peft."""
+    return _Planner(model, config, of_file=True).plan()
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, config: LoraConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, *, of_file: bool) -> None:
         self.config = config
+        self.of_file = of_file
         self.model = model
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.prefixes = adapter_prefixes(model)
-        self.modules = {
-            path: module
-            for path, module in model.named_modules()
-            if path and not (path + ".").startswith(self.prefixes)
-        }
+        self.modules = {path: module for path, module in base_modules(model) if path}
         # MultiheadAttention multiplies by its projection's weight itself: an adapter there would never be called.
         hidden = {
             f"{path}.out_proj" for path, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)
@@ -109,37 +120,47 @@ class _Planner:
         }
 
     def plan(self) -> TargetPlan:
-        chosen = self._without_excluded(self._named())
-        chosen = self._in_layers(chosen)
-        ranks = self._pattern_values(chosen, self.config.rank_pattern)
-        alphas = self._pattern_values(chosen, self.config.alpha_pattern)
-        targets = [self._target(path, ranks.get(path), alphas.get(path)) for path in chosen]
+        chosen = self._in_layers(self._without_excluded(self._named()))
+        self._check_patterns(chosen)
+        targets = [self._target(path) for path in chosen]
         self._check_fan(targets)
+        saved = self._saved(self.problems, self.notes)
+        replaced = plan_replacements(
+            self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
+        )
         if not targets and not self.problems:
             self.problems.append("nothing is left to adapt")
+        return self._found(targets, replaced, saved)
+
+    def _found(self, targets: list[Target], replaced: list[Replacement], saved: list[str]) -> TargetPlan:
         return TargetPlan(
             tuple(targets),
-            sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith(self.prefixes)),
+            sum(parameter.numel() for _, parameter in base_parameters(self.model)),
+            tuple(replaced),
+            tuple(saved),
             tuple(self.notes),
             tuple(self.problems),
             self._hint() if self.problems else "",
         )
 
-    def _target(self, path: str, rank: float | None, alpha: float | None) -> Target:
-        module = self.modules[path]
+    def _target(self, path: str) -> Target:
+        module, config = self.modules[path], self.config
         weight = frozen_weight(module)
         assert weight is not None
-        r = int(rank or self.config.r)
-        if r > min(weight.in_features, weight.out_features):
-            self.notes.append(
-                f"{path}: rank {r} exceeds the weight's own {min(weight.in_features, weight.out_features)}"
-            )
+        r, least = config.rank_of(path), min(weight.in_features, weight.out_features)
+        if r > least and config.decomposes:
+            self.problems.append(f"{path}: its weight has no {r} directions for init={config.init_lora_weights!r}")
+        elif r > least:
+            self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
+        if r % 2 and config.init_lora_weights == "orthogonal":
+            self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
         if hasattr(module, "lora") and not isinstance(module, LoraLayer):
             self.problems.append(f"{path}: it has an attribute called 'lora' already, where the adapter would stand")
         if patched_forward(module):
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")
-        scale = scale_of(r, alpha or self.config.lora_alpha, self.config.use_rslora)
-        return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale)
+        scale = scale_of(r, config.alpha_of(path), config.use_rslora)
+        vectors = int(config.lora_bias) + int(config.use_dora)
+        return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale, vectors)
 
     # -- which modules -------------------------------------------------------------------------------------------
 
@@ -150,8 +171,8 @@ class _Planner:
             if wanted is None:
                 return []
         if wanted == ALL_LINEAR:
-            heads = self._heads()
-            return [path for path in self.linears if path not in heads]
+            left_alone = self._left_alone()
+            return [path for path in self.linears if path not in left_alone]
         matched = self._matching(wanted, "target_modules")
         for path in matched:
             if path not in self.linears:
@@ -167,14 +188,19 @@ class _Planner:
         self.problems.append(f"no preset of targets for {family or type(self.model).__name__}: name target_modules")
         return None
 
-    def _heads(self) -> set[str]:
-        """Paths that all-linear leaves alone: the output head, by identity, and heads of classification models."""
-        find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if callable(find) else None
-        heads = {path for path, module in self.modules.items() if module is head}
-        if callable(find) and head is None and self.config.task_type != "CAUSAL_LM":
-            heads |= {path for path in self.linears if path.split(".")[0] in _HEADS}
-        return heads
+    def _left_alone(self) -> set[str]:
+        """Paths that all-linear leaves alone: the output head, new heads, and what trains whole anyway."""
+        head = output_head(self.model)
+        alone = {path for path in self.linears if self.modules[path] is head}
+        saved = self._saved([], [])  # its problems are reported where it is planned
+        heads = (new_heads(self.model, task) for task in (self.config.task_type, task_of_class(self.model)))
+        roots = (*saved, *chain.from_iterable(heads))
+        return alone | {path for path in self.linears if any(path == r or path.startswith(r + ".") for r in roots)}
+
+    def _saved(self, problems: list[str], notes: list[str]) -> list[str]:
+        return saved_modules(
+            self.model, self.modules, self.config, loosely=self.of_file, problems=problems, notes=notes
+        )
 
     def _matching(self, wanted: str | tuple[str, ...], setting: str) -> list[str]:
         """Paths that the names match, in the model's order; each name that matches nothing is a problem."""
@@ -213,13 +239,10 @@ class _Planner:
                 self.problems.append(f"layers_to_transform: no target in layer {index} (layers found: {shown})")
         return [path for path in chosen if layers[path] in wanted]
 
-    def _pattern_values(self, chosen: Sequence[str], patterns: dict[str, int] | dict[str, float]) -> dict[str, float]:
-        """The value of the first pattern that matches each path: a regex for its end, anchored at dots."""
-        for pattern in patterns:
-            if not any(_matches(pattern, path) for path in chosen):
+    def _check_patterns(self, chosen: Sequence[str]) -> None:
+        for pattern in (*self.config.rank_pattern, *self.config.alpha_pattern):
+            if not any(pattern_matches(pattern, path) for path in chosen):
                 self.problems.append(f"pattern {pattern!r} matches no adapted module")
-        values = {path: first_match(patterns, path) for path in chosen}
-        return {path: value for path, value in values.items() if value is not None}
 
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):
@@ -246,12 +269,3 @@ def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:
         if part.isdigit() and (lists is None or before in lists):
             return int(part)
     return None
-
-
-def first_match(patterns: Mapping[str, float], path: str) -> float | None:
-    """The value of the first pattern that matches the path's end."""
-    return next((value for pattern, value in patterns.items() if _matches(pattern, path)), None)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None

@@ -17,6 +17,17 @@ def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[in
     return rows
 
 
+def by_replaced(target_plan: TargetPlan) -> dict[str, tuple[int, int]]:
+    """Last names of tensors that the adapter has its own of ("lm_head.weight") → (tensors, parameters in all)."""
+    rows: dict[str, tuple[int, int]] = {}
+    for part in target_plan.replaced:
+        for name, numbers in part.numbers.items():
+            key = f"{part.path.rpartition('.')[2]}.{name}"
+            tensors, parameters = rows.get(key, (0, 0))
+            rows[key] = (tensors + 1, parameters + numbers)
+    return rows
+
+
 def share_line(trainable: int, total: int) -> str:
     return f"trainable {trainable:,} of {total:,} ({trainable / total:.2%})"
 
@@ -29,4 +40,6 @@ def summary_of(count: tuple[int, int], plans: Mapping[str, TargetPlan], active: 
         for (short, inner, outer, r), (modules, parameters) in by_kind(target_plan).items():
             each = parameters // modules
             lines.append(f"  {short:<16} {modules:>4} × ({outer} × {inner}), r={r}: {each:,} each, {parameters:,}")
+        for full, (tensors, parameters) in by_replaced(target_plan).items():
+            lines.append(f"  {full:<16} {tensors:>4} × its own: {parameters:,}")
     return "\n".join(lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from loratune.adapt.plan import TargetPlan, first_match, plan
+from loratune.adapt.plan import TargetPlan, plan_as_written
 from loratune.config import ALL_LINEAR, LoraConfig
+from loratune.config.lora import first_match
+from loratune.lora import base_modules
 
 
 def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> LoraConfig:
@@ -18,8 +21,10 @@ def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> Lo
         "target_modules": _names(model, config, target_plan),
         # peft finds the layout itself too, but warns where the file says otherwise.
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in target_plan.targets),
+        "modules_to_save": _saved(model, config, target_plan),
+        **_patterns(model, config, target_plan),
     }
-    return cast(LoraConfig, config.replace(**values, **_patterns(model, config, target_plan)))
+    return _counted_from_base(cast(LoraConfig, config.replace(**values)))
 
 
 def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str | tuple[str, ...]:
@@ -32,8 +37,22 @@ def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str
         return names
     paths = tuple(target.path for target in target_plan.targets)
     short = tuple(sorted({path.rpartition(".")[2] for path in paths}))
-    same = plan(model, config.replace(target_modules=short)).targets == target_plan.targets
+    same = plan_as_written(model, config.replace(target_modules=short)).targets == target_plan.targets
     return short if same else tuple(sorted(paths))
+
+
+def _saved(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tuple[str, ...] | None:
+    """The names given where every reader takes them for the same modules, full paths otherwise.
+
+    peft compares ends of paths without regard to dots: to it "norm" is also every "input_layernorm".
+    """
+    names = []
+    for name in config.modules_to_save or ():
+        paths = [path for path in target_plan.saved if path == name or path.endswith("." + name)]
+        loosely = [path for path, _ in base_modules(model) if path.endswith(name)]
+        names += [name] if paths and set(loosely) == set(paths) else paths
+    missing = [path for path in target_plan.saved if not any(path == n or path.endswith("." + n) for n in names)]
+    return tuple(dict.fromkeys([*names, *missing])) or None
 
 
 def _patterns(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> dict[str, Any]:
@@ -44,7 +63,7 @@ def _patterns(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> 
         "rank_pattern": dict(sorted(config.rank_pattern.items())),
         "alpha_pattern": dict(sorted(config.alpha_pattern.items())),
     }
-    if plan(model, config.replace(**ordered)).targets == target_plan.targets:
+    if plan_as_written(model, config.replace(**ordered)).targets == target_plan.targets:
         return ordered
     paths = [target.path for target in target_plan.targets]
     return {name: _exact(getattr(config, name), paths) for name in ordered}
@@ -53,3 +72,21 @@ def _patterns(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> 
 def _exact(patterns: Mapping[str, float], paths: Sequence[str]) -> dict[str, float]:
     values = {path: first_match(patterns, path) for path in paths}
     return {f"^{re.escape(path)}": value for path, value in values.items() if value is not None}
+
+
+def _counted_from_base(config: LoraConfig) -> LoraConfig:
+    """An update that counts from a decomposition of W is written as a plain one: twice the rank, the same scale."""
+    if not config.decomposes:
+        return config
+    # s = alpha / r, or alpha / √r: the alpha that keeps s when r doubles.
+    more = math.sqrt(2) if config.use_rslora else 2
+    return cast(
+        LoraConfig,
+        config.replace(
+            init_lora_weights=True,
+            r=2 * config.r,
+            lora_alpha=more * config.lora_alpha,
+            rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
+            alpha_pattern={pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
+        ),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from loratune.adapter.format import SavedAdapter
+from loratune.adapter.value import SavedAdapter
 
 
 def card_of(adapter: SavedAdapter, *, about: str = "") -> str:

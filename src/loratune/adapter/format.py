@@ -1,22 +1,24 @@
 """One adapter as files in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
 The layout is that of peft 0.21.2. Tensors never travel as pickle, keys do not hold the adapter's name, and what is
-written depends on the adapter alone: same adapter, same bytes.
+written depends on the adapter alone: same adapter, same bytes. `loratune.json` beside them holds what PEFT's files
+have no place for, the hashes of base and tokenizer; other readers ignore it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from loratune.adapter.keys import from_keys, surplus_keys, to_keys
+from loratune.adapter.value import Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.errors import AdapterFileError, ConfigError
@@ -25,28 +27,12 @@ from loratune.files import recover, to_json, write_together
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+ORIGIN_FILE = "loratune.json"
 
-_PREFIX = "base_model.model."
 # Where peft's default differs from ours; a file need not hold more than its `peft_type`.
 _PEFT_DEFAULTS = {"lora_alpha": 8}
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """An adapter as a value.
-
-    Attributes:
-        factors: module path → (A (r, in), B (out, r)).
-        base: the name or path of the base it was trained on, where known.
-        unknown: keys of a foreign `adapter_config.json` that mean nothing here; kept when written again.
-    """
-
-    config: LoraConfig
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-    base: str | None = None
-    revision: str | None = None
-    unknown: Mapping[str, Any] = field(default_factory=dict)
+# Heads that peft trains and saves whole for these tasks, whatever `modules_to_save` says.
+_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Mapping[str, bytes] | None = None) -> None:
@@ -55,22 +41,21 @@ def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Map
     Raises:
         AdapterFileError: a tensor is not finite.
     """
-    bad = [path for path, factors in adapter.factors.items() if not all(bool(t.isfinite().all()) for t in factors)]
+    bad = [f"{name} holds NaN or infinity" for name, tensor in adapter.named_tensors() if not _finite(tensor)]
     if bad:
-        raise AdapterFileError(
-            [f"{path}: the adapter holds NaN or infinity" for path in bad], hint="nothing was written"
-        )
-    contents = {
-        TENSOR_FILE: _tensor_bytes(adapter.factors),
-        CARD_FILE: card.encode(),
-        **(beside or {}),
-        CONFIG_FILE: to_json(config_to_json(adapter)),
-    }
+        raise AdapterFileError(bad, hint="nothing was written")
+    contents = {TENSOR_FILE: _tensor_bytes(adapter), CARD_FILE: card.encode(), **(beside or {})}
+    if adapter.origin != Origin():
+        contents[ORIGIN_FILE] = to_json({"format": 1, **asdict(adapter.origin)})
+    contents[CONFIG_FILE] = to_json(config_to_json(adapter))
     write_together(folder, contents)
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
+def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     """Read and check an adapter's files; whether they fit a model is for the caller to see.
+
+    Args:
+        finite: refuse NaN and infinity; without it they are read as they are, to be looked at.
 
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
@@ -87,18 +72,32 @@ def read_adapter(folder: Path) -> SavedAdapter:
         raise AdapterFileError(f"{folder} holds no adapter: {TENSOR_FILE} is missing")
     raw = _read_config(folder / CONFIG_FILE)
     config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
-    return SavedAdapter(
-        config, _read_factors(folder / TENSOR_FILE), raw.get("base_model_name_or_path"), raw.get("revision"), unknown
-    )
+    problems: list[str] = []
+    tensors = _read_tensors(folder / TENSOR_FILE)
+    if finite:
+        problems += [f"{key!r} holds NaN or infinity" for key, tensor in tensors.items() if not _finite(tensor)]
+    replaces = config.bias != "none" or bool(config.modules_to_save) or config.task_type in _TASKS_WITH_HEADS
+    surplus = surplus_keys(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
+    factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
+    if not factors and not problems:
+        problems.append("it holds no low-rank tensors")
+    if problems:
+        raise AdapterFileError([f"{folder / TENSOR_FILE}: {problem}" for problem in problems])
+    base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))
+    origin = _read_origin(folder / ORIGIN_FILE)
+    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
 
 
 def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
     """The content of `adapter_config.json`: every key that peft 0.21.2 writes, in inference mode."""
     values: dict[str, Any] = {**NEUTRAL, **adapter.config.model_dump(mode="json"), **adapter.unknown}
     alpha = adapter.config.lora_alpha
+    if adapter.config.init_lora_weights == "swapped":
+        values["init_lora_weights"] = True  # peft has no such start, and a reader never starts it
     # peft declares alpha as a whole number; vLLM's and llama.cpp's readers take it as written.
     values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])
     values.update(
@@ -141,40 +140,33 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _tensor_bytes(factors: Mapping[str, tuple[Tensor, Tensor]]) -> bytes:
-    tensors = {}
-    for path, pair in factors.items():
-        for suffix, tensor in zip(_SUFFIXES, pair, strict=True):
-            tensors[_PREFIX + path + suffix] = tensor.detach().cpu().contiguous().clone()
+def _read_origin(path: Path) -> Origin:
+    if not path.is_file():
+        return Origin()
+    raw = _read_config(path)
+    if raw.get("format") != 1:
+        raise AdapterFileError(f"{path}: format {raw.get('format')!r} is not known here", hint="upgrade loratune")
+    return Origin(*(_text(raw, key, path) for key in Origin.__dataclass_fields__))
+
+
+def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise AdapterFileError(f"{path}: {key}={value!r} is no text")
+    return value
+
+
+def _tensor_bytes(adapter: SavedAdapter) -> bytes:
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in to_keys(adapter).items()}
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
-def _read_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
-    problems: list[str] = []
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
-        if suffix is None or not key.startswith(_PREFIX):
-            problems.append(f"{path}: unexpected tensor {key!r}")
-            continue
-        if tensor.ndim != 2 or not torch.is_floating_point(tensor):
-            problems.append(f"{path}: {key!r} is {tuple(tensor.shape)} {tensor.dtype}, not a floating-point matrix")
-        elif not bool(tensor.isfinite().all()):
-            problems.append(f"{path}: {key!r} holds NaN or infinity")
-        pairs.setdefault(key[len(_PREFIX) : -len(suffix)], {})[suffix] = tensor
-    for module, pair in pairs.items():
-        missing = [suffix for suffix in _SUFFIXES if suffix not in pair]
-        if missing:
-            problems.append(f"{path}: {module}{missing[0]} is missing")
-        elif not problems and pair[_SUFFIXES[0]].shape[0] != pair[_SUFFIXES[1]].shape[1]:
-            a, b = (tuple(pair[suffix].shape) for suffix in _SUFFIXES)
-            problems.append(f"{path}: {module}: A {a} and B {b} do not share a rank")
-    if not tensors:
-        problems.append(f"{path} holds no tensors")
-    if problems:
-        raise AdapterFileError(problems)
-    return {module: (pair[_SUFFIXES[0]], pair[_SUFFIXES[1]]) for module, pair in sorted(pairs.items())}
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from loratune.cli.adapters import Json, combine, diff, show
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.config import read_settings
@@ -30,7 +31,6 @@ Data = Annotated[
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="where the base is now, if not where the run found it")]
@@ -234,29 +234,8 @@ def merge(
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
-@app.command()
-def show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="run or adapter folder", show_default=False)],
-    as_json: Json = False,
-) -> None:
-    """What an adapter is and what it changed, layer by layer."""
-    from loratune.run.show import show as look
-
-    found = look(run)
-    columns = ["layer", "r", "effective", "‖ΔW‖", "largest σ", "parameters"]
-    rows = [
-        [
-            x["path"],
-            x["r"],
-            f"{x['effective_rank']:.1f}",
-            f"{x['norm']:.3g}",
-            f"{x['largest']:.3g}",
-            f"{x['parameters']:,}",
-        ]
-        for x in found["layers"]
-    ]
-    settings = [f"{key} = {value}" for key, value in found["config"].items()]
-    emit(found, as_json=as_json, text=[*settings, f"{found['parameters']:,} parameters", "", table(columns, rows)])
+for command in (show, diff, combine):
+    app.command()(command)
 
 
 @app.command()
@@ -298,6 +277,9 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
     modules = [
         [m["name"], m["count"], f"{m['out']} × {m['in']}", m["r"], f"{m['each']:,}", f"{m['parameters']:,}"]
         for m in found["adapter"]["modules"]
+    ]
+    modules += [
+        [m["name"], m["count"], "its own", "", "", f"{m['parameters']:,}"] for m in found["adapter"]["replaced"]
     ]
     memory = found["memory"]
     sizes = [[name, gigabytes(memory[name])] for name in ("base", "adapter", "activations", "logits", "total")]

@@ -13,7 +13,9 @@ from loratune.config.setting import Settings, setting
 from loratune.errors import nearest
 
 ALL_LINEAR = "all-linear"
-InitName = Literal["gaussian"]
+# Starts by name; "pissa_niter_N" too, which approximates PiSSA's decomposition in N rounds.
+INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora")
+_PISSA_ROUNDS = re.compile(r"pissa_niter_(\d+)")
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 _ADAPTER = "Adapter"
@@ -57,11 +59,23 @@ class LoraConfig(Settings):
     use_rslora: bool = setting(
         False, "scale by alpha / √r (rank-stabilised LoRA, arXiv:2312.03732)", flag="rslora", group=_ADAPTER
     )
-    init_lora_weights: bool | InitName = setting(
+    use_dora: bool = setting(
+        False, "train the length of each weight row beside its direction (DoRA, arXiv:2402.09353)", flag="dora",
+        group=_ADAPTER,
+    )  # fmt: skip
+    init_lora_weights: bool | str = setting(
         True,
-        "start of A (B is zero): true = Kaiming uniform, gaussian = N(0, 1/r²), false = B random too",
+        "start of A and B: true = A Kaiming uniform, gaussian = A from N(0, 1/r²), B zero in both; swapped = A zero; "
+        "orthogonal; pissa, pissa_niter_N, olora = from the weight itself; false = both random",
         flag="init",
         group=_ADAPTER,
+    )
+    bias: Literal["none", "lora_only", "all"] = setting(
+        "none", "biases that train too: those of adapted modules, or all of the model", group=_ADAPTER
+    )
+    lora_bias: bool = setting(False, "a trained bias behind B", flag="")
+    modules_to_save: tuple[str, ...] | None = setting(
+        None, "modules that train whole and are saved with the adapter", flag="save-modules", group=_ADAPTER
     )
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
@@ -74,9 +88,32 @@ class LoraConfig(Settings):
         asked = [key for key in values if key in NEUTRAL and asks_for_something(key, values[key])]
         problems += [f"{key}={values[key]!r}: not implemented, only {NEUTRAL[key]!r} is" for key in asked]
         kept = {key: value for key, value in values.items() if key not in NEUTRAL and key not in DESCRIPTIVE}
-        return super().prepare(kept, problems)
+        found = super().prepare(kept, problems)
+        if found.get("lora_bias") is True:
+            # As in peft: what a bias behind B would mean is defined for the plain update only.
+            if found.get("use_dora") is True:
+                problems.append("lora_bias=True and use_dora=True cannot go together")
+            if isinstance(found.get("init_lora_weights"), str):
+                problems.append(
+                    f"lora_bias=True and init_lora_weights={found['init_lora_weights']!r} cannot go together"
+                )
+        return found
 
-    @field_validator("target_modules", "exclude_modules", mode="before")
+    def rank_of(self, path: str) -> int:
+        """The rank at a module path: the first matching pattern's, or `r`."""
+        return int(first_match(self.rank_pattern, path) or self.r)
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha at a module path: the first matching pattern's, or `lora_alpha`."""
+        return first_match(self.alpha_pattern, path) or self.lora_alpha
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether A and B start from a decomposition of the weight."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
+
+    @field_validator("target_modules", "exclude_modules", "modules_to_save", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, str) else _strings(value)
@@ -107,9 +144,12 @@ class LoraConfig(Settings):
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _init(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != "gaussian":
-            raise ValueError(f"no such initialisation{nearest(value, ['gaussian'])}; there are True, False, 'gaussian'")
-        return value
+        return known_init(value)
+
+    @field_validator("modules_to_save")
+    @classmethod
+    def _nothing_to_save(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return value or None
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -139,6 +179,24 @@ class LoraConfig(Settings):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+
+def known_init(value: Any) -> Any:
+    """`value`, unless it is a word that names no initialisation."""
+    rounds = _PISSA_ROUNDS.fullmatch(value) if isinstance(value, str) else None
+    if not isinstance(value, str) or value in INITS or (rounds is not None and int(rounds[1]) > 0):
+        return value
+    names = ", ".join(map(repr, INITS))
+    raise ValueError(f"no such initialisation{nearest(value, INITS)}; there are True, False, {names}")
+
+
+def first_match(patterns: Mapping[str, float], path: str) -> float | None:
+    """The value of the first pattern that matches the path's end: a regex, anchored at a dot or the path's start."""
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), None)
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
 def _strings(value: Any) -> Any:

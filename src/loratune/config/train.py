@@ -6,13 +6,18 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from loratune.config.lora import ALL_LINEAR, LoraConfig
+from loratune.config.lora import ALL_LINEAR, LoraConfig, known_init
 from loratune.config.setting import Settings, like, setting
 
 _RUN, _DATA, _ADAPTER, _OPTIMISATION, _MACHINE = "Run", "Data", "Adapter", "Optimisation", "Machine"
 
 # What each method stands for; it is expanded into these settings, and the record holds them.
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"use_rslora": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
 
 
 class TrainConfig(Settings):
@@ -54,7 +59,9 @@ class TrainConfig(Settings):
     overlong: Literal["error", "drop", "truncate"] = setting("error", "what happens to longer rows", group=_DATA)
     pack: bool | None = setting(None, "rows side by side without padding, each attending to itself alone", group=_DATA)
 
-    method: Literal["lora", "rslora"] = setting("lora", "preset of the adapter's settings", group=_ADAPTER)
+    method: Literal["lora", "rslora", "dora", "pissa"] = setting(
+        "lora", "preset of the adapter's settings", group=_ADAPTER
+    )
     r: int | None = like(LoraConfig, "r", None)
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
     lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)
@@ -62,7 +69,10 @@ class TrainConfig(Settings):
     exclude_modules: str | tuple[str, ...] | None = like(LoraConfig, "exclude_modules", None)
     layers_to_transform: tuple[int, ...] | None = like(LoraConfig, "layers_to_transform", None)
     use_rslora: bool | None = like(LoraConfig, "use_rslora", None)
+    use_dora: bool = like(LoraConfig, "use_dora", False)
     init_lora_weights: bool | str = like(LoraConfig, "init_lora_weights", True)
+    bias: Literal["none", "lora_only", "all"] = like(LoraConfig, "bias", "none")
+    modules_to_save: tuple[str, ...] | None = like(LoraConfig, "modules_to_save", None)
 
     epochs: float | None = setting(None, "passes over the training rows", group=_OPTIMISATION, gt=0)
     max_steps: int | None = setting(None, "optimizer steps, whatever the epochs say", group=_OPTIMISATION, ge=1)
@@ -92,10 +102,15 @@ class TrainConfig(Settings):
     def _trackers(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
-    @field_validator("target_modules", "exclude_modules", "layers_to_transform", mode="before")
+    @field_validator("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _init(cls, value: Any) -> Any:
+        return known_init(value)
 
     @field_validator("warmup", "val")
     @classmethod

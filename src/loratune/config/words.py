@@ -70,4 +70,5 @@ WORDS: dict[str, Callable[[str], Any]] = {
     "columns": _pairs,
     "init_lora_weights": _init,
     "log_with": _words,
+    "modules_to_save": _words,
 }

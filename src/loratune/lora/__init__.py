@@ -1,21 +1,43 @@
 """The mathematics of low-rank adaptation; torch and nothing else."""
 
 from loratune.lora.dropout import TokenCounter
-from loratune.lora.equation import LowRank, lora_parameters, scale_of
-from loratune.lora.init import generator_for, initial_factors
-from loratune.lora.layer import AdapterState, LoraLayer, adapt_in_place, adapter_prefixes, patched_forward, release
+from loratune.lora.equation import LowRank, lora_parameters, row_norms, scale_of
+from loratune.lora.init import decomposed_factors, generator_for, initial_factors
+from loratune.lora.layer import LoraLayer, adapt_in_place, release
+from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
+from loratune.lora.replaced import Tensors, give_back, replace_in
+from loratune.lora.rows import Bank, Rows, bank_of
+from loratune.lora.state import AdapterState, View
+from loratune.lora.swap import HOLDERS, Mixin, adapter_prefixes, base_modules, base_parameters, patched_forward
 
 __all__ = [
+    "HOLDERS",
     "AdapterState",
+    "Bank",
     "LoraLayer",
     "LowRank",
+    "Mixin",
+    "Recomputed",
+    "Rows",
+    "Tensors",
     "TokenCounter",
+    "View",
     "adapt_in_place",
     "adapter_prefixes",
+    "bank_of",
+    "base_modules",
+    "base_parameters",
+    "bind_recomputation",
+    "can_be_recomputed",
+    "decomposed_factors",
     "generator_for",
+    "give_back",
     "initial_factors",
     "lora_parameters",
     "patched_forward",
     "release",
+    "replace_in",
+    "row_norms",
     "scale_of",
+    "unbind_recomputation",
 ]

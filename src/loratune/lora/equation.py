@@ -27,14 +27,34 @@ class LowRank(nn.Module):
 
     Attributes:
         A: (r, in_features), B: (out_features, r); masters in fp32 unless another dtype was asked for.
+        bias: (out_features,), trained behind B and scaled with it, or None.
+        magnitude: (out_features,), the length of each row of the adapted weight (DoRA), or None.
+        A0, B0: where A and B started, if the update counts from there (PiSSA, OLoRA); else None.
         scale: the factor s of the update.
         dropout: probability with which an input feature of A is dropped in training.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        magnitude: Tensor | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.register_buffer("A0", None if start is None else start[0])
+        self.register_buffer("B0", None if start is None else start[1])
         self.scale = scale
         self.dropout = dropout
 
@@ -42,14 +62,50 @@ class LowRank(nn.Module):
     def r(self) -> int:
         return self.A.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """s · B A x for x (..., in_features), computed in x's dtype (or autocast's); returns (..., out_features)."""
-        # Scaling the rank-r product costs r multiplications a token; scaling the result would cost out_features.
-        return F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of which the update is s · B A.
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """s · B A as a dense (out_features, in_features) matrix, detached, computed in `dtype`."""
-        return (self.B.detach().to(dtype) @ self.A.detach().to(dtype)) * self.scale
+        An update that counts from its start, B A - B₀ A₀, is (B - B₀) A + B₀ (A - A₀): one product of rank 2r of terms
+        as small as the change, so that nothing cancels in low precision and the start is exactly zero.
+        """
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """s · (B A x + bias) for x (..., in_features), computed in x's dtype (or autocast's): (..., out_features)."""
+        A, B = self.factors()
+        # Scaling the rank-r product costs r multiplications a token; scaling the result would cost out_features.
+        y = F.linear(F.linear(x, A.to(x.dtype)) * self.scale, B.to(x.dtype))
+        return y if self.bias is None else y + (self.bias * self.scale).to(y.dtype)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """What is added to `weight` (out_features, in_features), detached, in its dtype: s · B A.
+
+        With a magnitude m: (m / ‖W + s B A‖) (W + s B A) - W, norms by rows (Liu et al., DoRA, arXiv:2402.09353,
+        equation 5).
+        """
+        A, B = (factor.detach().to(weight.dtype) for factor in self.factors())
+        update = (B @ A) * self.scale
+        if self.magnitude is None:
+            return update
+        return self.stretch(weight).detach()[:, None] * (weight + update) - weight
+
+    def stretch(self, weight: Tensor) -> Tensor:
+        """m / ‖W + s B A‖ by rows: (out_features,), in fp32 at least.
+
+        The norm counts as a constant (arXiv:2402.09353, section 4.3), and it comes from
+        ‖W‖² + 2s ⟨W, B A⟩ + s² ‖B A‖², so that no dense B A is formed.
+        """
+        assert self.magnitude is not None
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            W = weight if weight.dtype == torch.float64 else weight.float()
+            A, B = (factor.to(W.dtype) for factor in self.factors())
+            cross = ((W @ A.T) * B).sum(1)
+            own = ((B @ (A @ A.T)) * B).sum(1)
+            norm = ((W * W).sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+            norm = norm.where(norm > 0, 1.0)  # a row of zeros has no direction; its length stays zero too
+        return self.magnitude.to(norm.dtype) / norm
 
     def extra_repr(self) -> str:
         (r, inner), outer = self.A.shape, self.B.shape[0]
@@ -61,3 +117,9 @@ class LowRank(nn.Module):
         if prefix + "A" not in state_dict and prefix + "B" not in state_dict:
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The length of each row of a (out_features, in_features) weight, as `stretch` computes it: DoRA's start."""
+    W = weight if weight.dtype == torch.float64 else weight.float()
+    return (W * W).sum(1).sqrt()

@@ -1,4 +1,4 @@
-"""How A and B start. The adapted model computes the base's function, because B is zero (except with `False`)."""
+"""How A and B start. But for `False`, the adapted model computes the base's function."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Init = bool | str
+
+_OVERSAMPLED = 8
 
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
@@ -24,14 +26,60 @@ def initial_factors(
 
     `True`: A Kaiming-uniform with a = √5, that is U(-1/√in, 1/√in), as peft draws it; B zero.
     `"gaussian"`: A normal with standard deviation 1/r; B zero.
+    `"swapped"`: A zero, B as A is by default (Hayou et al., "The impact of initialization on LoRA", arXiv:2406.08447).
+    `"orthogonal"`: rows of A and columns of B mixed by halves of one orthogonal matrix, so that B A = 0; r is even.
     `False`: both Kaiming-uniform, so that the adapter changes the output from the start (for tests).
     """
+    if init == "orthogonal":
+        return _orthogonal(r, in_features, out_features, generator)
+    if init == "swapped":
+        return _empty(r, in_features).zero_(), _kaiming(out_features, r, generator)
     if init == "gaussian":
         A = _empty(r, in_features).normal_(0.0, 1.0 / r, generator=generator)
     else:
         A = _kaiming(r, in_features, generator)
     B = _kaiming(out_features, r, generator) if init is False else _empty(out_features, r).zero_()
     return A, B
+
+
+def decomposed_factors(
+    init: str, weight: Tensor, *, r: int, scale: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) in fp32 from a decomposition of `weight` (out, in), on its device.
+
+    `"pissa"`: s · B A is the best approximation of W of rank r, its singular values shared by both factors (Meng et
+    al., arXiv:2404.02948, equations 2 and 3); `"pissa_niter_N"` approximates it by N rounds of subspace iteration.
+    `"olora"`: B the first r columns of Q and A the first r rows of R in W = Q R (Büyükakyüz, arXiv:2406.01775).
+    """
+    W = weight.detach().float()
+    if init == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[:r].contiguous(), Q[:, :r].contiguous()
+    rounds = init.removeprefix("pissa_niter_")
+    U, S, Vh = _largest(W, r, int(rounds), generator) if rounds != init else torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+
+
+def _largest(W: Tensor, r: int, rounds: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values and vectors, approximately.
+
+    Halko, Martinsson and Tropp, "Finding structure with randomness" (arXiv:0909.4061), algorithms 4.4 and 5.1.
+    """
+    width = min(r + _OVERSAMPLED, *W.shape)
+    Q, _ = torch.linalg.qr(W @ _empty(W.shape[1], width).normal_(generator=generator).to(W.device))
+    for _ in range(rounds):
+        P, _ = torch.linalg.qr(W.T @ Q)
+        Q, _ = torch.linalg.qr(W @ P)
+    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+def _orthogonal(r: int, in_features: int, out_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    Q, _ = torch.linalg.qr(_empty(r, r).normal_(generator=generator))
+    A = _empty(in_features, r // 2).normal_(generator=generator) @ Q[0::2]
+    B = _empty(out_features, r // 2).normal_(generator=generator) @ Q[1::2]
+    return A.T.contiguous() / 10, B / 10
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:

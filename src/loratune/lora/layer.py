@@ -1,46 +1,59 @@
-"""A linear module that adds its active adapters to its output.
-
-`adapt_in_place` swaps the class of a module, as `torch.nn.utils.parametrize` and FSDP2 do: the object, its weight, its
-hooks and its place in the tree stay, `isinstance` still holds, and `release` swaps the class back.
-"""
+"""A linear module that adds its active adapters to its output."""
 
 from __future__ import annotations
 
-import types
 import zlib
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
+from loratune.lora.state import AdapterState
+from loratune.lora.swap import Mixin, put_on, take_off
 
 
-@dataclass(slots=True)
-class AdapterState:
-    """What all adapted layers of one model look up: switching adapters is a change here, never a walk."""
+class Weight(Protocol):
+    """What the equation asks of a frozen weight, however it is stored."""
 
-    active: tuple[str, ...] = ()
-    counter: TokenCounter | None = None
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out_features, in_features), in the stored dtype unless told."""
+        ...
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Mixin):
     """Mixed in before the class of an adapted module. The forward pass is the equation and assigns nothing."""
 
+    rank = 0
+    prefix = "Lora"
+
     lora: nn.ModuleDict
-    lora_state: AdapterState
     lora_index: int
+    lora_weight: Callable[[nn.Module], Weight]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)
-        state = self.lora_state
-        for name in state.active:
+        view = self.lora_state.view
+        if view.rows is not None:
+            update = view.rows.update(self, x)
+            return y if update is None else y + update.to(y.dtype)
+        base = y
+        for name in view.active:
             if name in self.lora:
                 low_rank = cast(LowRank, self.lora[name])
-                y = y + low_rank(self._dropped(x, low_rank.dropout, state.counter)).to(y.dtype)
+                update = low_rank(self._dropped(x, low_rank.dropout, view.counter)).to(y.dtype)
+                y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
         return y
+
+    def _stretched(self, low_rank: LowRank, base: Tensor, update: Tensor) -> Tensor:
+        """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
+        g = low_rank.stretch(self.lora_weight(self).dense())
+        bias = cast("Tensor | None", self.bias)
+        Wx = base if bias is None else base - bias
+        return (g - 1).to(base.dtype) * Wx + g.to(base.dtype) * update
 
     def _dropped(self, x: Tensor, p: float, counter: TokenCounter | None) -> Tensor:
         if not self.training or p == 0.0:
@@ -48,76 +61,30 @@ class LoraLayer(nn.Module):
         # In somebody else's loop no counter is set: then torch's own generator is what its users expect.
         return F.dropout(x, p) if counter is None else drop(x, p, counter, self.lora_index)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (_base_of(type(self)),), self.__dict__
 
-
-_adapted_classes: dict[type[nn.Module], type[LoraLayer]] = {}
-
-
-def _adapted(base: type[nn.Module]) -> type[LoraLayer]:
-    if base not in _adapted_classes:
-        _adapted_classes[base] = type(f"Lora{base.__name__}", (LoraLayer, base), {"__module__": base.__module__})
-    return _adapted_classes[base]
-
-
-def _base_of(adapted: type[nn.Module]) -> type[nn.Module]:
-    return cast(type[nn.Module], adapted.__mro__[adapted.__mro__.index(LoraLayer) + 1])
-
-
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    kind = _adapted(base)
-    return kind.__new__(kind)
-
-
-def adapt_in_place(module: nn.Module, state: AdapterState, path: str) -> LoraLayer:
+def adapt_in_place(
+    module: nn.Module, state: AdapterState, path: str, weight_of: Callable[[nn.Module], Weight]
+) -> LoraLayer:
     """Make `module` look up its adapters in `state`; it has none yet, so its output does not change.
 
-    `path` is its dotted name in the model, from which its dropout masks are counted.
+    Args:
+        path: its dotted name in the model, from which its dropout masks are counted.
+        weight_of: reads its frozen weight.
     """
-    module.__class__ = _adapted(type(module))
+    put_on(module, LoraLayer)
     layer = cast(LoraLayer, module)
     layer.lora = nn.ModuleDict()
     layer.lora.train(module.training)
     layer.lora_state = state
     layer.lora_index = zlib.crc32(path.encode())
-    _rebind(layer)
+    layer.lora_weight = weight_of
     return layer
 
 
 def release(layer: LoraLayer) -> None:
-    """Give the module its own class back, without adapters."""
-    del layer.lora, layer.lora_state, layer.lora_index
+    """Give the module its own class back, without low-rank adapters."""
     module: nn.Module = layer
-    module.__class__ = _base_of(type(layer))
-    _rebind(layer)
-
-
-def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """The prefixes of names in `state_dict` under which adapters' tensors stand; a base may use the word itself."""
-    return tuple(f"{path}.lora." if path else "lora." for path, m in model.named_modules() if isinstance(m, LoraLayer))
-
-
-def patched_forward(module: nn.Module) -> bool:
-    """Whether a replaced `forward` would hide the adapter. accelerate's hooks are known: `_rebind` follows them."""
-    held = vars(module).get("_old_forward", vars(module).get("forward"))
-    return held is not None and not _own_forward(held, module)
-
-
-def _rebind(module: nn.Module) -> None:
-    """accelerate's hooks hold the bound forward they replaced; it must be the one of the present class.
-
-    Taken off again, such a hook leaves a bound forward on the instance.
-    """
-    for name in ("_old_forward", "forward"):
-        if _own_forward(vars(module).get(name), module):
-            vars(module)[name] = types.MethodType(type(module).forward, module)
-
-
-def _own_forward(forward: object, module: nn.Module) -> bool:
-    """Whether this is the bound method that a class of the module defines."""
-    return (
-        isinstance(forward, types.MethodType)
-        and forward.__self__ is module
-        and any(vars(kind).get("forward") is forward.__func__ for kind in (*type(module).__mro__, LoraLayer))
-    )
+    take_off(module, LoraLayer.rank)
+    del module.lora, module.lora_index, module.lora_weight
+    if not isinstance(module, Mixin):
+        del module.lora_state

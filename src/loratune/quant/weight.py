@@ -29,6 +29,11 @@ class FrozenWeight:
     def out_features(self) -> int:
         return self.parameter.shape[1 if self.transposed else 0]
 
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out_features, in_features), detached, in the stored dtype unless told."""
+        stored = self.parameter.detach()
+        return (stored.T if self.transposed else stored).to(dtype or stored.dtype)
+
     def plus(self, delta: Tensor) -> Tensor:
         """The weight with `delta` (out, in) added, in the stored layout and dtype.
 
@@ -53,7 +58,8 @@ def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def frozen_weight(module: nn.Module) -> FrozenWeight | None:
     """The module's weight, or None where it is not a linear map this package can adapt."""
-    weight = getattr(module, "weight", None)
+    # The module's own, whatever an adapter puts in its place while it is active.
+    weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not torch.is_floating_point(weight):
         return None
     if isinstance(module, nn.Linear):

@@ -33,9 +33,11 @@ class Proof:
         """Checks on the freshly attached adapter, which is left as it was."""
         decisions = self.setup.decisions
         found = []
+        init = decisions["init_lora_weights"]
         # With both factors random the adapter changes the model from the start, as was asked for.
-        if decisions["init_lora_weights"] is not False:
-            found.append(checks.step0_is_base(self.model, self.probe, self.base_logits))
+        if init is not False:
+            exact = init != "orthogonal"  # there B A is zero by cancellation
+            found.append(checks.step0_is_base(self.model, self.probe, self.base_logits, exact=exact))
         found.append(checks.gradients_only_in_adapter(self.model, lora, self.probe))
         if decisions["loss"] != "all":
             stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
@@ -48,13 +50,13 @@ class Proof:
         return found
 
     def remember(self, lora: Adapters) -> None:
-        """Keep every B as it is before the first step."""
-        self.start = {path: low_rank.B.detach().clone() for path, low_rank in lora.factors().items()}
+        """Keep what must move as it is before the first step."""
+        self.start = {name: tensor.detach().clone() for name, tensor in checks.must_move(lora).items()}
 
     def after(self, lora: Adapters) -> list[Check]:
         """Checks on the trained adapter, which is left as it is."""
         found = [
-            checks.every_b_moved(lora, self.start),
+            checks.every_update_moved(lora, self.start),
             checks.all_finite(lora),
             checks.reload_is_live(self.model, lora, self.probe),
         ]

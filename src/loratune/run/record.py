@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loratune.adapt import Adapters, TargetPlan, by_kind
+from loratune.adapt import Adapters, TargetPlan, by_kind, by_replaced
 from loratune.adapter import effective_rank
 from loratune.data.example import hash_of
 from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
@@ -127,13 +127,14 @@ def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
         "total": plan.total,
         "share": plan.trainable / plan.total,
         "modules": modules,
+        "replaced": [{"name": name, "count": n, "parameters": p} for name, (n, p) in by_replaced(plan).items()],
     }
 
 
 def effective_ranks(lora: Adapters) -> list[dict[str, Any]]:
     return [
-        {"path": path, "effective": round(effective_rank(low_rank.A, low_rank.B), 2), "r": low_rank.r}
-        for path, low_rank in lora.factors().items()
+        {"path": path, "effective": round(effective_rank(A, B), 2), "r": A.shape[0]}
+        for path, (A, B) in ((path, low_rank.factors()) for path, low_rank in lora.factors().items())
     ]
 
 

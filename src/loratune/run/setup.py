@@ -69,13 +69,13 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
         task_type="CAUSAL_LM",
         **{
             name: decisions.values[name]
-            for name in ("target_modules", "exclude_modules", "layers_to_transform")
+            for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
             if name in decisions.values
         },
     )
     one = plan(model, probe)
     one.check()
-    decide_training(decisions, prepared.fit, shape.hidden, one.trainable)
+    decide_training(decisions, prepared.fit, shape.hidden, sum(target.parameters for target in one.targets))
     config = lora_config(decisions)
     targets = plan(model, config)
     targets.check()

@@ -1,45 +1,68 @@
-"""`show`: what an adapter is and what it changed, from its files alone."""
+"""`inspect` and `show`: what an adapter is and what it changed, from its files alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from loratune.adapter import config_to_json, effective_rank, read_adapter, singular_values
-from loratune.lora import scale_of
+from loratune.adapter import Inspection, SavedAdapter, config_to_json, read_adapter
+from loratune.adapter import inspect as look_into
+from loratune.config import LoraConfig
 from loratune.run.folder import RunFolder
+
+
+def inspect(adapter: str | Path | SavedAdapter) -> Inspection:
+    """Spectrum, ranks, unused directions and damage of each module of an adapter.
+
+    Args:
+        adapter: a folder of a run or adapter, or an adapter as a value. NaN and infinity are named, no error.
+
+    Raises:
+        AdapterFileError: files missing, damaged or of another kind.
+    """
+    return look_into(adapter if isinstance(adapter, SavedAdapter) else _read(adapter))
 
 
 def show(run: str) -> dict[str, Any]:
     """The adapter's settings and, layer by layer, the size and spectrum of its update."""
     folder = Path(run).expanduser()
-    saved = read_adapter(folder)
+    saved = _read(folder)
     record = RunFolder(folder).record()
+    found, config = look_into(saved), config_to_json(saved)
     layers = []
-    for path, (A, B) in sorted(saved.factors.items(), key=lambda item: _natural(item[0])):
-        r = A.shape[0]
-        sigma = singular_values(A, B) * scale_of(r, saved.config.lora_alpha, saved.config.use_rslora)
+    for module in found.modules:
+        spectrum = module.spectrum
         layers.append(
             {
-                "path": path,
-                "r": r,
-                "parameters": A.numel() + B.numel(),
-                "norm": float(sigma.norm()),
-                "largest": float(sigma[0]),
-                "effective_rank": effective_rank(A, B),
+                "path": module.path,
+                "r": module.r,
+                "in": module.inner,
+                "out": module.outer,
+                "scale": module.scale,
+                "parameters": module.parameters,
+                "beside": list(module.beside),
+                "zero_components": list(module.zero_components),
+                "norm": spectrum and spectrum.norm,
+                "largest": spectrum and spectrum.singular_values[0],
+                "effective_rank": spectrum and spectrum.effective_rank,
+                "stable_rank": spectrum and spectrum.stable_rank,
+                "dead": spectrum and spectrum.dead,
+                "singular_values": spectrum and list(spectrum.singular_values),
             }
         )
     return {
         "path": str(folder),
         "base": saved.base,
-        "config": {k: v for k, v in config_to_json(saved).items() if v not in (None, False, [], {})},
+        "config": {k: v for k, v in config.items() if k in LoraConfig.names() and v not in (None, False, [], {})},
         "unknown_keys": sorted(saved.unknown),
-        "parameters": sum(layer["parameters"] for layer in layers),
+        "parameters": found.parameters,
+        "norm": found.norm,
         "layers": layers,
+        "replaced": list(found.replaced),
+        "non_finite": list(found.non_finite),
         "record": None if record is None else {key: record.get(key) for key in ("state", "result", "measured", "data")},
     }
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
-    """A key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+def _read(folder: str | Path) -> SavedAdapter:
+    return read_adapter(Path(folder).expanduser(), finite=False)

@@ -1,0 +1,108 @@
+"""What an adapter holds on this model before it is put there: fresh from its config, or from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loratune.adapt.plan import Target, TargetPlan
+from loratune.adapter import Factors, SavedAdapter
+from loratune.config import LoraConfig
+from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, row_norms
+from loratune.quant import FrozenWeight, frozen_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Low-rank terms by module path, and tensors by module path and name that stand in place of the base's."""
+
+    low_ranks: dict[str, LowRank]
+    replaced: dict[str, dict[str, Tensor]]
+
+
+def fresh_parts(
+    model: nn.Module, config: LoraConfig, plan: TargetPlan, *, ordinal: int, dtype: torch.dtype | None
+) -> Parts:
+    """A new adapter: A and B drawn from torch's seed, the ordinal and their path; replaced tensors copied."""
+    seed = torch.initial_seed()
+    low_ranks = {}
+    for target in plan.targets:
+        weight = _weight(model, target.path)
+        factors = _fresh(config, target, weight, generator_for(seed, ordinal, target.path))
+        start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
+        low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
+    replaced = {part.path: {name: _own(model, part.path, name, dtype) for name in part.names} for part in plan.replaced}
+    return Parts(low_ranks, replaced)
+
+
+def saved_parts(model: nn.Module, saved: SavedAdapter, plan: TargetPlan, *, dtype: torch.dtype | None) -> Parts:
+    """A saved adapter's tensors, which fit the plan.
+
+    One that peft started from a decomposition counts from it, on a base that peft had changed: the decomposition is
+    done again, and the update counted from there on the untouched base.
+    """
+    low_ranks = {}
+    for target in plan.targets:
+        weight = _weight(model, target.path)
+        start = None
+        if saved.config.decomposes:
+            began = _fresh(saved.config, target, weight, generator_for(0, target.path))
+            start = began.A, began.B
+        low_ranks[target.path] = _low_rank(target, saved.config, saved.factors[target.path], start, weight, dtype)
+    replaced: dict[str, dict[str, Tensor]] = {}
+    for part in plan.replaced:
+        device = _parameter(model, part.path, part.names[0]).device
+        tensors = {name: saved.replaced[f"{part.path}.{name}"] for name in part.names}
+        replaced[part.path] = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items()}
+    return Parts(low_ranks, replaced)
+
+
+def _fresh(config: LoraConfig, target: Target, weight: FrozenWeight, generator: torch.Generator) -> Factors:
+    init, r = config.init_lora_weights, target.r
+    if config.decomposes:
+        A, B = decomposed_factors(str(init), weight.dense(), r=r, scale=target.scale, generator=generator)
+    else:
+        inner, outer = target.in_features, target.out_features
+        A, B = initial_factors(init, r=r, in_features=inner, out_features=outer, generator=generator)
+    bias = None
+    if config.lora_bias:
+        bias = torch.zeros(target.out_features, dtype=torch.float32, device="cpu")
+        if init is False:
+            bias.uniform_(-1.0, 1.0, generator=generator)
+    return Factors(A, B, bias, row_norms(weight.dense()) if config.use_dora else None)
+
+
+def _low_rank(
+    target: Target,
+    config: LoraConfig,
+    factors: Factors,
+    start: tuple[Tensor, Tensor] | None,
+    weight: FrozenWeight,
+    dtype: torch.dtype | None,
+) -> LowRank:
+    device = weight.parameter.device
+    # The magnitude is compared with a norm in fp32: rounded, the start would not be the base.
+    dtypes = {"magnitude": None}
+    tensors = {name: tensor.to(device, dtypes.get(name, dtype) or tensor.dtype) for name, tensor in factors.tensors()}
+    if start is not None:
+        start = start[0].to(device, dtype or start[0].dtype), start[1].to(device, dtype or start[1].dtype)
+    return LowRank(scale=target.scale, dropout=config.lora_dropout, start=start, **tensors)
+
+
+def _weight(model: nn.Module, path: str) -> FrozenWeight:
+    weight = frozen_weight(model.get_submodule(path))
+    assert weight is not None, f"{path} was planned as a target"
+    return weight
+
+
+def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
+    parameter = model.get_submodule(path)._parameters[name]
+    assert parameter is not None, f"{path}.{name} was planned to be replaced"
+    return parameter
+
+
+def _own(model: nn.Module, path: str, name: str, dtype: torch.dtype | None) -> Tensor:
+    parameter = _parameter(model, path, name).detach()
+    return parameter.clone().to(dtype or torch.promote_types(parameter.dtype, torch.float32))

@@ -1,0 +1,56 @@
+"""What the handle knows about one adapter beside its tensors."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratune.adapt.placement import Placement
+from loratune.adapt.plan import TargetPlan
+from loratune.adapt.written import written
+from loratune.adapter import Factors, Origin, SavedAdapter
+from loratune.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    config: LoraConfig
+    plan: TargetPlan
+    base: str | None
+    revision: str | None = None
+    origin: Origin | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+
+def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:
+    """One adapter as a value that shares the live tensors; its targets are written out by name."""
+    factors = {}
+    for path, low_rank in placement.low_ranks(name).items():
+        A, B = low_rank.factors()
+        beside = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
+        factors[path] = Factors(A.detach(), B.detach(), *beside)
+    replaced = {
+        full: _no_finer(parameter.detach(), placement.base_tensor(full).dtype)
+        for full, parameter in placement.replaced(name).items()
+    }
+    config = written(placement.model, entry.config, entry.plan)
+    return SavedAdapter(config, factors, replaced, entry.base, entry.revision, origin, entry.unknown)
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """What `save_pretrained` of a tokenizer writes, by file name; nothing without one."""
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def _no_finer(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finer master as the model computes with it: in the base's dtype."""
+    return tensor.to(dtype) if tensor.dtype.itemsize > dtype.itemsize else tensor

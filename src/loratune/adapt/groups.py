@@ -1,0 +1,23 @@
+"""What an optimizer is given: groups of parameters with their rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from loratune.lora import LowRank
+
+
+def param_groups(
+    low_ranks: Iterable[LowRank], parameters: Sequence[nn.Parameter], lr: float, b_ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """`parameters` in groups by rate and decay; B of the low-rank terms learns at `b_ratio` · lr."""
+    behind_b = {id(p) for low_rank in low_ranks for p in (low_rank.B, low_rank.bias) if p is not None}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        rate = lr * b_ratio if id(parameter) in behind_b else lr
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]

@@ -1,0 +1,44 @@
+"""What a model is used for, and which of its modules are the heads of that use."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from loratune.config import LoraConfig
+
+_TASK_OF_CLASS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# Names of the heads that a task adds to a base; a fresh one holds random numbers, so it has to train.
+_NEW_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def task_of_class(model: nn.Module) -> str | None:
+    """The task that the name of the model's class tells."""
+    name = type(model).__name__
+    return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+
+
+def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config with the task that the model's class tells, where it names none itself."""
+    found = task_of_class(model)
+    return config if config.task_type or not found else cast(LoraConfig, config.replace(task_type=found))
+
+
+def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
+    """Paths of the heads that the task added to the base."""
+    return tuple(name for name in _NEW_HEADS.get(task or "", ()) if name in model._modules)
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The module that gives the logits of a language model."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None

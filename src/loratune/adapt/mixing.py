@@ -1,0 +1,83 @@
+"""An adapter for each row of a batch: the adapters in use, one above the other, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from loratune.adapt.entry import Entry
+from loratune.adapt.placement import Placement
+from loratune.errors import AdapterStateError
+from loratune.lora import Bank, LowRank, Rows, bank_of
+
+
+class Mixer:
+    """Makes `Rows`, and keeps the banks of the last set of adapters while none of their tensors changes."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._key: tuple[Any, ...] = ()
+        self._banks: dict[nn.Module, Bank] = {}
+
+    def rows(self, names: Sequence[str | None]) -> Rows:
+        """The adapter of each row by its name; None is the base."""
+        distinct = tuple(sorted({name for name in names if name is not None}))
+        self._update(distinct)
+        place = {name: number for number, name in enumerate((None, *distinct))}
+        return Rows(torch.tensor([place[name] for name in names]), self._banks)
+
+    def forget(self) -> None:
+        self._key, self._banks = (), {}
+
+    def _update(self, names: tuple[str, ...]) -> None:
+        parameters = [parameter for name in names for parameter in self.placement.parameters(name)]
+        key = (names, *((id(p), p._version, p.device) for p in parameters))
+        if key == self._key:
+            return
+        self._banks = {}
+        with torch.no_grad():
+            for layer in self.placement.layers.values():
+                low_ranks = [cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
+                bank = bank_of([None, *low_ranks], cast(nn.Parameter, layer._parameters["weight"]).dtype)
+                if bank is not None:
+                    self._banks[layer] = bank
+        self._key = key
+
+
+def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:
+    """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch."""
+    problems = []
+    if not kinds:
+        problems.append("rows() needs a name, or None, for each row of the batch")
+    if model.training:
+        problems.append("rows() is for inference, and the model is in training mode")
+    for name, entry in used.items() if kinds > 1 else ():
+        if entry.config.use_dora:
+            problems.append(f"{name!r} is a DoRA adapter, which cannot share a batch with others")
+        if entry.plan.replaced:
+            problems.append(f"{name!r} has its own {next(entry.plan.replaced[0].full_names())}, for all rows")
+    if problems:
+        raise AdapterStateError(problems, hint="call model.eval(), and activate() one such adapter at a time")
+
+
+def batch_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> int | None:
+    """Tokens of each row of the batch that enters the model, after seeing that it has `rows` rows.
+
+    Raises:
+        AdapterStateError: it has another number of rows, or the model trains.
+    """
+    if model.training:
+        raise AdapterStateError("rows() is for inference, and the model is in training mode", hint="call model.eval()")
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs]
+    entering = next((value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if entering is None or entering.ndim == 0:
+        return None
+    if len(entering) != rows:
+        raise AdapterStateError(
+            f"rows() has {rows} names, and the batch has {len(entering)} rows",
+            hint="give one name, or None for the base, for each row",
+        )
+    return entering.shape[1] if entering.ndim > 1 else None

@@ -1,0 +1,120 @@
+"""Where adapters stand on a model: the modules they are put on, and taken off from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import nn
+
+from loratune.adapt.build import Parts
+from loratune.lora import (
+    AdapterState,
+    LoraLayer,
+    LowRank,
+    Recomputed,
+    Tensors,
+    adapt_in_place,
+    base_modules,
+    bind_recomputation,
+    can_be_recomputed,
+    give_back,
+    release,
+    replace_in,
+    unbind_recomputation,
+)
+from loratune.quant import FrozenWeight, frozen_weight
+
+
+class Placement:
+    """The adapted modules of one model.
+
+    Attributes:
+        layers: module path → layer with low-rank terms, by adapter in its `lora`.
+        replacing: module path → module of which some adapter has its own tensors.
+    """
+
+    def __init__(self, model: nn.Module, state: AdapterState) -> None:
+        self.model = model
+        self.state = state
+        self.layers: dict[str, LoraLayer] = {}
+        self.replacing: dict[str, nn.Module] = {}
+
+    def bind(self) -> None:
+        """Let blocks that are recomputed in the backward pass see the adapters of their forward pass."""
+        for _, module in list(base_modules(self.model)):
+            if can_be_recomputed(module):
+                bind_recomputation(module, self.state)
+
+    def put(self, name: str, parts: Parts, *, trainable: bool) -> None:
+        for path, low_rank in parts.low_ranks.items():
+            layer = self.layers.get(path)
+            if layer is None:
+                layer = adapt_in_place(self.model.get_submodule(path), self.state, path, weight_of)
+                self.layers[path] = layer
+            layer.lora[name] = low_rank.train(layer.training).requires_grad_(trainable)
+        for path, tensors in parts.replaced.items():
+            module = self.model.get_submodule(path)
+            replace_in(module, self.state, name, tensors).train(module.training).requires_grad_(trainable)
+            self.replacing[path] = module
+
+    def take(self, name: str) -> None:
+        for path, layer in list(self.layers.items()):
+            if name in layer.lora:
+                del layer.lora[name]
+            if not layer.lora:
+                release(self.layers.pop(path))
+        for path, module in list(self.replacing.items()):
+            if name in _holder(module):
+                give_back(module, name)
+            if not hasattr(module, "lora_replaced"):
+                del self.replacing[path]
+
+    def rename(self, old: str, new: str) -> None:
+        for holder in (*(layer.lora for layer in self.layers.values()), *map(_holder, self.replacing.values())):
+            if old in holder:
+                holder[new] = holder.pop(old)
+
+    def clear(self) -> None:
+        """Take everything off: every module has its own class and tensors again."""
+        for layer in self.layers.values():
+            release(layer)
+        for module in self.replacing.values():
+            for name in list(_holder(module)):
+                give_back(module, name)
+        for _, module in list(base_modules(self.model)):
+            if isinstance(module, Recomputed):
+                unbind_recomputation(module)
+        self.layers, self.replacing = {}, {}
+
+    def low_ranks(self, name: str) -> dict[str, LowRank]:
+        """One adapter's low-rank terms by module path."""
+        return {path: cast(LowRank, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
+
+    def replaced(self, name: str) -> dict[str, nn.Parameter]:
+        """One adapter's own tensors by the full name of the base's."""
+        return {
+            f"{path}.{own}": parameter
+            for path, module in self.replacing.items()
+            if name in _holder(module)
+            for own, parameter in cast(Tensors, _holder(module)[name]).named_parameters()
+        }
+
+    def parameters(self, name: str) -> Iterator[nn.Parameter]:
+        for low_rank in self.low_ranks(name).values():
+            yield from low_rank.parameters()
+        yield from self.replaced(name).values()
+
+    def base_tensor(self, full_name: str) -> nn.Parameter:
+        """The base's own parameter of that name, whatever stands in its place now."""
+        path, _, name = full_name.rpartition(".")
+        return cast(nn.Parameter, self.model.get_submodule(path)._parameters[name])
+
+
+def weight_of(layer: nn.Module) -> FrozenWeight:
+    """The frozen weight of an adapted layer."""
+    return cast(FrozenWeight, frozen_weight(layer))
+
+
+def _holder(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module.lora_replaced)

@@ -1,0 +1,74 @@
+"""One adapter as a value: its settings and tensors, without a model and without a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from loratune.config import LoraConfig
+from loratune.lora import scale_of
+
+
+class Factors(NamedTuple):
+    """What an adapter holds for one module.
+
+    Attributes:
+        A: (r, in), B: (out, r). The update is scale · B A.
+        bias: (out,), behind B, or None; scaled as the update is.
+        magnitude: (out,), DoRA's length of each weight row, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that are there, by name."""
+        return ((name, tensor) for name, tensor in zip(self._fields, self, strict=True) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an adapter was trained on, as hashes; None where it is not known."""
+
+    base: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as a value.
+
+    Attributes:
+        factors: module path → A, B and what stands beside them.
+        replaced: name of a base tensor ("score.weight", "layers.0.q_proj.bias") → what stands in its place.
+        base: the name or path of the base it was trained on, where known.
+        origin: which base and tokenizer these were.
+        unknown: keys of a foreign `adapter_config.json` that mean nothing here; kept when written again.
+        surplus: tensors of a foreign file that say again what others say; left out when written again.
+    """
+
+    config: LoraConfig
+    factors: Mapping[str, Factors]
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    base: str | None = None
+    revision: str | None = None
+    origin: Origin = Origin()
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    surplus: tuple[str, ...] = ()
+
+    def scale(self, path: str) -> float:
+        """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""
+        return scale_of(self.factors[path].A.shape[0], self.config.alpha_of(path), self.config.use_rslora)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, named by module path and role."""
+        for path, factors in self.factors.items():
+            for name, tensor in factors.tensors():
+                yield f"{path}: {name}", tensor
+        yield from self.replaced.items()

@@ -1,0 +1,96 @@
+"""An adapter for each row of a batch: gathered products, not a loop over adapters.
+
+The batched form of S-LoRA (Sheng et al., arXiv:2311.03285) and Punica (Chen et al., arXiv:2310.18547), in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loratune.errors import AdapterStateError
+from loratune.lora.equation import LowRank
+
+
+class Bank(NamedTuple):
+    """Several adapters of one layer, one above the other; ranks below the largest are filled up with zeros.
+
+    Attributes:
+        A: (adapters, r, in), B: (adapters, out, r), scale: (adapters,), bias: (adapters, out) or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+def bank_of(low_ranks: Sequence[LowRank | None], dtype: torch.dtype) -> Bank | None:
+    """Adapters of one layer for computing in `dtype`; None stands for no update. None where nothing updates it."""
+    factors = [None if low_rank is None else low_rank.factors() for low_rank in low_ranks]
+    there = [pair for pair in factors if pair is not None]
+    if not there:
+        return None
+    r = max(A.shape[0] for A, _ in there)
+    like, inner, outer = there[0][0], there[0][0].shape[1], there[0][1].shape[0]
+    A_all = like.new_zeros(len(factors), r, inner, dtype=dtype)
+    B_all = like.new_zeros(len(factors), outer, r, dtype=dtype)
+    for i, pair in enumerate(factors):
+        if pair is not None:
+            A_all[i, : pair[0].shape[0]] = pair[0]
+            B_all[i, :, : pair[0].shape[0]] = pair[1]
+    scale = torch.tensor([0.0 if low_rank is None else low_rank.scale for low_rank in low_ranks], device=like.device)
+    bias = None
+    if any(low_rank is not None and low_rank.bias is not None for low_rank in low_ranks):
+        bias = like.new_zeros(len(factors), outer, dtype=dtype)
+        for i, low_rank in enumerate(low_ranks):
+            if low_rank is not None and low_rank.bias is not None:
+                bias[i] = low_rank.bias * low_rank.scale
+    return Bank(A_all, B_all, scale, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which adapter each row of the batch has.
+
+    Attributes:
+        index: (rows,) positions in every bank.
+        banks: the adapters of each layer that has some.
+        tokens: of each row of the batch that goes through the model now, where known; some layers flatten the batch.
+    """
+
+    index: Tensor
+    banks: Mapping[nn.Module, Bank]
+    tokens: int | None = None
+
+    def update(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """s · B A x of each row's own adapter for x (rows, …, in); None where no adapter is on this layer.
+
+        Raises:
+            AdapterStateError: x has another number of rows.
+        """
+        bank = self.banks.get(layer)
+        if bank is None:
+            return None
+        index = self.index.to(x.device)
+        by_row = self._by_row(x)
+        A, B = bank.A.to(x.dtype)[index], bank.B.to(x.dtype)[index]
+        h = torch.bmm(by_row, A.mT) * bank.scale[index][:, None, None].to(x.dtype)
+        y = torch.bmm(h, B.mT)
+        if bank.bias is not None:
+            y = y + bank.bias.to(y.dtype)[index][:, None]
+        return y.view(*x.shape[:-1], -1)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        rows = len(self.index)
+        flattened = x.ndim == 2 and self.tokens is not None and x.shape[0] == rows * self.tokens
+        if not flattened and (x.ndim < 2 or x.shape[0] != rows):
+            raise AdapterStateError(
+                f"{rows} rows have an adapter each, and a layer was given {tuple(x.shape)}",
+                hint="give rows() one name for each row of the batch",
+            )
+        return x.reshape(rows, -1, x.shape[-1])

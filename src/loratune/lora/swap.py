@@ -1,0 +1,142 @@
+"""Swapping the class of a module in place, as `torch.nn.utils.parametrize` and FSDP2 do.
+
+The object, its tensors, its hooks and its place in the tree stay, and `isinstance` still holds. What is mixed in before
+the module's own class may replace its `forward` or look up its tensors elsewhere.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from loratune.lora.state import AdapterState
+
+
+class Mixin(nn.Module):
+    """What can be mixed in. Subclasses are listed in the order in which their `forward` comes."""
+
+    lora_state: AdapterState
+    # Mixed in by those that are made on demand, to make them again after pickling: a function and its argument.
+    made_by: tuple[Any, Any] | None = None
+    rank = 0
+    prefix = ""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        mixins, base = _parts(type(self))
+        return _rebuild, (base, tuple(mixin.made_by or mixin for mixin in mixins)), self.__dict__
+
+
+def put_on(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Mix `mixin` in; a mixin of the same rank that the module has gives way."""
+    mixins, base = _parts(type(module))
+    kept = [other for other in mixins if other.rank != mixin.rank]
+    _become(module, _class_of(base, tuple(sorted([*kept, mixin], key=lambda m: m.rank))))
+
+
+def take_off(module: nn.Module, rank: int) -> None:
+    """Give back what `put_on` mixed in at this rank; the last one leaves the module's own class."""
+    mixins, base = _parts(type(module))
+    kept = tuple(mixin for mixin in mixins if mixin.rank != rank)
+    _become(module, _class_of(base, kept) if kept else base)
+
+
+def wears(module: nn.Module, rank: int) -> bool:
+    """Whether something of this rank is mixed in."""
+    return any(mixin.rank == rank for mixin in _parts(type(module))[0])
+
+
+def patched_forward(module: nn.Module) -> bool:
+    """Whether a replaced `forward` would hide an adapter. accelerate's hooks are known: `_become` follows them."""
+    held = vars(module).get("_old_forward", vars(module).get("forward"))
+    return held is not None and not _own_forward(held, module, type(module))
+
+
+_classes: dict[tuple[type[nn.Module], tuple[type[Mixin], ...]], type[nn.Module]] = {}
+
+
+def _class_of(base: type[nn.Module], mixins: tuple[type[Mixin], ...]) -> type[nn.Module]:
+    key = (base, mixins)
+    if key not in _classes:
+        name = "".join(mixin.prefix for mixin in mixins) + base.__name__
+        namespace = {"__module__": base.__module__, "__qualname__": name, "lora_parts": key}
+        _classes[key] = type(name, (*mixins, base), namespace)
+    return _classes[key]
+
+
+def _parts(kind: type[nn.Module]) -> tuple[tuple[type[Mixin], ...], type[nn.Module]]:
+    base, mixins = getattr(kind, "lora_parts", (kind, ()))
+    return mixins, base
+
+
+def _rebuild(base: type[nn.Module], mixins: tuple[Any, ...]) -> nn.Module:
+    made = tuple(mixin[0](mixin[1]) if isinstance(mixin, tuple) else mixin for mixin in mixins)
+    kind = _class_of(base, made)
+    return kind.__new__(kind)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class. accelerate's hooks hold the bound forward they replaced; it must be the one of the new class.
+
+    Taken off again, such a hook leaves a bound forward on the instance.
+    """
+    before = type(module)
+    module.__class__ = kind
+    for name in ("_old_forward", "forward"):
+        if _own_forward(vars(module).get(name), module, before):
+            vars(module)[name] = types.MethodType(kind.forward, module)
+
+
+def _own_forward(forward: object, module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether this is the bound method that the class or one of its bases defines."""
+    return (
+        isinstance(forward, types.MethodType)
+        and forward.__self__ is module
+        and any(vars(base).get("forward") is forward.__func__ for base in kind.__mro__)
+    )
+
+
+# -- the tree without what stands for adapters ------------------------------------------------------------------------
+
+# Children that hold adapters' tensors; only a module with a `Mixin` has them by this meaning.
+HOLDERS = ("lora", "lora_replaced")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the base alone: adapters are not entered, so the walk does not grow with their number."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        adapted = isinstance(module, Mixin)
+        for name, child in module._modules.items():
+            if child is not None and not (adapted and name in HOLDERS):
+                yield from walk(f"{path}.{name}" if path else name, child)
+
+    return walk("", model)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`named_parameters` of the base alone; tied ones come once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter
+
+
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """The prefixes of names in `state_dict` under which adapters' tensors stand; a base may use the words itself."""
+    return tuple(
+        f"{path}.{holder}." if path else f"{holder}."
+        for path, module in base_modules(model)
+        if isinstance(module, Mixin)
+        for holder in HOLDERS
+        if holder in module._modules
+    )

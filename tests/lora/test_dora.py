@@ -1,0 +1,150 @@
+"""DoRA (arXiv:2402.09353): its start, its norm, its dense delta. Forward and gradients are in `test_layer.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from loratune.lora import LowRank, row_norms
+from tests.lora.cases import KINDS, SLOW, Adapter, Case, adapted, cases, gap, limit, low_ranks, stored_rows, update_of
+from tests.oracle import lora_reference as oracle
+
+DORA = ("dora", "dora from a start")
+
+
+def at_its_start(layer: Any, *, start: bool) -> LowRank:
+    """Puts a DoRA adapter on, as it is before the first step."""
+    W = stored_rows(layer)
+    A, B = torch.randn(3, W.shape[1]), torch.randn(W.shape[0], 3)
+    began = (A.clone(), B.clone()) if start else None
+    low_rank = LowRank(A, B if start else torch.zeros_like(B), scale=1.7, magnitude=row_norms(W), start=began)
+    layer.lora.clear()
+    layer.lora["adapter0"] = low_rank
+    return low_rank
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SLOW
+@given(case=cases("dora", most=1))
+def test_it_starts_as_the_base_bit_for_bit(start: bool, dtype: torch.dtype, case: Case) -> None:
+    layer, state = adapted(case, dtype)
+    at_its_start(layer, start=start)
+    x = torch.randn(*case.lead, case.inner, dtype=dtype)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            state.change(active=("adapter0",))
+            y = layer(x)
+            state.change(active=())
+            assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_norms_are_the_lengths_of_rows(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(7, 300, dtype=dtype)
+    norms = row_norms(W)
+    assert norms.dtype == torch.float32
+    assert gap(norms, np.linalg.norm(oracle.exact(W), axis=1)) < 1e-6
+    assert row_norms(W.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("variant", DORA)
+@SLOW
+@given(data=st.data())
+def test_the_norm_is_that_of_the_dense_sum(variant: str, data: st.DataObject) -> None:
+    case = data.draw(cases(variant, most=1))
+    layer, _ = adapted(case)
+    (low_rank,) = low_ranks(layer)
+    update = update_of(low_rank, case.adapters[0])
+    for dtype in (torch.float32, torch.float64):
+        W = stored_rows(layer).to(dtype)
+        found = low_rank.stretch(W)
+        expected = oracle.stretch(oracle.exact(W), update)
+        assert expected is not None
+        assert found.dtype == dtype
+        # In fp64 the factors' difference from their start is still formed in the masters' fp32.
+        fine = dtype == torch.float64 and variant == "dora"
+        assert gap(found, expected) < (1e-9 if fine else 1) * limit(oracle.exact(W), [update])
+
+
+def test_the_norm_of_a_bf16_weight_is_taken_in_fp32() -> None:
+    torch.manual_seed(0)
+    W = torch.randn(16, 512).bfloat16()
+    low_rank = LowRank(torch.randn(4, 512) / 20, torch.randn(16, 4) / 20, scale=2.0, magnitude=row_norms(W))
+    update = update_of(low_rank, Adapter(4, 8.0))
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = low_rank.stretch(W)
+        expected = oracle.stretch(oracle.exact(W), update)
+        assert expected is not None
+        assert gap(found, expected) < 1e-6
+
+
+class Products(TorchFunctionMode):
+    """The shapes of what matrix products return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (Tensor.__matmul__, Tensor.matmul, Tensor.mm, torch.matmul, torch.mm, torch.nn.functional.linear):
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+def test_no_dense_product_of_the_factors_is_formed() -> None:
+    layer, _ = adapted(Case(inner=40, outer=30, adapters=(Adapter(3, 6.0, variant="dora"),)))
+    with Products() as products:
+        layer(torch.randn(2, 40)).sum().backward()
+    assert (3, 3) in products.shapes, "A Aᵀ"
+    assert not {(30, 40), (40, 30)} & products.shapes
+
+
+def test_rows_of_zeros_stay_zero_and_train() -> None:
+    layer, _ = adapted(Case(inner=4, outer=3, bias=False, adapters=(Adapter(2, 4.0, variant="dora"),), empty_row=True))
+    low_rank = at_its_start(layer, start=False)
+    x = torch.randn(5, 4)
+    y = layer(x)
+    assert not y[:, 0].any()
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in low_rank.parameters())
+    with torch.no_grad():
+        low_rank.B.add_(1.0)
+    assert not layer(x)[:, 0].any(), "its length is the magnitude, which is still zero"
+    assert low_rank.delta(stored_rows(layer)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", DORA)
+@SLOW
+@given(data=st.data())
+def test_merged_into_the_weight_it_computes_the_same(kind: str, variant: str, data: st.DataObject) -> None:
+    case = data.draw(cases(variant, "plain", "start"))
+    layer, state = adapted(case)
+    W = stored_rows(layer)
+    updates = [update_of(one, adapter) for one, adapter in zip(low_ranks(layer), case.adapters, strict=True)]
+    for low_rank, update in zip(low_ranks(layer), updates, strict=True):
+        delta = low_rank.delta(W)
+        assert not delta.requires_grad
+        exact = oracle.delta(oracle.exact(W), update)
+        # For DoRA W is added and taken off again: an error is one of W, not of what is left.
+        assert np.linalg.norm(oracle.exact(delta) - exact) < limit(oracle.exact(W), [update]) * (
+            np.linalg.norm(exact) + np.linalg.norm(oracle.exact(W))
+        )
+    x = torch.randn(*case.lead, case.inner)
+    y = layer(x)
+    with torch.no_grad():
+        W.add_(sum(low_rank.delta(W) for low_rank in low_ranks(layer)))
+    state.change(active=())
+    scale = float(y.norm()) + float((x.norm() * W.norm()))
+    assert float((layer(x) - y).norm()) < limit(oracle.exact(W), updates) * scale
