@@ -69,13 +69,19 @@ def picture(model: nn.Module, handle: lt.Adapters | None = None) -> dict[str, An
         "tensors": {name: bits(tensor) for name, tensor in model.state_dict().items()},
         "parameters": {name: (id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)},
         "modules": {path: (id(module), type(module), module.training) for path, module in model.named_modules()},
-        "output": bits(model(IDS)),
+        "output": bits(output_of(model)),
     }
     if handle is not None:
         found["handle"] = (handle.names, handle.active, handle.merged)
         found["configs"] = {name: handle.config(name) for name in handle.names}
         found["trains"] = [id(p) for p in handle.parameters()]
     return found
+
+
+def output_of(model: nn.Module) -> Tensor:
+    """What a model makes of `IDS`, the net as well as one of transformers."""
+    found = model(IDS)
+    return found if isinstance(found, Tensor) else found.logits  # type: ignore[no-any-return]
 
 
 def bits(tensor: Tensor) -> bytes:

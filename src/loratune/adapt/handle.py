@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.adapt.build import Parts, fresh_parts, saved_parts
+from loratune.adapt.build import Modules, Parts, fresh_parts, saved_parts
 from loratune.adapt.entry import Entry, as_value, tokenizer_files
 from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
@@ -31,7 +31,7 @@ from loratune.adapt.summary import summary_of
 from loratune.adapter import Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_parameters
+from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
 ATTRIBUTE = "_loratune"
@@ -138,8 +138,9 @@ class Adapters:
         target_plan.check()
         config = with_task(self.model, config)
         self._drawn += 1
-        parts = fresh_parts(self.model, config, target_plan, ordinal=self._drawn, dtype=dtype)
-        self._put(name, Entry(config, target_plan, self._base_name()), parts, trainable=True)
+        modules = dict(base_modules(self.model))
+        parts = fresh_parts(modules, config, target_plan, ordinal=self._drawn, dtype=dtype)
+        self._put(name, Entry(config, target_plan, self._base_name()), parts, modules, trainable=True)
 
     def load(
         self,
@@ -173,9 +174,10 @@ class Adapters:
         notes = [f"{where}: the unknown key {key!r} is kept and means nothing here" for key in sorted(saved.unknown)]
         notes += [f"{where}: {key!r} says again what another tensor says" for key in saved.surplus]
         target_plan = replace(target_plan, notes=(*target_plan.notes, *notes))
-        parts = saved_parts(self.model, saved, target_plan, dtype=dtype)
+        modules = dict(base_modules(self.model))
+        parts = saved_parts(modules, saved, target_plan, dtype=dtype)
         entry = Entry(saved.config, target_plan, saved.base, saved.revision, saved.origin, dict(saved.unknown))
-        self._put(name, entry, parts, trainable=trainable)
+        self._put(name, entry, parts, modules, trainable=trainable)
 
     def activate(self, *names: str) -> None:
         """These adapters and no others; their deltas add up. Without names the model is the base.
@@ -347,10 +349,10 @@ class Adapters:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _put(self, name: str, entry: Entry, parts: Parts, *, trainable: bool) -> None:
+    def _put(self, name: str, entry: Entry, parts: Parts, modules: Modules, *, trainable: bool) -> None:
         if not self.names:
             self._placement.bind()
-        self._placement.put(name, parts, trainable=trainable)
+        self._placement.put(name, parts, modules, trainable=trainable)
         self._register.put(name, entry)
 
     def _require_grad(self, name: str, value: bool) -> None:

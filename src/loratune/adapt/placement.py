@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from loratune.adapt.build import Parts
+from loratune.adapt.build import Modules, Parts
 from loratune.lora import (
     AdapterState,
     LoraLayer,
@@ -46,15 +46,16 @@ class Placement:
             if can_be_recomputed(module):
                 bind_recomputation(module, self.state)
 
-    def put(self, name: str, parts: Parts, *, trainable: bool) -> None:
+    def put(self, name: str, parts: Parts, modules: Modules, *, trainable: bool) -> None:
         for path, low_rank in parts.low_ranks.items():
             layer = self.layers.get(path)
             if layer is None:
-                layer = adapt_in_place(self.model.get_submodule(path), self.state, path, weight_of)
+                layer = adapt_in_place(modules[path], self.state, path, weight_of)
                 self.layers[path] = layer
-            layer.lora[name] = low_rank.train(layer.training).requires_grad_(trainable)
+            low_rank.training = layer.training
+            layer.lora[name] = low_rank if trainable else low_rank.requires_grad_(False)
         for path, tensors in parts.replaced.items():
-            module = self.model.get_submodule(path)
+            module = modules[path]
             replace_in(module, self.state, name, tensors).train(module.training).requires_grad_(trainable)
             self.replacing[path] = module
 

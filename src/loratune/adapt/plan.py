@@ -15,7 +15,15 @@ from loratune.adapt.replacing import Replacement, plan_replacements, saved_modul
 from loratune.config import ALL_LINEAR, LoraConfig
 from loratune.config.lora import pattern_matches
 from loratune.errors import TargetError, nearest
-from loratune.lora import LoraLayer, base_modules, base_parameters, lora_parameters, patched_forward, scale_of
+from loratune.lora import (
+    LoraLayer,
+    base_modules,
+    base_parameters,
+    has_own,
+    lora_parameters,
+    patched_forward,
+    scale_of,
+)
 from loratune.quant import frozen_weight
 
 _SHOWN_NAMES = 40
@@ -154,7 +162,7 @@ class _Planner:
             self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
         if r % 2 and config.init_lora_weights == "orthogonal":
             self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
-        if hasattr(module, "lora") and not isinstance(module, LoraLayer):
+        if has_own(module, "lora") and not isinstance(module, LoraLayer):
             self.problems.append(f"{path}: it has an attribute called 'lora' already, where the adapter would stand")
         if patched_forward(module):
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")

@@ -10,7 +10,7 @@ from torch import nn
 from loratune.adapt.heads import new_heads
 from loratune.config import LoraConfig
 from loratune.errors import nearest
-from loratune.lora import Mixin
+from loratune.lora import Mixin, has_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def plan_replacements(
     names |= {path: ["bias"] for path in biased}
     ordered = [(path, tuple(names[path])) for path in modules if names.get(path)]
     for path, _ in ordered:
-        if hasattr(modules[path], "lora_replaced") and not isinstance(modules[path], Mixin):
+        if has_own(modules[path], "lora_replaced") and not isinstance(modules[path], Mixin):
             problems.append(f"{path}: it has an attribute called 'lora_replaced' already")
     _note_tied(modules, ordered, notes)
     return [Replacement(path, _numbers(modules[path], own)) for path, own in ordered]

@@ -8,7 +8,7 @@ from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_reco
 from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.rows import Bank, Rows, bank_of
 from loratune.lora.state import AdapterState, View
-from loratune.lora.swap import HOLDERS, Mixin, adapter_prefixes, base_modules, base_parameters, patched_forward
+from loratune.lora.swap import HOLDERS, Mixin, adapter_prefixes, base_modules, base_parameters, has_own, patched_forward
 
 __all__ = [
     "HOLDERS",
@@ -32,6 +32,7 @@ __all__ = [
     "decomposed_factors",
     "generator_for",
     "give_back",
+    "has_own",
     "initial_factors",
     "lora_parameters",
     "patched_forward",

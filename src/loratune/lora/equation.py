@@ -34,6 +34,10 @@ class LowRank(nn.Module):
         dropout: probability with which an input feature of A is dropped in training.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
     A0: Tensor | None
     B0: Tensor | None
 
@@ -49,12 +53,12 @@ class LowRank(nn.Module):
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.bias = None if bias is None else nn.Parameter(bias)
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
-        self.register_buffer("A0", None if start is None else start[0])
-        self.register_buffer("B0", None if start is None else start[1])
+        # Registered by hand: there are hundreds of these in a model, and each way through `nn.Module.__setattr__` first
+        # fails to find the name elsewhere.
+        beside = {"bias": bias, "magnitude": magnitude}
+        self._parameters.update(A=nn.Parameter(A), B=nn.Parameter(B))
+        self._parameters.update({name: None if t is None else nn.Parameter(t) for name, t in beside.items()})
+        self._buffers.update(A0=start and start[0], B0=start and start[1])
         self.scale = scale
         self.dropout = dropout
 

@@ -74,10 +74,9 @@ def adapt_in_place(
     put_on(module, LoraLayer)
     layer = cast(LoraLayer, module)
     layer.lora = nn.ModuleDict()
-    layer.lora.train(module.training)
-    layer.lora_state = state
-    layer.lora_index = zlib.crc32(path.encode())
-    layer.lora_weight = weight_of
+    layer.lora.training = module.training
+    # Plain attributes, past `nn.Module.__setattr__`, which looks for parameters and modules among them first.
+    vars(layer).update(lora_state=state, lora_index=zlib.crc32(path.encode()), lora_weight=weight_of)
     return layer
 
 

@@ -35,7 +35,8 @@ class Recomputed(Mixin):
 
 def can_be_recomputed(module: nn.Module) -> bool:
     """Whether `transformers` may recompute this module."""
-    return hasattr(module, "gradient_checkpointing")
+    # Not asked of the instance: a module says no by raising, which is slow for all the modules of a model.
+    return "gradient_checkpointing" in vars(module) or hasattr(type(module), "gradient_checkpointing")
 
 
 def bind_recomputation(module: nn.Module, state: AdapterState) -> None:

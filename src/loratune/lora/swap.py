@@ -54,6 +54,11 @@ def patched_forward(module: nn.Module) -> bool:
     return held is not None and not _own_forward(held, module, type(module))
 
 
+def has_own(module: nn.Module, name: str) -> bool:
+    """Whether the module has its own attribute, tensor or child of this name; `hasattr` is slow to say no."""
+    return any(name in own for own in (vars(module), module._parameters, module._buffers, module._modules))
+
+
 _classes: dict[tuple[type[nn.Module], tuple[type[Mixin], ...]], type[nn.Module]] = {}
 
 
