@@ -1,7 +1,7 @@
 """The one place that writes files: to a temporary name, flushed to the disk, then renamed.
 
 A kill at any moment leaves the old content or the new one. Several files that belong together are first completed in
-a sibling folder; renaming that folder is the moment they count, and `recover` finishes what a kill interrupted.
+a sibling folder; renaming that folder is the moment they count, and `finish` ends what a kill interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,25 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish what was killed: complete sets move in, incomplete ones are dropped, a folder moved aside comes back."""
+    """`finish`, and drop an incomplete set: for who writes here, since it may be another writer's."""
+    finish(folder)
+    shutil.rmtree(folder / _STAGED, ignore_errors=True)
+
+
+def finish(folder: Path) -> None:
+    """Finish what was killed: a complete set moves in, a folder that was moved aside comes back."""
     if not folder.exists():
         for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
             aside.replace(folder)
             break
     committed = folder / _COMMITTED
     if committed.is_dir():
-        for path in sorted(committed.iterdir()):
-            path.replace(folder / path.name)
-        committed.rmdir()
+        # Its writer, or another reader, may be moving the same files: whoever comes second finds them in place.
+        with suppress(FileNotFoundError):
+            for path in sorted(committed.iterdir()):
+                path.replace(folder / path.name)
+            committed.rmdir()
         _sync_folder(folder)
-    shutil.rmtree(folder / _STAGED, ignore_errors=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import loratune as lt
 from loratune.errors import AdapterStateError, MergedError
-from tests.adapt.model import CONFIG, IDS, Net, attached, bits, picture
+from tests.adapt.model import CONFIG, IDS, attached, bits, net, picture
 from tests.models import VOCABULARY, tiny
 
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
@@ -370,5 +370,5 @@ def test_the_model_stays_usable_after_detaching_inside() -> None:
     model, handle = attached("second")
     with handle.rows(["default", "second"]):
         handle.detach()
-    assert bits(model(IDS)) == bits(Net.forward(model, IDS))
+    assert bits(model(IDS)) == bits(net()(IDS))
     assert not model._forward_pre_hooks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ def attach(
     name: str = "default",
     trainable: bool | None = None,
     dtype: torch.dtype | None = None,
+    tokenizer: Any = None,
+    any_base: bool = False,
 ) -> Adapters:
     """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder or hub id.
 
@@ -30,6 +32,8 @@ def attach(
 
     Args:
         dtype: of A and B; fp32 unless given (saved ones keep bf16 or fp16).
+        tokenizer: the one at hand; a saved adapter of another one is refused.
+        any_base: accept a saved adapter of another base, if it has the same modules and shapes.
 
     Raises:
         TargetError: a target that matches nothing, with the names there are; the model is unchanged.
@@ -48,7 +52,14 @@ def attach(
         if trainable is False:
             handle.freeze(name)
     else:
-        handle.load(config_or_path, name, trainable=bool(trainable), dtype=dtype)
+        handle.load(
+            config_or_path,
+            name,
+            trainable=bool(trainable),
+            dtype=dtype,
+            tokenizer=tokenizer,
+            any_base=any_base,
+        )
     for _, parameter in handle.base_parameters():
         parameter.requires_grad_(False)
     handle.activate(name)

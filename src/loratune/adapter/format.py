@@ -22,7 +22,7 @@ from loratune.adapter.value import Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.errors import AdapterFileError, ConfigError
-from loratune.files import recover, to_json, write_together
+from loratune.files import finish, to_json, write_together
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
     """
-    recover(folder)
+    finish(folder)
     if not folder.is_dir():
         raise AdapterFileError(f"{folder}: no such folder")
     if not (folder / TENSOR_FILE).is_file():

@@ -52,7 +52,7 @@ class LoraLayer(Mixin):
         """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
         g = low_rank.stretch(self.lora_weight(self).dense())
         bias = cast("Tensor | None", self.bias)
-        Wx = base if bias is None else base - bias
+        Wx = base if bias is None else base - bias.to(base.dtype)  # autocast leaves the bias in its own dtype
         return (g - 1).to(base.dtype) * Wx + g.to(base.dtype) * update
 
     def _dropped(self, x: Tensor, p: float, counter: TokenCounter | None) -> Tensor:

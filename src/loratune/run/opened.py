@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.adapt import Adapters, attach
-from loratune.adapter import read_adapter
+from loratune.adapter import adapter_folder, read_adapter
 from loratune.errors import AdapterFileError, ModelError
 from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
 from loratune.run.folder import RunFolder
@@ -25,7 +25,7 @@ class Opened:
 def open_run(
     run: str, *, base: str | None = None, dtype: str = "auto", device: str | None = None, any_tokenizer: bool = False
 ) -> Opened:
-    """Open a run folder, an adapter folder, or a bare model.
+    """Open a run folder, an adapter folder or hub id, or a bare model.
 
     Args:
         base: where the base is now; what the run names otherwise.
@@ -34,7 +34,7 @@ def open_run(
     Raises:
         AdapterFileError: damaged, or trained on another base or tokenizer. ModelError: the base cannot be loaded.
     """
-    folder = Path(run).expanduser()
+    folder = _folder_of(run)
     if not (folder / "adapter_config.json").is_file():
         if (folder / "record.json").is_file():
             raise AdapterFileError(
@@ -53,7 +53,17 @@ def open_run(
         _refuse_strangers(folder, record, found, any_tokenizer=any_tokenizer)
         if record["plan"]["packed"]:
             use_packed_attention(found.model)
-    return Opened(found, attach(found.model, folder), record)
+    # A run's record holds the hashes of its tokenizer; a plain adapter's files may too.
+    tokenizer = None if record or any_tokenizer else found.tokenizer
+    return Opened(found, attach(found.model, folder, tokenizer=tokenizer), record)
+
+
+def _folder_of(run: str) -> Path:
+    """The folder of a run or adapter; what is none stays what it was and may be a model."""
+    try:
+        return adapter_folder(run)
+    except AdapterFileError:
+        return Path(run)
 
 
 def _refuse_strangers(folder: Path, record: dict[str, Any], base: Base, *, any_tokenizer: bool) -> None:

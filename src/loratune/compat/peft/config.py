@@ -1,0 +1,127 @@
+"""`LoraConfig` with PEFT's defaults and its facts about the file, and PEFT's enumerations."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import PrivateAttr
+
+from loratune.adapter import adapter_folder, read_adapter
+from loratune.config import LoraConfig as OurLoraConfig
+from loratune.config.setting import like
+from loratune.errors import ConfigError
+
+# What a PEFT config says about its file and its use; settable, as in PEFT. `LoraConfig` itself is frozen.
+_FACTS = ("base_model_name_or_path", "revision", "inference_mode")
+
+
+class TaskType(enum.StrEnum):
+    """What the base is used for, as in PEFT."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(enum.StrEnum):
+    """The one method of PEFT's that is here."""
+
+    LORA = "LORA"
+
+
+class LoraConfig(OurLoraConfig):
+    """`loratune.LoraConfig` with PEFT's default alpha (8); a wrong value is a `ConfigError`.
+
+    Attributes:
+        base_model_name_or_path, revision: of the base the adapter was trained on.
+        inference_mode: whether the adapter is frozen.
+    """
+
+    lora_alpha: float = like(OurLoraConfig, "lora_alpha", 8)
+
+    _facts: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self._facts.update({name: values[name] for name in _FACTS if name in values})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FACTS:
+            self._facts[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return self._fact("base_model_name_or_path")
+
+    @property
+    def revision(self) -> str | None:
+        return self._fact("revision")
+
+    @property
+    def inference_mode(self) -> bool:
+        return bool(self._facts.get("inference_mode", False))
+
+    @property
+    def peft_type(self) -> PeftType:
+        return PeftType.LORA
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = {name: getattr(self, name) for name in ("peft_type", *_FACTS)}
+        return {**self.model_dump(), **facts}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> LoraConfig:
+        """The config of a saved adapter."""
+        saved = read_adapter(folder_of(pretrained_model_name_or_path, kwargs))
+        return of_plain(saved.config, base_model_name_or_path=saved.base, revision=saved.revision, inference_mode=True)
+
+    def _fact(self, name: str) -> str | None:
+        value = self._facts.get(name)
+        return None if value is None else str(value)
+
+
+# PEFT's base class of all configs; here there is one kind.
+PeftConfig = LoraConfig
+
+
+def plain(config: object) -> Any:
+    """The config as the handle keeps it; what is no config of ours passes, for the handle to refuse."""
+    if not isinstance(config, LoraConfig):
+        return config
+    return OurLoraConfig(**{name: getattr(config, name) for name in OurLoraConfig.names()})
+
+
+def of_plain(config: OurLoraConfig, **facts: Any) -> LoraConfig:
+    """A config of the handle under PEFT's name."""
+    return LoraConfig(**{name: getattr(config, name) for name in OurLoraConfig.names()}, **facts)
+
+
+def folder_of(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:
+    """The adapter's folder: a local one, or a hub's of the `revision` in the options; `subfolder` goes into it."""
+    refuse({name: value for name, value in options.items() if name not in ("revision", "subfolder", *_READING)})
+    return adapter_folder(path, revision=options.get("revision")) / (options.get("subfolder") or "")
+
+
+# How PEFT fetches and reads a file; a hub's own settings say the same, and only safetensors are read here.
+_READING = (
+    "cache_dir", "force_download", "local_files_only", "token", "torch_device", "use_auth_token", "use_safetensors",
+)  # fmt: skip
+
+
+def refuse(asked: dict[str, Any], *, hint: str = "leave it out") -> None:
+    """An argument of PEFT's that has no effect here may not ask for one."""
+    problems = [f"{name}={value!r} is not offered here" for name, value in asked.items() if value not in (None, False)]
+    if problems:
+        raise ConfigError(problems, hint=hint)

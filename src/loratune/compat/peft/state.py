@@ -1,0 +1,62 @@
+"""An adapter's tensors under the names of PEFT's files, read from a handle and written into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from loratune.adapt import Adapters
+from loratune.adapter import Factors, to_keys
+from loratune.errors import AdapterFileError, AdapterStateError
+
+
+def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
+    """The tensors as a file would hold them; they share the live ones' memory where these are the same."""
+    return to_keys(handle.saved(name))
+
+
+def live_state(handle: Adapters, name: str) -> dict[str, Tensor]:
+    """The live parameters themselves."""
+    factors = {path: Factors(each.A, each.B, each.bias, each.magnitude) for path, each in handle.factors(name).items()}
+    return to_keys(replace(handle.saved(name), factors=factors, replaced=handle.replaced(name)))
+
+
+def write_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, strict: bool = False) -> Any:
+    """Copy tensors into an adapter that is there, in place, so that optimizers keep their parameters.
+
+    Raises:
+        AdapterFileError: a tensor has another shape, or with `strict` is missing or unexpected; nothing is changed.
+        AdapterStateError: the adapter starts from a decomposition, and its file holds more than what trains.
+    """
+    if handle.config(name).decomposes:
+        raise AdapterStateError(
+            f"adapter {name!r} starts from {handle.config(name).init_lora_weights!r}, relative to which it is saved",
+            hint="load the file as another adapter",
+        )
+    live = live_state(handle, name)
+    missing = [key for key in live if key not in tensors]
+    unexpected = [key for key in tensors if key not in live]
+    problems = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(tensor.shape)}"
+        for key, tensor in live.items()
+        if key in tensors and tensors[key].shape != tensor.shape
+    ]
+    if strict:
+        problems += [f"{key} is missing" for key in missing] + [f"{key} is unexpected" for key in unexpected]
+    if problems:
+        raise AdapterFileError(problems, hint=f"adapter {name!r} was made with another config")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            if key in tensors:
+                tensor.copy_(tensors[key])
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def all_matched() -> Any:
+    """PEFT's pair of missing and unexpected keys, both empty."""
+    return _IncompatibleKeys([], [])
