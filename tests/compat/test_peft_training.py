@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import validate_quantization_for_training
 
 from loratune.compat.peft import AdapterCheckpoints, LoraConfig, PeftModel, get_peft_model
 from tests.adapter.cases import IDS, gap, logits
@@ -165,6 +167,14 @@ def test_the_bare_trainer_saves_the_whole_model(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert any(name.endswith("embed_tokens.weight") for name in tensors)
     assert not list((tmp_path / "checkpoint-2").glob("adapter*"))
+
+
+def test_trainer_takes_a_quantised_base_with_adapters() -> None:
+    base = tiny("llama")
+    base.is_quantized, base.hf_quantizer = True, SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    with pytest.raises(ValueError, match="quantized"):
+        validate_quantization_for_training(base)
+    validate_quantization_for_training(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
 
 
 def test_model_without_adapters_in_training_is_itself() -> None:

@@ -222,7 +222,7 @@ def test_a_copy_is_the_same_and_independent(how: str, kind: str) -> None:
     state = AdapterState(("a",))
     replace_in(module, state, "a", masters(module, seed=1))
     replace_in(module, state, "b", {"weight": masters(module, seed=2)["weight"]})
-    if kind != "Embedding" and kind != "LayerNorm":
+    if kind not in {"Embedding", "LayerNorm"}:
         layer = adapt_in_place(module, state, "x", cast(Any, frozen_weight))
         layer.lora["a"] = LowRank(torch.randn(2, 5), torch.randn(4, 2), scale=1.0)
     y = module(x)

@@ -79,7 +79,7 @@ def test_the_start_is_kept_with_the_adapter_and_never_trains() -> None:
 
 @pytest.mark.parametrize("by", [1e-3, 1e-2, 1e-1])
 def test_in_bf16_it_loses_less_than_the_difference_of_two_products(by: float) -> None:
-    """Relative errors of the update at by = 1e-3, 1e-2, 1e-1: 0.003 in each, against 1.6, 0.18 and 0.018."""
+    """Relative errors at steps of 1e-3, 1e-2 and 1e-1: 0.003 each, against 2.9, 0.38 and 0.040 of the difference."""
     torch.manual_seed(0)
     W = torch.randn(96, 128) / 11
     A, B = decomposed_factors("pissa", W, r=8, scale=2.0, generator=generator_for(0))

@@ -3,7 +3,7 @@
 from loratune.adapter.card import card_of
 from loratune.adapter.combination import Combined, combine
 from loratune.adapter.difference import Difference, diff
-from loratune.adapter.format import config_to_json, read_adapter, write_adapter
+from loratune.adapter.format import config_to_json, read_adapter, read_config, write_adapter
 from loratune.adapter.hub import adapter_folder
 from loratune.adapter.keys import to_keys
 from loratune.adapter.spectrum import Inspection, effective_rank, inspect, singular_values
@@ -24,6 +24,7 @@ __all__ = [
     "effective_rank",
     "inspect",
     "read_adapter",
+    "read_config",
     "singular_values",
     "to_keys",
     "write_adapter",

@@ -8,16 +8,17 @@ have no place for, the hashes of base and tokenizer; other readers ignore it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from loratune.adapter.keys import from_keys, surplus_keys, to_keys
+from loratune.adapter.keys import DTYPES, from_keys, surplus_keys, to_keys
 from loratune.adapter.value import Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
@@ -60,18 +61,7 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
     """
-    finish(folder)
-    if not folder.is_dir():
-        raise AdapterFileError(f"{folder}: no such folder")
-    if not (folder / TENSOR_FILE).is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise AdapterFileError(
-                f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read",
-                hint=f"convert it to {TENSOR_FILE} with the tool that wrote it",
-            )
-        raise AdapterFileError(f"{folder} holds no adapter: {TENSOR_FILE} is missing")
-    raw = _read_config(folder / CONFIG_FILE)
-    config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
+    config, base, revision, unknown = read_config(folder)
     problems: list[str] = []
     tensors = _read_tensors(folder / TENSOR_FILE)
     if finite:
@@ -84,9 +74,42 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
         problems.append("it holds no low-rank tensors")
     if problems:
         raise AdapterFileError([f"{folder / TENSOR_FILE}: {problem}" for problem in problems])
-    base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))
     origin = _read_origin(folder / ORIGIN_FILE)
     return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
+
+
+class Described(NamedTuple):
+    """What `adapter_config.json` says: settings, the base's name and revision, and keys that mean nothing here."""
+
+    config: LoraConfig
+    base: str | None
+    revision: str | None
+    unknown: dict[str, Any]
+
+
+def read_config(folder: Path) -> Described:
+    """Read the settings of an adapter whose tensors are there too.
+
+    Raises:
+        AdapterFileError: files missing, damaged or of another kind; every problem is listed.
+    """
+    try:
+        finish(folder)
+    except OSError as error:
+        raise AdapterFileError(f"{folder}: an interrupted write cannot be finished: {error}") from None
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: no such folder")
+    if not (folder / TENSOR_FILE).is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise AdapterFileError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read",
+                hint=f"convert it to {TENSOR_FILE} with the tool that wrote it",
+            )
+        raise AdapterFileError(f"{folder} holds no adapter: {TENSOR_FILE} is missing")
+    raw = _read_json(folder / CONFIG_FILE)
+    config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
+    base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))
+    return Described(config, base, revision, unknown)
 
 
 def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
@@ -128,22 +151,40 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[LoraConfig, di
         raise AdapterFileError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterFileError(f"{path} is missing" if not path.exists() else f"{path} is no file")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterFileError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_no_number, object_pairs_hook=_without_repeats
+        )
+        # Half of a surrogate pair can be written in JSON and in no file of ours.
+        json.dumps(raw, ensure_ascii=False).encode()
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise AdapterFileError(f"{path} holds no JSON object")
     return raw
 
 
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key comes twice: which of the values holds is then anybody's guess."""
+    repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} comes more than once")
+    return dict(pairs)
+
+
 def _read_origin(path: Path) -> Origin:
     if not path.is_file():
         return Origin()
-    raw = _read_config(path)
+    raw = _read_json(path)
     if raw.get("format") != 1:
         raise AdapterFileError(f"{path}: format {raw.get('format')!r} is not known here", hint="upgrade loratune")
     return Origin(*(_text(raw, key, path) for key in Origin.__dataclass_fields__))
@@ -169,4 +210,4 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return tensor.dtype not in DTYPES or bool(tensor.isfinite().all())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from loratune.adapter.value import Factors, SavedAdapter
+
+# What an adapter can be computed with.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _PREFIX = "base_model.model."
 # The module that an adapted one is wrapped around in peft; the names of its own tensors go through it.
@@ -54,8 +58,8 @@ def from_keys(
         role = next((role for role, suffix in _SUFFIXES.items() if key.endswith(suffix)), None)
         if not key.startswith(_PREFIX) or (role is None and not replaces):
             problems.append(f"unexpected tensor {key!r}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{key!r} is {tensor.dtype}, not floating-point")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{key!r} is {tensor.dtype}, not fp32, fp64, bf16 or fp16")
         elif role is None:
             replaced[key[len(_PREFIX) :].replace(f".{_WRAPPED}", ".")] = tensor
         elif tensor.ndim != (2 if role in "AB" else 1):

@@ -15,6 +15,11 @@ from loratune.errors import nearest
 ALL_LINEAR = "all-linear"
 # Starts by name; "pissa_niter_N" too, which approximates PiSSA's decomposition in N rounds.
 INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora")
+# A pattern for the end of a path that starts at a dot.
+ANCHORED = r"(.*\.)?({})"
+# Beyond any use; larger ones overflow memory or fp32.
+_LARGEST_RANK = 2**16
+_LARGEST_ALPHA = 1e9
 _PISSA_ROUNDS = re.compile(r"pissa_niter_(\d+)")
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
@@ -29,14 +34,16 @@ class LoraConfig(Settings):
     """
 
     r: int = setting(
-        8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER, ge=1
-    )
+        8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER,
+        ge=1, le=_LARGEST_RANK,
+    )  # fmt: skip
     lora_alpha: float = setting(
         16,
         "numerator of the scale: alpha / r, or alpha / √r with rsLoRA",
         flag="alpha",
         group=_ADAPTER,
         gt=0,
+        le=_LARGEST_ALPHA,
     )
     lora_dropout: float = setting(
         0.0, "dropout on the input of A, in training only", flag="dropout", group=_ADAPTER, ge=0, lt=1
@@ -172,9 +179,9 @@ class LoraConfig(Settings):
             return {}
         if isinstance(value, Mapping):
             for key, number in value.items():
-                _compile(str(key))
-                if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-                    raise ValueError(f"{key!r}: {number!r} is not a positive number")
+                _compile(str(key), ANCHORED)
+                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= _LARGEST_ALPHA:
+                    raise ValueError(f"{key!r}: {number!r} is not a positive number up to {_LARGEST_ALPHA:g}")
         return value
 
     def __hash__(self) -> int:
@@ -196,7 +203,7 @@ def first_match(patterns: Mapping[str, float], path: str) -> float | None:
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+    return re.fullmatch(ANCHORED.format(pattern), path) is not None
 
 
 def _strings(value: Any) -> Any:
@@ -211,8 +218,10 @@ def _strings(value: Any) -> Any:
     return value
 
 
-def _compile(pattern: str) -> None:
+def _compile(pattern: str, form: str = "{}") -> None:
+    """Whether the pattern is one, alone and in the form in which it is used."""
     try:
         re.compile(pattern)
-    except re.error as error:
+        re.compile(form.format(pattern))
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

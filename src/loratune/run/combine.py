@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratune.adapter import Combined, SavedAdapter, card_of, read_adapter, write_adapter
+from loratune.adapter import Combined, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.adapter import combine as combine_adapters
 from loratune.errors import AdapterFileError, RunFolderError
 
@@ -27,7 +27,7 @@ def combine(
     `loratune.adapter.combine` says what each method does.
 
     Args:
-        adapters: folders of runs or adapters, or adapters as values.
+        adapters: folders of runs or adapters, hub ids, or adapters as values.
         weights: one for each, of any sign; 1 for each where not given.
         rank: for all methods but concat; the largest of the adapters' ranks where not given.
         density: share of entries that ties and dare keep, in (0, 1].
@@ -61,7 +61,7 @@ def read_adapters(*sources: Source) -> list[SavedAdapter]:
     hints: list[str] = []
     for source in sources:
         try:
-            found.append(source if isinstance(source, SavedAdapter) else read_adapter(Path(source).expanduser()))
+            found.append(source if isinstance(source, SavedAdapter) else read_adapter(adapter_folder(source)))
         except AdapterFileError as error:
             problems += error.problems
             hints += [error.hint] if error.hint else []

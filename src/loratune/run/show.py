@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loratune.adapter import Inspection, SavedAdapter, config_to_json, read_adapter
+from loratune.adapter import Inspection, SavedAdapter, adapter_folder, config_to_json, read_adapter
 from loratune.adapter import inspect as look_into
 from loratune.config import LoraConfig
 from loratune.run.folder import RunFolder
@@ -25,7 +25,7 @@ def inspect(adapter: str | Path | SavedAdapter) -> Inspection:
 
 def show(run: str) -> dict[str, Any]:
     """The adapter's settings and, layer by layer, the size and spectrum of its update."""
-    folder = Path(run).expanduser()
+    folder = adapter_folder(run)
     saved = _read(folder)
     record = RunFolder(folder).record()
     found, config = look_into(saved), config_to_json(saved)
@@ -65,4 +65,4 @@ def show(run: str) -> dict[str, Any]:
 
 
 def _read(folder: str | Path) -> SavedAdapter:
-    return read_adapter(Path(folder).expanduser(), finite=False)
+    return read_adapter(adapter_folder(folder), finite=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
-from loratune.adapter import adapter_folder, read_adapter
+from loratune.adapter import adapter_folder, read_config
 from loratune.config import LoraConfig as OurLoraConfig
 from loratune.config.setting import like
 from loratune.errors import ConfigError
@@ -84,8 +84,8 @@ class LoraConfig(OurLoraConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> LoraConfig:
         """The config of a saved adapter."""
-        saved = read_adapter(folder_of(pretrained_model_name_or_path, kwargs))
-        return of_plain(saved.config, base_model_name_or_path=saved.base, revision=saved.revision, inference_mode=True)
+        there = read_config(folder_of(pretrained_model_name_or_path, kwargs))
+        return of_plain(there.config, base_model_name_or_path=there.base, revision=there.revision, inference_mode=True)
 
     def _fact(self, name: str) -> str | None:
         value = self._facts.get(name)
