@@ -48,9 +48,16 @@ def test_trainable_parameters_are_as_many_as_in_peft(case: str) -> None:
 
 
 def test_a_classifiers_head_counts() -> None:
-    values = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "num_labels": 5, "pad_token_id": 0}
+    values: dict[str, Any] = {
+        "vocab_size": 50,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "num_labels": 5,
+        "pad_token_id": 0,
+    }
     config = transformers.GPT2Config(**values)
-    make = transformers.AutoModelForSequenceClassification.from_config
+    make: Any = transformers.AutoModelForSequenceClassification.from_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ask = peft.LoraConfig(r=4, target_modules=["c_attn"], task_type="SEQ_CLS", bias="all")
@@ -90,7 +97,7 @@ def test_groups_hold_everything_that_trains_once(ratio: float | None, decay: flo
     assert len(found) == len(set(found))
     assert set(found) == trains == {id(p) for p in handle.parameters()}
     # By what it is: B and the bias behind it learn faster with LoRA+, matrices decay.
-    expected = {}
+    expected: dict[int, tuple[float, float]] = {}
     for name in handle.names:
         for low_rank in handle.factors(name).values():
             fast, slow = 0.01 * (ratio or 1.0), 0.01

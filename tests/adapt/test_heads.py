@@ -58,8 +58,12 @@ def classifier(kind: str) -> Any:
 
 def output(model: Any) -> Tensor:
     with torch.no_grad():
-        found = model(IDS)
-    return found["start_logits"] if "start_logits" in found else found.logits  # type: ignore[no-any-return]
+        return logits_of(model(IDS))
+
+
+def logits_of(found: Any) -> Tensor:
+    name = "start_logits" if "start_logits" in found else "logits"
+    return found[name]  # type: ignore[no-any-return]
 
 
 def adapted(kind: str, **settings: Any) -> tuple[Any, lt.Adapters]:
@@ -79,8 +83,7 @@ def test_the_head_is_found_trained_saved_and_loaded(tmp_path: Path, kind: str) -
     model, handle = adapted(kind)
     assert handle.config().task_type == task
     assert set(handle.replaced()) == head
-    output_ = model(IDS)
-    (output_["start_logits"] if task == "QUESTION_ANS" else output_.logits).square().sum().backward()
+    logits_of(model(IDS)).square().sum().backward()
     assert all(own.grad is not None for own in handle.replaced().values())
     handle.save(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())

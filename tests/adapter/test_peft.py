@@ -122,10 +122,8 @@ def test_a_start_drawn_at_random_is_not_in_their_file(tmp_path: Path) -> None:
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(AdapterFileError) as caught:
         lt.attach(model, tmp_path)
-    assert caught.value.problems == (
-        f"{tmp_path}: init_lora_weights='pissa_niter_4': it counts from a start that was drawn at random, and that is "
-        "not in the file",
-    )
+    why = "it counts from a start that was drawn at random, and that is not in the file"
+    assert caught.value.problems == (f"{tmp_path}: init_lora_weights='pissa_niter_4': {why}",)
     assert [type(module) for module in model.modules()] == kinds
     # Ours is written as a plain one, so it has no start to miss.
     handle = lt.attach(model, lt.LoraConfig(**settings))

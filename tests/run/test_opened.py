@@ -207,7 +207,8 @@ def test_show(finished: Path) -> None:
     assert opened.lora is not None
     low_rank = opened.lora.factors()["model.layers.1.mlp.up_proj"]
     layer = next(layer for layer in found["layers"] if layer["path"] == "model.layers.1.mlp.up_proj")
-    sigma = torch.linalg.svdvals(low_rank.delta(torch.zeros(low_rank.B.shape[0], low_rank.A.shape[1], dtype=torch.float64)))
+    zeros = torch.zeros(low_rank.B.shape[0], low_rank.A.shape[1], dtype=torch.float64)
+    sigma = torch.linalg.svdvals(low_rank.delta(zeros))
     assert layer["norm"] == pytest.approx(float(sigma.norm()), rel=1e-5)
     assert layer["largest"] == pytest.approx(float(sigma[0]), rel=1e-5)
     assert layer["parameters"] == 4 * (32 + 64)

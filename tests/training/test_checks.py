@@ -186,7 +186,8 @@ def test_reload_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(self: Adapters, name: str | None = None) -> SavedAdapter:
         """Writes bf16 where the live adapter is fp32: what is reloaded is another adapter."""
         value = saved(self, name)
-        return replace(value, factors={path: Factors(f.A.bfloat16(), f.B.bfloat16()) for path, f in value.factors.items()})
+        factors = {path: Factors(f.A.bfloat16(), f.B.bfloat16()) for path, f in value.factors.items()}
+        return replace(value, factors=factors)
 
     assert case.reload().passed
     monkeypatch.setattr(Adapters, "saved", rounded)

@@ -33,20 +33,24 @@ def fold(
     """
     merged, problems = _merged(placement, names, dtype)
     problems |= _tied(placement, [name for name in merged if name not in problems])
-    for name, value in merged.items():
-        if name not in problems and not bool(value().isfinite().all()):
+    values: dict[str, Tensor] = {}
+    for name in [name for name in merged if name not in problems]:
+        value = merged[name]()
+        if not bool(value.isfinite().all()):
             problems[name] = "the merged tensor would hold NaN or infinity"
+        elif keep_base:
+            values[name] = value
     if problems:
         raise AdapterStateError([f"{name}: {why}" for name, why in problems.items()], hint="nothing was merged")
-    kept: dict[str, Tensor] = {}
-    for name, value in merged.items():
-        parameter = placement.base_tensor(name)
-        if keep_base:
-            kept[name] = parameter.data
-            parameter.data = value()
-        else:
-            parameter.data.copy_(value())
-    return kept if keep_base else None
+    if not keep_base:
+        # Computed again: all of them at once would be the second copy of the base that nobody asked for.
+        for name, compute in merged.items():
+            placement.base_tensor(name).data.copy_(compute())
+        return None
+    kept = {name: placement.base_tensor(name).data for name in values}
+    for name, value in values.items():
+        placement.base_tensor(name).data = value
+    return kept
 
 
 def unfold(placement: Placement, kept: Mapping[str, Tensor] | None) -> None:

@@ -311,7 +311,8 @@ class Adapters:
             raise AdapterStateError("a merge would outlive this block", hint="merge after disabled() or rows()")
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
-        self._fingerprint()  # of the base as it was
+        if not keep_base:
+            self._fingerprint()  # while the base is there
         self._kept = fold(self._placement, self._state.active, keep_base=keep_base, dtype=dtype)
         self._merged = self._state.active
         self._state.change(active=())
@@ -364,7 +365,9 @@ class Adapters:
         if self._base_hash is None:
             from loratune.model import fingerprint
 
-            self._base_hash = fingerprint(self.base_parameters(), finite=False)
+            kept = self._kept or {}
+            tensors = ((name, kept.get(name, parameter)) for name, parameter in self.base_parameters())
+            self._base_hash = fingerprint(tensors, finite=False)
         return self._base_hash
 
     def _base_name(self) -> str | None:

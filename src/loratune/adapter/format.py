@@ -204,7 +204,7 @@ def _tensor_bytes(adapter: SavedAdapter) -> bytes:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
 

@@ -34,6 +34,9 @@ RunArgument = Annotated[
 Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="where the base is now, if not where the run found it")]
+AnyTokenizer = Annotated[
+    bool, typer.Option("--any-tokenizer", help="accept another tokenizer or chat template than it was trained with")
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]
@@ -119,6 +122,7 @@ def chat(
     run: RunArgument,
     vs: Annotated[str | None, typer.Option("--vs", help="answer side by side: base, or another run")] = None,
     base: BaseOption = None,
+    any_tokenizer: AnyTokenizer = False,
     device: Device = None,
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.0,
@@ -133,7 +137,8 @@ def chat(
     from loratune.run.conversation import Conversation
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    converse(Conversation.open(run, vs=vs, base=base, device=device, system=system, sampling=sampling), as_json=as_json)
+    opening = {"base": base, "device": device, "any_tokenizer": any_tokenizer}
+    converse(Conversation.open(run, vs=vs, system=system, sampling=sampling, **opening), as_json=as_json)
 
 
 @app.command()
@@ -149,6 +154,7 @@ def generate(
         str | None, typer.Option("--columns", help="names of the data's columns: prompt=question")
     ] = None,
     base: BaseOption = None,
+    any_tokenizer: AnyTokenizer = False,
     device: Device = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first rows")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 16,
@@ -170,7 +176,7 @@ def generate(
 
     corpus = read(prompts, answers=False, **parse_given({"columns": columns}))
     examples = corpus.examples[:limit]
-    opened = open_run(run, base=base, device=device)
+    opened = open_run(run, base=base, device=device, any_tokenizer=any_tokenizer)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with counting(len(examples), "answers") as done:
         rows = answer(opened, examples, sampling, batch_size=batch_size, done=done)
@@ -193,6 +199,7 @@ def evaluate(
     run: RunArgument,
     data: Annotated[str, typer.Option("--data", help="rows to measure on")],
     base: BaseOption = None,
+    any_tokenizer: AnyTokenizer = False,
     device: Device = None,
     vs_base: Annotated[bool, typer.Option("--vs-base/--no-vs-base", help="measure the base beside it")] = True,
     answers: Annotated[int, typer.Option("--answers", min=0, help="answer so many rows and count exact matches")] = 0,
@@ -206,7 +213,7 @@ def evaluate(
     from loratune.run.answer import evaluate as measure
     from loratune.run.opened import open_run
 
-    opened = open_run(run, base=base, device=device)
+    opened = open_run(run, base=base, device=device, any_tokenizer=any_tokenizer)
     options = {"answers": answers, "sampling": Sampling(max_new_tokens), **parse_given(settings)}
     both = vs_base and opened.lora is not None
     with counting(answers * (2 if both else 1), "answers") as done:
@@ -223,6 +230,7 @@ def merge(
     run: RunArgument,
     out: Annotated[str, typer.Option("--out", help="folder for the plain model")],
     base: BaseOption = None,
+    any_tokenizer: AnyTokenizer = False,
     dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option("--dtype", help="of the merged model")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -230,7 +238,7 @@ def merge(
     from loratune.run.merge import merge as fold_in
     from loratune.run.opened import open_run
 
-    found = fold_in(open_run(run, base=base, dtype=dtype), out)
+    found = fold_in(open_run(run, base=base, dtype=dtype, any_tokenizer=any_tokenizer), out)
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 

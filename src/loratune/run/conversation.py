@@ -45,18 +45,16 @@ class Conversation:
     sampling: Sampling
 
     @classmethod
-    def open(
-        cls, run: str, *, vs: str | None, base: str | None, device: str | None, system: str | None, sampling: Sampling
-    ) -> Conversation:
-        """Open `run`, and beside it its base (sharing the weights) or another run."""
-        opened = open_run(run, base=base, device=device)
+    def open(cls, run: str, *, vs: str | None, system: str | None, sampling: Sampling, **opening: Any) -> Conversation:
+        """Open `run`, and beside it its base (sharing the weights) or another run; `opening` goes to `open_run`."""
+        opened = open_run(run, **opening)
         speakers = [Speaker(run, opened, adapter_on=True)]
         if vs == "base":
             if opened.lora is None:
                 raise ConfigError(f"{run} is a base itself, so there is nothing to compare", hint="leave --vs out")
             speakers.insert(0, Speaker("base", opened, adapter_on=False))
         elif vs is not None:
-            speakers.append(Speaker(vs, open_run(vs, base=base, device=device), adapter_on=True))
+            speakers.append(Speaker(vs, open_run(vs, **opening), adapter_on=True))
         for speaker in speakers:
             if system:
                 speaker.messages.append({"role": "system", "content": system})

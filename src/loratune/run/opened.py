@@ -67,13 +67,15 @@ def _folder_of(run: str) -> Path:
 
 
 def _refuse_strangers(folder: Path, record: dict[str, Any], base: Base, *, any_tokenizer: bool) -> None:
-    problems = []
+    problems, hints = [], []
     if base.fingerprint != record["base"]["fingerprint"]:
         problems.append(f"{folder} was trained on {record['base']['name']}, and {base.name} has other weights")
+        hints.append("name the base it was trained on with --base")
     if not any_tokenizer:
         now = dict(zip(("sha256", "chat_template_sha256"), tokenizer_hashes(base.tokenizer), strict=True))
         for key, word in (("sha256", "tokenizer"), ("chat_template_sha256", "chat template")):
             if now[key] != record["tokenizer"][key]:
                 problems.append(f"{folder} was trained with another {word} than {base.name} has")
+                hints.append("give the base its own tokenizer back, or say --any-tokenizer")
     if problems:
-        raise AdapterFileError(problems, hint="name the base it was trained on with --base")
+        raise AdapterFileError(problems, hint="; ".join(dict.fromkeys(hints)))
