@@ -123,7 +123,7 @@ def test_running_values_and_nothing_at_all_cannot_be_saved() -> None:
 
 
 def test_a_module_whose_place_is_taken_cannot_be_saved() -> None:
-    model = net()
+    model: Any = net()
     model.blocks[0].norm.lora_replaced = nn.Identity()
     before = picture(model)
     config = lt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["norm"])

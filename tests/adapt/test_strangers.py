@@ -37,7 +37,7 @@ def adapted(kind: str) -> tuple[Net, lt.Adapters]:
 # -- another base ------------------------------------------------------------------------------------------------------
 
 
-def nudge(model: Net) -> None:
+def nudge(model: Any) -> None:
     with torch.no_grad():
         model.blocks[1].v.weight[0, 0] += 0.1
 
@@ -86,6 +86,16 @@ def test_the_same_base_is_known_again_in_other_states(tmp_path: Path) -> None:
     beside = attached("second")[1]
     beside.load(tmp_path / "merged", "third")
     assert bits(model(IDS)) == bits(attached()[0](IDS))
+
+
+def test_the_base_is_known_after_it_was_given_up(tmp_path: Path) -> None:
+    """Merged without keeping the base, an adapter still says on which base it stands."""
+    _, handle = attached()
+    handle.merge(keep_base=False)
+    handle.save(tmp_path)
+    lt.attach(net(), tmp_path)
+    with pytest.raises(AdapterFileError, match=OTHER_BASE):
+        lt.attach(net(seed=7), tmp_path)
 
 
 def test_files_that_say_nothing_of_their_base_load_anywhere(tmp_path: Path) -> None:

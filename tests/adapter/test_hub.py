@@ -174,7 +174,6 @@ def test_pickles_and_code_are_never_fetched(monkeypatch: pytest.MonkeyPatch, cac
     assert kept == harmless
 
 
-@pytest.mark.xfail(reason="the rule for tokenizer files is a beginning of names, not what is in them", strict=True)
 @pytest.mark.parametrize("file", ["tokenizer.pkl", "tokenizer.py", "tokenizer/module.py", "tokenizer_weights.bin"])
 def test_whatever_is_called_tokenizer_is_not_fetched(
     monkeypatch: pytest.MonkeyPatch, cache: Path, files: Path, file: str

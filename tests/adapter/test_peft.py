@@ -116,7 +116,7 @@ def test_what_counts_from_a_start_becomes_plain(tmp_path: Path, case: str) -> No
 
 
 def test_a_start_drawn_at_random_is_not_in_their_file(tmp_path: Path) -> None:
-    settings = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}
     peft.get_peft_model(tiny("llama"), peft.LoraConfig(**settings)).save_pretrained(tmp_path)
     model = tiny("llama")
     kinds = [type(module) for module in model.modules()]

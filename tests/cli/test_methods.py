@@ -57,9 +57,8 @@ def test_a_method_and_a_setting_that_contradict(cli: Cli, base: str, data: str, 
 
 
 def test_what_is_saved_whole_is_counted(cli: Cli, base: str, data: str) -> None:
-    plain, whole = (
-        cli("plan", base, data, "--rank=4", *more, "--json").json["adapter"] for more in ((), ("--save-modules=lm_head",))
-    )
+    words = ("plan", base, data, "--rank=4", "--json")
+    plain, whole = (cli(*words, *more).json["adapter"] for more in ((), ("--save-modules=lm_head",)))
     assert whole["replaced"] == [{"name": "lm_head.weight", "count": 1, "parameters": 400 * 32}]
     assert whole["trainable"] == plain["trainable"] + 400 * 32
     assert "lm_head.weight" in cli("plan", base, data, "--save-modules=lm_head").out

@@ -44,10 +44,6 @@ class Case:
     seed: int = 0
     empty_row: bool = False
 
-    @property
-    def dora(self) -> bool:
-        return any(adapter.dora for adapter in self.adapters)
-
 
 def adapters_of(*variants: str) -> st.SearchStrategy[Adapter]:
     return st.builds(

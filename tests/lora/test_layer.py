@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from loratune.lora import AdapterState, LoraLayer, LowRank, TokenCounter, adapt_in_place, release
+from loratune.lora import AdapterState, LoraLayer, LowRank, Rows, TokenCounter, adapt_in_place, bank_of, release
 from loratune.quant import frozen_weight
 from tests.lora.cases import (
     KINDS,
@@ -202,8 +202,12 @@ class Narrow(nn.Linear):
 def test_the_base_decides_the_dtype_of_the_output() -> None:
     state = AdapterState(active=("a",))
     layer = adapt_in_place(Narrow(4, 3), state, PATH, frozen_weight)
-    layer.lora["a"] = LowRank(torch.randn(2, 4), torch.randn(3, 2), scale=1.0)
+    low_rank = layer.lora["a"] = LowRank(torch.randn(2, 4), torch.randn(3, 2), scale=1.0)
     assert layer(torch.randn(5, 4)).dtype == torch.bfloat16
+    bank = bank_of([None, low_rank], torch.float32)
+    assert bank is not None
+    state.change(rows=Rows(torch.tensor([0, 1]), {layer: bank}))
+    assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -108,6 +108,15 @@ def test_without_the_mixin_they_are_not(expected: dict[float, Gradients], reentr
         assert not same(gradients(model, handle, between), expected[0.0])
 
 
+def test_a_name_changed_before_the_backward_pass_loses_no_gradient() -> None:
+    model, handle = attached(reentrant=True)
+    loss = model(IDS, use_cache=False).logits.float().square().mean()
+    handle.rename("a", "z")
+    with suppress(RuntimeError):  # a refusal would do
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in handle.parameters("z"))
+
+
 def test_every_block_is_recomputed_once() -> None:
     model, handle = attached(reentrant=False)
     runs: list[str] = []

@@ -59,15 +59,17 @@ def test_the_module_computes_with_the_active_adapters_tensors(kind: str, dtype: 
     replace_in(module, state, "a", {name: tensor.clone() for name, tensor in tensors.items()})
     assert torch.equal(module(x), base)
     state.change(active=("a",))
-    assert torch.equal(module(x), expected)
-    assert module(x).dtype == dtype
+    for training in (True, False):
+        y = module.train(training)(x)
+        assert torch.equal(y, expected)
+        assert y.dtype == dtype
     assert not torch.equal(expected, base)
     state.change(active=("somebody else",))
     assert torch.equal(module(x), base)
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_attributes_give_the_active_adapters_own_or_the_bases_very_parameter(kind: str) -> None:
+def test_attributes_give_a_view_of_the_active_adapters_or_the_bases_very_parameter(kind: str) -> None:
     module, _ = made(kind)
     own = dict(module._parameters)
     state = AdapterState()
@@ -76,8 +78,12 @@ def test_attributes_give_the_active_adapters_own_or_the_bases_very_parameter(kin
         assert getattr(module, name) is parameter
     state.change(active=("a",))
     for name, parameter in own.items():
-        assert getattr(module, name) is (None if parameter is None else added._parameters[name])
         assert module._parameters[name] is parameter
+        if parameter is not None:
+            seen, master = getattr(module, name), added.get_parameter(name)
+            assert seen.data_ptr() == master.data_ptr()
+            assert torch.equal(seen, master)
+            assert not isinstance(seen, nn.Parameter), "who ties it elsewhere is told so"
 
 
 def test_a_finer_master_is_seen_in_the_bases_dtype() -> None:
@@ -135,6 +141,18 @@ def test_each_adapter_has_its_own_and_the_first_active_one_counts() -> None:
     assert torch.equal(module(x), both)
     state.change(active=("a", "b"))
     assert torch.equal(module(x), expected["a"])
+
+
+def test_a_tensor_that_no_adapter_has_any_more_is_the_modules_own_again() -> None:
+    module, _ = made("Linear")
+    other, _ = made("Linear")
+    state = AdapterState()
+    replace_in(module, state, "a", masters(module))
+    for one in (module, other):
+        replace_in(one, state, "b", {"bias": torch.randn(4)})
+    give_back(module, "a")
+    assert type(module) is type(other)
+    assert not isinstance(vars(type(module)).get("weight"), property)
 
 
 @SLOW

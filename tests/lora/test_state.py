@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,16 +21,19 @@ ROWS = Rows(torch.tensor([0, 1]), {})
 
 # Each opens one kind of block; the view inside is the last argument.
 BLOCKS: dict[str, tuple[Callable[[AdapterState], AbstractContextManager[None]], View]] = {
-    "no adapter": (lambda state: state.suspending(active=()), View((), None, COUNTER)),
-    "another": (lambda state: state.suspending(("c",), active=("c",)), View(("c",), None, COUNTER)),
-    "rows": (lambda state: state.suspending(("b", "c"), active=(), rows=ROWS), View((), ROWS, COUNTER)),
+    "no adapter": (lambda state: state.suspending(active=()), View((), counter=COUNTER)),
+    "another": (lambda state: state.suspending(("c",), active=("c",)), View(("c",), counter=COUNTER)),
+    "rows": (
+        lambda state: state.suspending(("b", "c"), active=(), rows=ROWS, batch=2),
+        View((), rows=ROWS, batch=2, counter=COUNTER),
+    ),
     "a view": (lambda state: state.seeing(View(("z",))), View(("z",))),
 }
 
 
 def held(view: View) -> tuple[Any, ...]:
     """What a view says, comparable: its tensors by identity."""
-    return view.active, id(view.rows), id(view.counter)
+    return view.active, id(view.rows), view.batch, id(view.counter)
 
 
 def begun() -> AdapterState:
@@ -87,10 +92,10 @@ def test_nested_in_any_order_each_gives_back_its_own(nest: list[str], fails: boo
 
 def test_counting_changes_the_counter_alone() -> None:
     state = AdapterState(("a",))
-    state.change(rows=ROWS)
+    state.change(rows=ROWS, batch=2)
     with state.counting(COUNTER):
-        assert held(state.view) == held(View(("a",), ROWS, COUNTER))
-    assert held(state.view) == held(View(("a",), ROWS))
+        assert held(state.view) == held(View(("a",), rows=ROWS, batch=2, counter=COUNTER))
+    assert held(state.view) == held(View(("a",), rows=ROWS, batch=2))
 
 
 def test_what_changes_inside_a_block_ends_with_it() -> None:
@@ -110,7 +115,7 @@ def test_a_counter_set_inside_a_block_outlives_it() -> None:
     counting.__exit__(None, None, None)
     assert state.view.counter is COUNTER
     suspending.__exit__(None, None, None)
-    assert held(state.view) == held(View(("a", "b"), None, COUNTER))
+    assert held(state.view) == held(View(("a", "b"), counter=COUNTER))
 
 
 def test_what_is_used_counts_what_comes_back() -> None:
@@ -151,6 +156,26 @@ def test_a_bound_function_sees_the_view_it_was_bound_under() -> None:
     after = held(state.view)
     assert seen(1, second=2) == (before, 1, 2)
     assert held(state.view) == after
+
+
+def test_a_bound_function_sees_adapters_under_the_names_they_have_by_then() -> None:
+    state = begun()
+    seen = state.bound(lambda: held(state.view))
+    state.rename("a", "z")
+    state.change(active=())
+    assert seen() == held(View(("z", "b"), counter=COUNTER))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_a_copy_holds_the_same_and_goes_its_own_way(how: Callable[[AdapterState], AdapterState]) -> None:
+    state = AdapterState(("a", "b"))
+    bound = state.bound(lambda: state.active)
+    with state.suspending(("c",), active=("c",)):
+        twin = how(state)
+    assert (twin.active, twin.used) == (("c",), {"a", "b", "c"})
+    twin.rename("a", "z")
+    assert twin.bound(lambda: twin.active)() == ("c",)
+    assert bound() == state.active == ("a", "b")
 
 
 def test_a_bound_function_that_raises_leaves_the_view_alone() -> None:

@@ -1,4 +1,9 @@
-"""How a model is adapted: plan, attach, and the handle with every verb."""
+"""How a model is adapted: plan, attach, and the handle with every verb.
+
+`plan` says what a config asks of a model (`replacing`: which base tensors an adapter has its own of); `build` makes the
+parts, fresh or from a file; `placement` puts them on the modules; `fold` merges; `register` knows the names; `handle`
+has the verbs.
+"""
 
 from loratune.adapt.attach import adapters, attach
 from loratune.adapt.handle import Adapters, Count

@@ -43,7 +43,9 @@ def fresh_parts(
     return Parts(low_ranks, replaced)
 
 
-def saved_parts(modules: Modules, saved: SavedAdapter, plan: TargetPlan, *, dtype: torch.dtype | None) -> Parts:
+def saved_parts(
+    modules: Modules, saved: SavedAdapter, plan: TargetPlan, *, dtype: torch.dtype | None, trainable: bool
+) -> Parts:
     """Copies of a saved adapter's tensors, which fit the plan; the value may share a live adapter's.
 
     One that peft started from a decomposition counts from it, on a base that peft had changed: the decomposition is
@@ -61,8 +63,10 @@ def saved_parts(modules: Modules, saved: SavedAdapter, plan: TargetPlan, *, dtyp
     for part in plan.replaced:
         device = _parameter(modules, part.path, part.names[0]).device
         tensors = {name: saved.replaced[f"{part.path}.{name}"] for name in part.names}
+        # A file holds them in the base's dtype; what trains needs finer masters.
         replaced[part.path] = {
-            name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in tensors.items()
+            name: tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
+            for name, tensor in tensors.items()
         }
     return Parts(low_ranks, replaced)
 
@@ -116,4 +120,9 @@ def _parameter(modules: Modules, path: str, name: str) -> nn.Parameter:
 
 def _own(modules: Modules, path: str, name: str, dtype: torch.dtype | None) -> Tensor:
     parameter = _parameter(modules, path, name).detach()
-    return parameter.clone().to(dtype or torch.promote_types(parameter.dtype, torch.float32))
+    return parameter.clone().to(dtype or _finer(parameter.dtype))
+
+
+def _finer(dtype: torch.dtype) -> torch.dtype:
+    """What masters of this dtype are kept in."""
+    return torch.promote_types(dtype, torch.float32)

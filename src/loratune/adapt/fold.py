@@ -11,6 +11,7 @@ from torch import Tensor
 from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import LoraLayer, LowRank, base_modules
+from loratune.quant import rounded_once
 
 # Full name of a base tensor → what computes its merged value.
 Merged = dict[str, Callable[[], Tensor]]
@@ -70,9 +71,9 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
     """What each tensor becomes, and why some cannot."""
     merged: Merged = {}
     problems: dict[str, str] = {}
-    for name in names:
-        for full, parameter in placement.replaced(name).items():
-            merged[full] = _once(parameter, placement.base_tensor(full).dtype)
+    own = {full: parameter for name in names for full, parameter in placement.replaced(name).items()}
+    for full, parameter in own.items():
+        merged[full] = _once(parameter, placement.base_tensor(full).dtype)
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
         if low_ranks:
@@ -81,7 +82,7 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
         if biased and layer._parameters["bias"] is None:
             problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
         elif biased:
-            merged[f"{path}.bias"] = _bias(layer, biased, merged.get(f"{path}.bias"), dtype)
+            merged[f"{path}.bias"] = _bias(layer, biased, own.get(f"{path}.bias"), dtype)
     return merged, problems
 
 
@@ -97,15 +98,13 @@ def _weight(layer: LoraLayer, low_ranks: Sequence[LowRank], dtype: torch.dtype) 
     return value
 
 
-def _bias(
-    layer: LoraLayer, biased: Sequence[LowRank], own: Callable[[], Tensor] | None, dtype: torch.dtype
-) -> Callable[[], Tensor]:
+def _bias(layer: LoraLayer, biased: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype) -> Callable[[], Tensor]:
     def value() -> Tensor:
         base = cast(Tensor, layer._parameters["bias"])
-        total = (base.detach() if own is None else own()).to(dtype)
+        total = (base if own is None else own).detach().to(dtype)
         for low_rank in biased:
             total = total + cast(Tensor, low_rank.bias).detach().to(dtype) * low_rank.scale
-        return total.to(base.dtype)
+        return rounded_once(total, base.dtype)
 
     return value
 

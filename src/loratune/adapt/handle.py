@@ -22,7 +22,7 @@ from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.groups import param_groups
 from loratune.adapt.heads import with_task
-from loratune.adapt.mixing import Mixer, batch_of, check_mixed
+from loratune.adapt.mixing import Mixer, check_mixed, expecting
 from loratune.adapt.placement import Placement
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
 from loratune.adapt.register import Register
@@ -60,7 +60,7 @@ class Adapters:
         self._merged: tuple[str, ...] = ()
         self._kept: dict[str, Tensor] | None = None
         self._drawn = 0
-        self._base_hash: str | None = None
+        self._base_hashes: dict[frozenset[str], str] = {}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     # -- what is there -------------------------------------------------------------------------------------------
@@ -170,12 +170,12 @@ class Adapters:
         target_plan = plan_as_written(self.model, saved.config)
         target_plan.check()
         check_fit(self.model, target_plan, saved, where)
-        refuse_strangers(saved.origin, where, None if any_base else self._fingerprint, tokenizer)
+        refuse_strangers(saved.origin, where, None if any_base else lambda: self._base_hash(target_plan), tokenizer)
         notes = [f"{where}: the unknown key {key!r} is kept and means nothing here" for key in sorted(saved.unknown)]
         notes += [f"{where}: {key!r} says again what another tensor says" for key in saved.surplus]
         target_plan = replace(target_plan, notes=(*target_plan.notes, *notes))
         modules = dict(base_modules(self.model))
-        parts = saved_parts(modules, saved, target_plan, dtype=dtype)
+        parts = saved_parts(modules, saved, target_plan, dtype=dtype, trainable=trainable)
         entry = Entry(saved.config, target_plan, saved.base, saved.revision, saved.origin, dict(saved.unknown))
         self._put(name, entry, parts, modules, trainable=trainable)
 
@@ -186,7 +186,7 @@ class Adapters:
             AdapterStateError: an unknown name, or two adapters that have their own of one tensor.
         """
         self._refuse_merged()
-        if self._state.view.rows is not None:
+        if self._state.view.batch is not None:
             raise AdapterStateError("each row has its own adapter inside this rows() block", hint="activate after it")
         wanted = tuple(dict.fromkeys(self._register.known(name) for name in names))
         problems = self._register.shared_tensors(wanted)
@@ -198,7 +198,7 @@ class Adapters:
     def disabled(self) -> Iterator[None]:
         """The base alone inside the block; what was active before is active again after it."""
         self._refuse_merged()
-        with self._state.suspending(active=(), rows=None):
+        with self._state.suspending(active=(), rows=None, batch=None):
             yield
 
     @contextmanager
@@ -218,17 +218,8 @@ class Adapters:
         else:
             fields = {"active": (), "rows": self._mixer.rows(names)}
 
-        def look(model: nn.Module, args: Any, kwargs: Any) -> None:
-            tokens = batch_of(model, args, kwargs, len(names))
-            if self._state.view.rows is not None:
-                self._state.change(rows=replace(self._state.view.rows, tokens=tokens))
-
-        hook = self.model.register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            with self._state.suspending(used, **fields):
-                yield
-        finally:
-            hook.remove()
+        with expecting(self.model, self._state), self._state.suspending(used, batch=len(names), **fields):
+            yield
 
     def counting(self, counter: TokenCounter) -> AbstractContextManager[None]:
         """Inside the block dropout masks are drawn from `counter` instead of torch's generator."""
@@ -264,6 +255,7 @@ class Adapters:
         if name in self._state.used:
             raise AdapterStateError(f"adapter {name!r} is active", hint="activate another one, or none, first")
         self._placement.take(name)
+        self._state.forget(name)
         self._mixer.forget()
         self._register.remove(name)
 
@@ -288,7 +280,7 @@ class Adapters:
         name = self._one(name)
         entry = self._register.entries[name]
         # One that was loaded keeps what its file says, so that its files stay what they were.
-        origin = Origin(base=self._fingerprint()) if entry.origin is None else entry.origin
+        origin = Origin(base=self._base_hash(entry.plan)) if entry.origin is None else entry.origin
         return as_value(self._placement, name, entry, origin)
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -312,7 +304,8 @@ class Adapters:
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
         if not keep_base:
-            self._fingerprint()  # while the base is there
+            for name in self.names:
+                self._base_hash(self.plan(name))  # while the base is there
         self._kept = fold(self._placement, self._state.active, keep_base=keep_base, dtype=dtype)
         self._merged = self._state.active
         self._state.change(active=())
@@ -351,24 +344,29 @@ class Adapters:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _put(self, name: str, entry: Entry, parts: Parts, modules: Modules, *, trainable: bool) -> None:
+        self._placement.put(name, parts, modules, trainable=trainable)
         if not self.names:
             self._placement.bind()
-        self._placement.put(name, parts, modules, trainable=trainable)
         self._register.put(name, entry)
 
     def _require_grad(self, name: str, value: bool) -> None:
         for parameter in self._placement.parameters(self._register.known(name)):
             parameter.requires_grad_(value)
 
-    def _fingerprint(self) -> str:
-        """Which base this is; it is frozen, so it is looked at once."""
-        if self._base_hash is None:
+    def _base_hash(self, plan: TargetPlan) -> str:
+        """Which base an adapter with this plan stands on: all but the tensors that it has its own of.
+
+        A new head is drawn anew whenever the base is loaded, and the adapter brings its own. The rest is frozen, so it
+        is looked at once.
+        """
+        own = frozenset(full for part in plan.replaced for full in part.full_names())
+        if own not in self._base_hashes:
             from loratune.model import fingerprint
 
             kept = self._kept or {}
-            tensors = ((name, kept.get(name, parameter)) for name, parameter in self.base_parameters())
-            self._base_hash = fingerprint(tensors, finite=False)
-        return self._base_hash
+            base = ((name, kept.get(name, p)) for name, p in self.base_parameters() if name not in own)
+            self._base_hashes[own] = fingerprint(base, finite=False)
+        return self._base_hashes[own]
 
     def _base_name(self) -> str | None:
         name = getattr(self.model, "name_or_path", None)

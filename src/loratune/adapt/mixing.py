@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,11 +13,11 @@ from torch import Tensor, nn
 from loratune.adapt.entry import Entry
 from loratune.adapt.placement import Placement
 from loratune.errors import AdapterStateError
-from loratune.lora import Bank, LowRank, Rows, bank_of
+from loratune.lora import AdapterState, Bank, LowRank, Rows, bank_of
 
 
 class Mixer:
-    """Makes `Rows`, and keeps the banks of the last set of adapters while none of their tensors changes."""
+    """Makes `Rows`, and keeps the banks of the last set of adapters while they are frozen and the same."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -34,8 +36,11 @@ class Mixer:
 
     def _update(self, names: tuple[str, ...]) -> None:
         parameters = [parameter for name in names for parameter in self.placement.parameters(name)]
-        key = (names, *((id(p), p._version, p.device) for p in parameters))
-        if key == self._key:
+        # What trains may be written past its version (`p.data`), so its banks are made anew each time.
+        frozen = not any(p.requires_grad for p in parameters)
+        scales = [low_rank.scale for name in names for low_rank in self.placement.low_ranks(name).values()]
+        key = (names, *scales, *((id(p), p._version, p.device, p.dtype) for p in parameters), self._dtypes())
+        if frozen and key == self._key:
             return
         self._banks = {}
         with torch.no_grad():
@@ -45,6 +50,11 @@ class Mixer:
                 if bank is not None:
                     self._banks[layer] = bank
         self._key = key
+
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the layers compute in, which the banks are made for."""
+        weights = (layer._parameters["weight"] for layer in self.placement.layers.values())
+        return tuple(weight.dtype for weight in weights if weight is not None)
 
 
 def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:
@@ -63,7 +73,25 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None
         raise AdapterStateError(problems, hint="call model.eval(), and activate() one such adapter at a time")
 
 
-def batch_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> int | None:
+@contextmanager
+def expecting(model: nn.Module, state: AdapterState) -> Iterator[None]:
+    """Inside the block the model refuses a batch of another number of rows than the state's view says."""
+
+    def look(model: nn.Module, args: Any, kwargs: Any) -> None:
+        view = state.view
+        # Of the innermost block, which may be another one than that which set this hook.
+        tokens = None if view.batch is None else _tokens_of(model, args, kwargs, view.batch)
+        if view.rows is not None:
+            state.change(rows=replace(view.rows, tokens=tokens))
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _tokens_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: int) -> int | None:
     """Tokens of each row of the batch that enters the model, after seeing that it has `rows` rows.
 
     Raises:

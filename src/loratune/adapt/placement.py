@@ -8,6 +8,7 @@ from typing import cast
 from torch import nn
 
 from loratune.adapt.build import Modules, Parts
+from loratune.errors import AdapterStateError
 from loratune.lora import (
     AdapterState,
     LoraLayer,
@@ -18,6 +19,7 @@ from loratune.lora import (
     base_modules,
     bind_recomputation,
     can_be_recomputed,
+    covered,
     give_back,
     release,
     replace_in,
@@ -47,6 +49,14 @@ class Placement:
                 bind_recomputation(module, self.state)
 
     def put(self, name: str, parts: Parts, modules: Modules, *, trainable: bool) -> None:
+        """Put one adapter on its modules.
+
+        Raises:
+            AdapterStateError: as `take`; nothing is changed.
+        """
+        _refuse_covered(
+            {path: modules[path] for path in (parts.low_ranks.keys() - self.layers) | parts.replaced.keys()}
+        )
         for path, low_rank in parts.low_ranks.items():
             layer = self.layers.get(path)
             if layer is None:
@@ -60,6 +70,12 @@ class Placement:
             self.replacing[path] = module
 
     def take(self, name: str) -> None:
+        """Take one adapter off.
+
+        Raises:
+            AdapterStateError: a class that somebody put over an adapted module's would be lost; nothing is changed.
+        """
+        _refuse_covered(dict(base_modules(self.model)))
         for path, layer in list(self.layers.items()):
             if name in layer.lora:
                 del layer.lora[name]
@@ -77,7 +93,8 @@ class Placement:
                 holder[new] = holder.pop(old)
 
     def clear(self) -> None:
-        """Take everything off: every module has its own class and tensors again."""
+        """Take everything off: every module has its own class and tensors again; raises as `take`."""
+        _refuse_covered(dict(base_modules(self.model)))
         for layer in self.layers.values():
             release(layer)
         for module in self.replacing.values():
@@ -110,6 +127,16 @@ class Placement:
         """The base's own parameter of that name, whatever stands in its place now."""
         path, _, name = full_name.rpartition(".")
         return cast(nn.Parameter, self.model.get_submodule(path)._parameters[name])
+
+
+def _refuse_covered(modules: Modules) -> None:
+    found = [path for path, module in modules.items() if covered(module)]
+    if found:
+        raise AdapterStateError(
+            f"{found[0]} and {len(found) - 1} more modules have been given another class since they were adapted "
+            f"({type(modules[found[0]]).__name__})",
+            hint="change adapters before the model is sharded or wrapped in place",
+        )
 
 
 def weight_of(layer: nn.Module) -> FrozenWeight:

@@ -36,7 +36,9 @@ def summary_of(count: tuple[int, int], plans: Mapping[str, TargetPlan], active: 
     lines = [share_line(*count)]
     for name, target_plan in plans.items():
         state = "active" if name in active else "not active"
-        lines.append(f"{name} ({state}): {target_plan.trainable:,} in {len(target_plan.targets)} modules")
+        own = sum(len(part.names) for part in target_plan.replaced)
+        beside = f" and {own} tensors of its own" if own else ""
+        lines.append(f"{name} ({state}): {target_plan.trainable:,} in {len(target_plan.targets)} modules{beside}")
         for (short, inner, outer, r), (modules, parameters) in by_kind(target_plan).items():
             each = parameters // modules
             lines.append(f"  {short:<16} {modules:>4} × ({outer} × {inner}), r={r}: {each:,} each, {parameters:,}")

@@ -10,7 +10,11 @@ from loratune.errors import AdapterFileError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Nothing else is fetched: other files in such a repository may be pickles or gigabytes.
-_PATTERNS = ["adapter_config.json", "adapter_model.safetensors", "loratune.json", "README.md", "tokenizer*", "*.jinja"]
+_FILES = ["adapter_config.json", "adapter_model.safetensors", "loratune.json", "README.md"]
+_TOKENIZER = [
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+]  # fmt: skip
 
 
 def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -26,7 +30,7 @@ def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None)
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *_TOKENIZER]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterFileError(

@@ -8,10 +8,17 @@ from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_reco
 from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.rows import Bank, Rows, bank_of
 from loratune.lora.state import AdapterState, View
-from loratune.lora.swap import HOLDERS, Mixin, adapter_prefixes, base_modules, base_parameters, has_own, patched_forward
+from loratune.lora.swap import (
+    Mixin,
+    adapter_prefixes,
+    base_modules,
+    base_parameters,
+    covered,
+    has_own,
+    patched_forward,
+)
 
 __all__ = [
-    "HOLDERS",
     "AdapterState",
     "Bank",
     "LoraLayer",
@@ -29,6 +36,7 @@ __all__ = [
     "base_parameters",
     "bind_recomputation",
     "can_be_recomputed",
+    "covered",
     "decomposed_factors",
     "generator_for",
     "give_back",

@@ -53,6 +53,7 @@ class LowRank(nn.Module):
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        assert bias is None or magnitude is None, "what DoRA does to a bias behind B is not defined"
         # Registered by hand: there are hundreds of these in a model, and each way through `nn.Module.__setattr__` first
         # fails to find the name elsewhere.
         beside = {"bias": bias, "magnitude": magnitude}
@@ -66,15 +67,17 @@ class LowRank(nn.Module):
     def r(self) -> int:
         return self.A.shape[0]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of which the update is s · B A.
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of which the update is s · B A, in their own dtype unless told.
 
         An update that counts from its start, B A - B₀ A₀, is (B - B₀) A + B₀ (A - A₀): one product of rank 2r of terms
         as small as the change, so that nothing cancels in low precision and the start is exactly zero.
         """
+        A, B = (self.A, self.B) if dtype is None else (self.A.to(dtype), self.B.to(dtype))
         if self.A0 is None or self.B0 is None:
-            return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
+            return A, B
+        A0, B0 = self.A0.to(A.dtype), self.B0.to(B.dtype)
+        return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """s · (B A x + bias) for x (..., in_features), computed in x's dtype (or autocast's): (..., out_features)."""
@@ -89,7 +92,7 @@ class LowRank(nn.Module):
         With a magnitude m: (m / ‖W + s B A‖) (W + s B A) - W, norms by rows (Liu et al., DoRA, arXiv:2402.09353,
         equation 5).
         """
-        A, B = (factor.detach().to(weight.dtype) for factor in self.factors())
+        A, B = (factor.detach() for factor in self.factors(weight.dtype))
         update = (B @ A) * self.scale
         if self.magnitude is None:
             return update
@@ -104,7 +107,7 @@ class LowRank(nn.Module):
         assert self.magnitude is not None
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             W = weight if weight.dtype == torch.float64 else weight.float()
-            A, B = (factor.to(W.dtype) for factor in self.factors())
+            A, B = self.factors(W.dtype)
             cross = ((W @ A.T) * B).sum(1)
             own = ((B @ (A @ A.T)) * B).sum(1)
             norm = ((W * W).sum(1) + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
@@ -117,10 +120,9 @@ class LowRank(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         # A checkpoint of the base alone still loads into an adapted model: the adapter then stays what it is.
-        # One tensor without the other is a damaged checkpoint and is reported as missing.
-        if prefix + "A" not in state_dict and prefix + "B" not in state_dict:
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        # Some of its tensors without the others are a damaged checkpoint and are reported as missing.
+        if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ class Weight(Protocol):
 class LoraLayer(Mixin):
     """Mixed in before the class of an adapted module. The forward pass is the equation and assigns nothing."""
 
-    rank = 0
+    order = 0
     prefix = "Lora"
+    holder = "lora"
 
     lora: nn.ModuleDict
     lora_index: int
@@ -83,7 +84,7 @@ def adapt_in_place(
 def release(layer: LoraLayer) -> None:
     """Give the module its own class back, without low-rank adapters."""
     module: nn.Module = layer
-    take_off(module, LoraLayer.rank)
+    take_off(module, LoraLayer.order)
     del module.lora, module.lora_index, module.lora_weight
     if not isinstance(module, Mixin):
         del module.lora_state

@@ -18,7 +18,7 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 class Recomputed(Mixin):
-    rank = 2
+    order = 2
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
@@ -45,6 +45,6 @@ def bind_recomputation(module: nn.Module, state: AdapterState) -> None:
 
 
 def unbind_recomputation(module: nn.Module) -> None:
-    take_off(module, Recomputed.rank)
+    take_off(module, Recomputed.order)
     if not isinstance(module, Mixin):
         del module.lora_state

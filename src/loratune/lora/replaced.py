@@ -31,7 +31,8 @@ class Tensors(nn.Module):
 class Replacing(Mixin):
     """Mixed in where some adapter has tensors of its own."""
 
-    rank = 1
+    order = 1
+    holder = "lora_replaced"
     lora_replaced: nn.ModuleDict
 
 
@@ -47,9 +48,10 @@ def _looked_up(name: str) -> Any:
         for adapter in self.lora_state.view.active:
             tensors = self.lora_replaced._modules.get(adapter)
             if tensors is not None and name in tensors._parameters:
-                # Masters may be finer than the base; the module computes in the base's dtype.
                 replacement = cast(Tensor, tensors._parameters[name])
-                return replacement if own is None else replacement.to(own.dtype)
+                # Masters may be finer than the base; the module computes in the base's dtype. A view, and no parameter:
+                # who ties weights by assigning it elsewhere is told that it is none.
+                return replacement.to(replacement.dtype if own is None else own.dtype).view_as(replacement)
         return own
 
     return look_up
@@ -58,7 +60,7 @@ def _looked_up(name: str) -> Any:
 def replace_in(module: nn.Module, state: AdapterState, adapter: str, tensors: dict[str, Tensor]) -> Tensors:
     """Let `adapter` have its own of some of the module's parameters."""
     added = Tensors(tensors)
-    if not wears(module, Replacing.rank):
+    if not wears(module, Replacing.order):
         module.lora_replaced = nn.ModuleDict()
         cast(Mixin, module).lora_state = state
     holder = cast(nn.ModuleDict, module.lora_replaced)
@@ -74,7 +76,7 @@ def give_back(module: nn.Module, adapter: str) -> None:
     if holder:
         _show(module, holder)
         return
-    take_off(module, Replacing.rank)
+    take_off(module, Replacing.order)
     del module.lora_replaced
     if not isinstance(module, Mixin):
         del module.lora_state

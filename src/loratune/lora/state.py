@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
+from loratune.errors import AdapterStateError
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.rows import Rows
 
@@ -19,11 +21,21 @@ class View:
         active: names of the adapters whose updates add up.
         rows: an adapter for each row of the batch instead.
         counter: where dropout masks are drawn from; torch's generator without one.
+        batch: how many rows the model must be given, where somebody said one adapter for each.
     """
 
     active: tuple[str, ...] = ()
     rows: Rows | None = None
     counter: TokenCounter | None = None
+    batch: int | None = None
+
+
+class _Bound:
+    """A view that a bound function will see again, under the names that adapters have by then."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.missing = ""
 
 
 class AdapterState:
@@ -33,6 +45,7 @@ class AdapterState:
         self.view = View(active)
         # What holds again when the blocks that are open now end, with the adapters that each block uses.
         self._suspended: list[tuple[View, tuple[str, ...]]] = []
+        self._bound: WeakSet[_Bound] = WeakSet()
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -60,6 +73,14 @@ class AdapterState:
 
         self.view = again(self.view)
         self._suspended = [(again(view), renamed(used)) for view, used in self._suspended]
+        for bound in self._bound:
+            bound.view = again(bound.view)
+
+    def forget(self, name: str) -> None:
+        """The adapter is gone: what was computed with it can be computed no more."""
+        for bound in self._bound:
+            if name in bound.view.active:
+                bound.missing = name
 
     def clear(self) -> None:
         """No adapter, now or when a block ends."""
@@ -75,7 +96,7 @@ class AdapterState:
         finally:
             if self._suspended:  # not so after `clear`
                 before, _ = self._suspended.pop()
-                self.change(active=before.active, rows=before.rows)
+                self.change(active=before.active, rows=before.rows, batch=before.batch)
 
     @contextmanager
     def counting(self, counter: TokenCounter) -> Iterator[None]:
@@ -101,10 +122,22 @@ class AdapterState:
 
         Checkpointing calls a function once more in the backward pass, when other adapters may be active.
         """
-        view = self.view
+        bound = _Bound(self.view)
+        self._bound.add(bound)
 
         def as_now(*args: Any, **kwargs: Any) -> Any:
-            with self.seeing(view):
+            if bound.missing:
+                raise AdapterStateError(
+                    f"adapter {bound.missing!r} was removed between a forward pass and its backward pass",
+                    hint="remove adapters when no backward pass is due",
+                )
+            with self.seeing(bound.view):
                 return function(*args, **kwargs)
 
         return as_now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_bound"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _bound=WeakSet())  # a copy has run nothing yet

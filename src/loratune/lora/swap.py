@@ -21,31 +21,39 @@ class Mixin(nn.Module):
     lora_state: AdapterState
     # Mixed in by those that are made on demand, to make them again after pickling: a function and its argument.
     made_by: tuple[Any, Any] | None = None
-    rank = 0
+    order = 0
     prefix = ""
+    # The child that holds adapters' tensors by this mixin's doing.
+    holder: str | None = None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         mixins, base = _parts(type(self))
-        return _rebuild, (base, tuple(mixin.made_by or mixin for mixin in mixins)), self.__dict__
+        state = self.__getstate__()  # type: ignore[no-untyped-call]  # a module may leave things out
+        return _rebuild, (base, tuple(mixin.made_by or mixin for mixin in mixins)), state
 
 
 def put_on(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Mix `mixin` in; a mixin of the same rank that the module has gives way."""
+    """Mix `mixin` in; a mixin of the same order that the module has gives way."""
     mixins, base = _parts(type(module))
-    kept = [other for other in mixins if other.rank != mixin.rank]
-    _become(module, _class_of(base, tuple(sorted([*kept, mixin], key=lambda m: m.rank))))
+    kept = [other for other in mixins if other.order != mixin.order]
+    _become(module, _class_of(base, tuple(sorted([*kept, mixin], key=lambda m: m.order))))
 
 
-def take_off(module: nn.Module, rank: int) -> None:
-    """Give back what `put_on` mixed in at this rank; the last one leaves the module's own class."""
+def take_off(module: nn.Module, order: int) -> None:
+    """Give back what `put_on` mixed in at this order; the last one leaves the module's own class."""
     mixins, base = _parts(type(module))
-    kept = tuple(mixin for mixin in mixins if mixin.rank != rank)
+    kept = tuple(mixin for mixin in mixins if mixin.order != order)
     _become(module, _class_of(base, kept) if kept else base)
 
 
-def wears(module: nn.Module, rank: int) -> bool:
-    """Whether something of this rank is mixed in."""
-    return any(mixin.rank == rank for mixin in _parts(type(module))[0])
+def covered(module: nn.Module) -> bool:
+    """Whether somebody put a class of their own over ours (FSDP2 does), which would be lost by a change of class."""
+    return hasattr(type(module), "lora_parts") and "lora_parts" not in vars(type(module))
+
+
+def wears(module: nn.Module, order: int) -> bool:
+    """Whether something of this order is mixed in."""
+    return any(mixin.order == order for mixin in _parts(type(module))[0])
 
 
 def patched_forward(module: nn.Module) -> bool:
@@ -105,22 +113,23 @@ def _own_forward(forward: object, module: nn.Module, kind: type[nn.Module]) -> b
 
 # -- the tree without what stands for adapters ------------------------------------------------------------------------
 
-# Children that hold adapters' tensors; only a module with a `Mixin` has them by this meaning.
-HOLDERS = ("lora", "lora_replaced")
 
+def base_modules(model: nn.Module, *, every_path: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the base alone: adapters are not entered, so the walk does not grow with their number.
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the base alone: adapters are not entered, so the walk does not grow with their number."""
+    Args:
+        every_path: a module that stands in several places comes with each of its paths.
+    """
     seen: set[int] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen:
+        if id(module) in seen and not every_path:
             return
         seen.add(id(module))
         yield path, module
-        adapted = isinstance(module, Mixin)
+        holders = _holders(module)
         for name, child in module._modules.items():
-            if child is not None and not (adapted and name in HOLDERS):
+            if child is not None and name not in holders:
                 yield from walk(f"{path}.{name}" if path else name, child)
 
     return walk("", model)
@@ -140,8 +149,11 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     """The prefixes of names in `state_dict` under which adapters' tensors stand; a base may use the words itself."""
     return tuple(
         f"{path}.{holder}." if path else f"{holder}."
-        for path, module in base_modules(model)
-        if isinstance(module, Mixin)
-        for holder in HOLDERS
-        if holder in module._modules
+        for path, module in base_modules(model, every_path=True)
+        for holder in _holders(module)
     )
+
+
+def _holders(module: nn.Module) -> tuple[str, ...]:
+    """The children of a module in which adapters stand."""
+    return tuple(mixin.holder for mixin in _parts(type(module))[0] if mixin.holder)

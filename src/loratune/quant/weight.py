@@ -40,10 +40,10 @@ class FrozenWeight:
         Added in the delta's dtype (fp32 or fp64) and rounded once to the weight's.
         """
         stored = delta.T if self.transposed else delta
-        return _rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)
+        return rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)
 
 
-def _rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """`value.to(dtype)`; torch takes fp64 to bf16 and fp16 by way of fp32, which would round twice."""
     if value.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)

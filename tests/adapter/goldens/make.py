@@ -45,7 +45,13 @@ def base_of(name: str) -> Any:
     family = GOLDENS[name][0]
     if family != "classifier":
         return tiny(family)
-    values = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_labels": 3}
+    values: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_labels": 3,
+    }
     config = transformers.LlamaConfig(**values, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
