@@ -189,7 +189,7 @@ class Adapters:
         if self._state.view.batch is not None:
             raise AdapterStateError("each row has its own adapter inside this rows() block", hint="activate after it")
         wanted = tuple(dict.fromkeys(self._register.known(name) for name in names))
-        problems = self._register.shared_tensors(wanted)
+        problems = self._register.shared_tensors(wanted) if len(wanted) > 1 else []
         if problems:
             raise AdapterStateError(problems, hint="activate one of them at a time")
         self._state.change(active=wanted)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from loratune.errors import AdapterStateError
@@ -13,8 +12,7 @@ from loratune.lora.dropout import TokenCounter
 from loratune.lora.rows import Rows
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """One state of a model's adapters.
 
     Attributes:
@@ -62,14 +60,14 @@ class AdapterState:
         return frozenset(self.active).union(*(view.active + used for view, used in self._suspended))
 
     def change(self, **fields: Any) -> None:
-        self.view = replace(self.view, **fields)
+        self.view = self.view._replace(**fields)
 
     def rename(self, old: str, new: str) -> None:
         def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new if name == old else name for name in names)
 
         def again(view: View) -> View:
-            return replace(view, active=renamed(view.active))
+            return view._replace(active=renamed(view.active))
 
         self.view = again(self.view)
         self._suspended = [(again(view), renamed(used)) for view, used in self._suspended]
