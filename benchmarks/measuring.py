@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from loratune.model.device import processor_name
 
@@ -121,7 +122,8 @@ def held(prepare: Callable[[], Any], act: Callable[[Any], object]) -> dict[str, 
 def _tensor_bytes() -> int:
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor):  # isinstance would wake lazy modules
+        # isinstance would wake lazy modules; tensors that compiling left behind hold nothing.
+        if issubclass(type(found), torch.Tensor) and not isinstance(found, FakeTensor):
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -102,6 +102,24 @@ def rows_of(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[
     return rows
 
 
+def branching_rows(*, seed: int = 0, vocabulary: int = VOCABULARY) -> list[Rendered]:
+    """Rows that share prefixes in every way: nested, up to their end, whole, hardly, and with masks of their own."""
+    dice = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(dice.randrange(3, vocabulary) for _ in range(count))
+
+    system, tools, other = tokens(20), tokens(18), tokens(17)
+    long = system + tools + tokens(9)
+    all_ids = [long, system + tools + tokens(4), system + tokens(7), long, system + tools, other + tokens(3)]
+    all_ids += [other + tokens(5), tokens(6), system[:5] + tokens(8), long[:40]]
+    rows = []
+    for number, ids in enumerate(all_ids):
+        mask = [i > 0 and (3 * i >= 2 * len(ids) or dice.random() < 0.2) for i in range(len(ids))]
+        rows.append(Rendered(ids, tuple(mask), Place("rows", number + 1), truncated=False))
+    return rows
+
+
 def additions(count: int) -> list[dict[str, str]]:
     """Rows that a tiny model can learn: a sum and its value."""
     return [{"prompt": f"{n} + {n + 1} =", "completion": f"{2 * n + 1}"} for n in range(count)]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.data.batch import Batch, make_batch
+from loratune.data.batch import Batch, make_batch, tree_of
 from loratune.data.render import Rendered
 from loratune.loss import cross_entropy, logits_of, summed_loss
 from loratune.model import use_packed_attention
-from tests.models import FAMILIES, PAD, exact, rows_of, tiny
+from tests.models import FAMILIES, PAD, branching_rows, exact, rows_of, tiny
 from tests.oracle.loss import row_loss, supervised
 from tests.training.loops import assert_close
 
@@ -49,6 +49,39 @@ def test_loss_and_gradients_against_the_oracle(family: str, how: str) -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
     assert_close(gradients(model, loss), gradients(twin, oracle), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "phi3"])
+def test_shared_prefixes_give_the_loss_and_gradients_of_the_rows_alone(family: str) -> None:
+    rows = branching_rows()
+    model, twin = trainable(family), exact(family).requires_grad_(True)
+    oracle = torch.stack([row_loss(twin, row) for row in rows]).sum()
+    use_packed_attention(model)
+    batch = make_batch(rows, packed=True, pad_id=PAD, tree=tree_of(rows))
+    assert batch.computed_tokens < 0.6 * sum(len(row.ids) for row in rows)
+    assert batch.supervised == sum(sum(row.supervised) for row in rows)
+    assert batch.times is not None
+    loss = summed_loss(model, batch)
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5)
+    assert_close(gradients(model, loss), gradients(twin, oracle), rel=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["no prefix is seen", "a target counts once", "positions start anew"])
+def test_the_comparison_finds_what_sharing_could_get_wrong(fault: str) -> None:
+    rows = branching_rows()
+    model, twin = trainable("llama"), exact("llama")
+    oracle = torch.stack([row_loss(twin, row) for row in rows]).sum()
+    use_packed_attention(model)
+    batch = make_batch(rows, packed=True, pad_id=PAD, tree=tree_of(rows))
+    assert batch.segments is not None
+    anew = torch.cat([torch.arange(length) for length in batch.segments])[None]
+    faulty = {
+        "no prefix is seen": {"above": None},
+        "a target counts once": {"times": None},
+        "positions start anew": {"position_ids": anew},
+    }
+    loss = summed_loss(model, replace(batch, **faulty[fault]))
+    assert loss.item() != pytest.approx(oracle.item(), rel=2e-5)
 
 
 def test_family_that_cannot_be_packed() -> None:

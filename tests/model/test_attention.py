@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.model import attention, packed_inputs, use_packed_attention, why_not_packed
+from loratune.model import attention, packed_inputs, use_packed_attention, why_no_shared_prefixes, why_not_packed
 from tests.models import tiny
 from tests.training.loops import assert_close
 
@@ -72,15 +72,18 @@ def test_sliding_window_is_kept() -> None:
         assert (packed_logits(narrow) - packed_logits(wide)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("before", [0, 1, 6])
 @pytest.mark.parametrize(("length", "window"), [(3, None), (4, 4), (5, 4), (9, 2), (9, 1)])
-def test_window_mask(length: int, window: int | None) -> None:
-    mask = attention._window_mask(length, window, torch.device("cpu"))
-    if window is None or length <= window:
+def test_mask_of_a_segment_and_what_stands_above_it(length: int, window: int | None, before: int) -> None:
+    mask = attention._mask(length, before + length, window, torch.device("cpu"))
+    if before == 0 and (window is None or length <= window):
         assert mask is None
         return
     assert mask is not None
+    reach = window or before + length
     for query in range(length):
-        assert [k for k in range(length) if mask[query, k]] == list(range(max(0, query - window + 1), query + 1))
+        allowed = [key for key in range(before + length) if mask[query, key]]
+        assert allowed == list(range(max(0, before + query - reach + 1), before + query + 1))
 
 
 @pytest.mark.parametrize("family", PACKABLE)
@@ -168,3 +171,34 @@ def test_attention_that_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_square_mask_is_built() -> None:
     assert packed_inputs((3, 4))["attention_mask"].numel() == 1
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_probe_of_shared_prefixes_passes(family: str) -> None:
+    model = tiny(family).train()
+    use_packed_attention(model)
+    assert why_no_shared_prefixes(model) is None
+    assert model.training
+
+
+@pytest.mark.parametrize("fault", ["unseen", "one token short", "the other branch"])
+def test_probe_of_shared_prefixes_finds_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a branch does not see its prefix, sees it without its last token, or sees its neighbour too."""
+    honest = attention.packed_attention
+
+    def faulty(*args: Any, segments: Any = None, above: Any = None, **kwargs: Any) -> Any:
+        if above is not None:
+            length = segments[0]
+            segments, above = {
+                "unseen": (segments, None),
+                "one token short": ((length - 1, 1, *segments[1:]), ((), (0,), (0,), (0,))),
+                "the other branch": (segments, ((), (0,), (0, 1))),
+            }[fault]
+        return honest(*args, segments=segments, above=above, **kwargs)
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, faulty)
+    model = tiny()
+    use_packed_attention(model)
+    why = why_no_shared_prefixes(model)
+    assert why is not None
+    assert why.startswith("packed rows deviate from lone ones by")

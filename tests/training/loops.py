@@ -30,6 +30,7 @@ class Training:
     family: str = "llama"
     optimizer: str = "adamw"
     packed: bool = True
+    share_prefixes: bool = False
     limit: int = 2048
     steps: int = 5
     dropout: float = 0.0
@@ -65,6 +66,7 @@ class Training:
             rows=self.rows,
             order=self.order,
             packed=self.packed,
+            share_prefixes=self.share_prefixes,
             pad_id=PAD,
             seed=self.seed,
             clip=self.clip,

@@ -11,7 +11,7 @@ import torch
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.training import loop
 from loratune.training.events import Noticed, Validated
-from tests.models import FAMILIES, rows_of, tiny
+from tests.models import FAMILIES, branching_rows, rows_of, tiny
 from tests.oracle import training as textbook
 from tests.training.loops import Training, assert_close, assert_same
 
@@ -58,6 +58,35 @@ def test_micro_batches_change_nothing(dropout: float, packed: bool) -> None:
     for other in (split, rows):
         assert [e.loss for e in whole.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
         assert_close(whole.weights(), other.weights(), rel=2e-4)
+
+
+SHARED = branching_rows()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_shared_prefixes_train_the_same_adapter(family: str) -> None:
+    one, other = Training(SHARED, family, share_prefixes=True), Training(SHARED, family)
+    one.run(), other.run()
+    assert [e.loss for e in one.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
+    assert_close(one.weights(), other.weights(), rel=2e-4)
+    tokens = [(e.tokens, e.supervised_tokens) for e in other.steps_heard()]
+    assert [(e.tokens, e.supervised_tokens) for e in one.steps_heard()] == tokens, "each example is counted whole"
+    saved = [o.computed_tokens - e.computed_tokens for e, o in zip(one.steps_heard(), other.steps_heard(), strict=True)]
+    assert min(saved) >= 0
+    assert max(saved) > 30
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_split_of_a_step_with_shared_prefixes_changes_nothing(dropout: float) -> None:
+    """A shared token has one mask, whichever of its rows are computed together."""
+    splits = [Training(SHARED, share_prefixes=True, dropout=dropout, limit=x).run() for x in (2048, 60, 1)]
+    for other in splits[1:]:
+        assert [e.loss for e in splits[0].steps_heard()] == pytest.approx(
+            [e.loss for e in other.steps_heard()], rel=1e-5
+        )
+        assert_close(splits[0].weights(), other.weights(), rel=2e-4)
+    computed = [sum(e.computed_tokens for e in split.steps_heard()) for split in splits]
+    assert computed[0] < computed[1] < computed[2], "the splits differ"
 
 
 def test_dropout_does_something() -> None:

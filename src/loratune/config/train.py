@@ -58,6 +58,9 @@ class TrainConfig(Settings):
     max_length: int | None = setting(None, "longest row in tokens", group=_DATA, ge=2)
     overlong: Literal["error", "drop", "truncate"] = setting("error", "what happens to longer rows", group=_DATA)
     pack: bool | None = setting(None, "rows side by side without padding, each attending to itself alone", group=_DATA)
+    share_prefixes: bool | None = setting(
+        None, "what rows of a step begin with in common goes through the model once", group=_DATA
+    )
 
     method: Literal["lora", "rslora", "dora", "pissa"] = setting(
         "lora", "preset of the adapter's settings", group=_ADAPTER

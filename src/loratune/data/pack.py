@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from loratune.data.tree import LEAST_SHARED, Tokens, common_prefix, prefix_tree, sorted_rows, tree_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -60,6 +62,34 @@ def micro_batches(lengths: Sequence[int], limit: int, *, packed: bool) -> list[l
         else:
             groups.append([i])
     return groups
+
+
+def shared_micro_batches(rows: Sequence[Tokens], limit: int) -> list[list[int]]:
+    """Split rows that share prefixes into groups of at most about `limit` tokens, a shared one counted once.
+
+    Rows with a common prefix come into one group where it has room, so that the prefix is computed once for them.
+
+    Returns:
+        Indices into `rows`, ascending in each group; a row that is too long alone goes alone.
+    """
+    groups: list[list[int]] = []
+    cost = 0
+    for i in sorted_rows(rows):
+        before = groups[-1][-1] if groups else None
+        shared = 0 if before is None else common_prefix(rows[before], rows[i])
+        more = len(rows[i]) - (shared if shared >= LEAST_SHARED else 0)
+        if before is None or cost + more > limit:
+            groups.append([])
+            cost, more = 0, len(rows[i])
+        groups[-1].append(i)
+        cost += more
+    return [sorted(group) for group in groups]
+
+
+def saved_by_sharing(rows: Sequence[Tokens]) -> tuple[int, int]:
+    """Tokens of the rows of one step, and how many of them shared prefixes save."""
+    total = sum(len(row) for row in rows)
+    return total, total - tree_tokens(prefix_tree(rows))
 
 
 def _cost(lengths: Sequence[int], packed: bool) -> int:

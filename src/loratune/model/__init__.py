@@ -1,6 +1,6 @@
 """Base models: where they come from, on what they run, and the attention that packed rows need."""
 
-from loratune.model.attention import packed_inputs, use_packed_attention, why_not_packed
+from loratune.model.attention import packed_inputs, use_packed_attention, why_no_shared_prefixes, why_not_packed
 from loratune.model.device import (
     available_memory,
     device_name,
@@ -56,5 +56,6 @@ __all__ = [
     "tokenizer_hashes",
     "total_memory",
     "use_packed_attention",
+    "why_no_shared_prefixes",
     "why_not_packed",
 ]

@@ -1,4 +1,4 @@
-"""Attention for rows that lie side by side in one packed row: each segment attends to itself alone.
+"""Attention for rows that lie side by side in one packed row: each segment attends to itself and what stands above it.
 
 Registered through `transformers`' attention and mask interfaces under one name. A call without segments (generation,
 padded batches, other people's code) is passed on to the stock scaled-dot-product attention.
@@ -6,6 +6,7 @@ padded batches, other people's code) is passed on to the stock scaled-dot-produc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,13 +37,15 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     segments: tuple[int, ...] | None = None,
+    above: tuple[tuple[int, ...], ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment.
+    """Causal attention within each segment, and from it to all of the segments above it.
 
     Args:
         query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim).
         segments: lengths of the segments, in order; their sum is the number of tokens.
+        above: for each segment, those whose tokens come before its own, in order; none without it.
 
     Returns:
         (1, tokens, heads, dim), and no attention weights.
@@ -57,35 +60,52 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise CannotPackError("its attention uses no causal mask")
     grouped = query.shape[1] != key.shape[1]
+    keys, values = key.split(segments, 2), value.split(segments, 2)
     pieces = []
-    for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True):
-        window = _window_mask(q.shape[2], sliding_window, q.device)
+    for i, q in enumerate(query.split(segments, 2)):
+        path = (*(above[i] if above else ()), i)
+        k, v = (_joined([parts[j] for j in path], q.shape[2], sliding_window) for parts in (keys, values))
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(pieces, 2).transpose(1, 2), None
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Bool (length, length) that allows the last `window` tokens; None where a plain causal mask says the same."""
-    if window is None or length <= window:
+def _joined(parts: Sequence[Tensor], queries: int, window: int | None) -> Tensor:
+    """(1, heads, tokens, dim) of a path's segments; what no query's window reaches is left out."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
+    if window is None or len(parts) == 1:
+        return whole
+    return whole[:, :, max(0, whole.shape[2] - queries - window + 1) :]
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Bool (queries, keys) that allows each of the last `queries` positions what came up to it, within the window.
+
+    None where a plain causal mask says the same.
+    """
+    if queries == keys and (window is None or keys <= window):
         return None
-    age = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (age >= 0) & (age < window)
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    age = position - torch.arange(keys, device=device)[None, :]
+    return (age >= 0) if window is None else (age >= 0) & (age < window)
 
 
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def packed_inputs(segments: tuple[int, ...]) -> dict[str, Any]:
+def packed_inputs(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None = None) -> dict[str, Any]:
     """What a forward pass over a packed row takes beside `input_ids` and `position_ids`.
 
     A ready-made four-dimensional mask keeps the model from building a (tokens × tokens) one; nothing reads it.
     """
-    return {"segments": segments, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "use_cache": False}
+    tree = {} if above is None else {"above": above}
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    return {"segments": segments, **tree, "attention_mask": mask, "use_cache": False}
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -109,21 +129,45 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     return why
 
 
-@torch.no_grad()
+def why_no_shared_prefixes(model: PreTrainedModel) -> str | None:
+    """None if two rows that share a prefix give what they give alone, else the reason; packed rows must work."""
+    prefix, first, second = _random_rows(model, 9, 4, 6)
+    alone = [torch.cat([prefix, row], 1) for row in (first, second)]
+    positions = [torch.arange(9), torch.arange(9, 13), torch.arange(9, 15)]
+    # From the rows alone: the prefix and the end of the first, and the end of the second.
+    places = [*range(13), *range(13 + 9, 13 + 15)]
+    inputs = packed_inputs((9, 4, 6), ((), (0,), (0,)))
+    return _deviation(model, alone, places, torch.cat([prefix, first, second], 1), torch.cat(positions)[None], inputs)
+
+
 def _probe(model: PreTrainedModel) -> str | None:
-    device = next(model.parameters()).device
+    rows = _random_rows(model, 7, 5)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    return _deviation(model, rows, range(12), torch.cat(rows, 1), positions, packed_inputs((7, 5)))
+
+
+def _random_rows(model: PreTrainedModel, *lengths: int) -> list[Tensor]:
     embeddings: Any = model.get_input_embeddings()
-    vocabulary: int = embeddings.weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (7, 5)]
+    vocabulary: int = embeddings.weight.shape[0]
+    return [torch.randint(vocabulary, (1, length), generator=generator).to(model.device) for length in lengths]
+
+
+@torch.no_grad()
+def _deviation(
+    model: PreTrainedModel,
+    alone: Sequence[Tensor],
+    places: Sequence[int],
+    ids: Tensor,
+    positions: Tensor,
+    inputs: dict[str, Any],
+) -> str | None:
+    """Why the logits of one packed pass differ from those at `places` of the rows alone, one after the other."""
     training = model.training
     model.eval()
     try:
-        alone = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows], 1).float()
-        positions = torch.cat([torch.arange(row.shape[1], device=device)[None] for row in rows], 1)
-        packed = model(
-            input_ids=torch.cat(rows, 1), position_ids=positions, **packed_inputs(tuple(row.shape[1] for row in rows))
-        ).logits.float()
+        lone = torch.cat([model(input_ids=row, use_cache=False).logits for row in alone], 1).float()[:, list(places)]
+        packed = model(input_ids=ids, position_ids=positions.to(ids.device), **inputs).logits.float()
     except CannotPackError as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -132,5 +176,5 @@ def _probe(model: PreTrainedModel) -> str | None:
         model.train(training)
     # Rounding differs with the shapes of the matrix products; a leak changes logits by their own size.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    deviation = float((packed - alone).norm() / alone.norm())
+    deviation = float((packed - lone).norm() / lone.norm())
     return None if deviation <= tolerance else f"packed rows deviate from lone ones by {deviation:.1%}"

@@ -19,11 +19,16 @@ _SMALL_DATA = 500_000
 
 @dataclass
 class Decisions:
-    """Resolved settings by name, each with its reason, in the order they were decided."""
+    """Resolved settings by name, each with its reason, in the order they were decided.
+
+    Attributes:
+        shared: the share of a step's tokens that shared prefixes save.
+    """
 
     config: TrainConfig
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    shared: float = 0.0
 
     def __post_init__(self) -> None:
         for name in TrainConfig.names():

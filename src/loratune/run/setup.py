@@ -7,7 +7,8 @@ from typing import Any
 
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import LoraConfig, TrainConfig
-from loratune.data.batch import needed
+from loratune.data.batch import computed, needed
+from loratune.data.pack import Order, saved_by_sharing
 from loratune.errors import ConfigError
 from loratune.estimation import (
     RECOMPUTED_FORWARDS,
@@ -18,13 +19,23 @@ from loratune.estimation import (
     estimate_memory,
     forward_rate,
 )
-from loratune.model import Base, available_memory, context_of, total_memory, why_not_packed
+from loratune.model import (
+    Base,
+    available_memory,
+    context_of,
+    total_memory,
+    why_no_shared_prefixes,
+    why_not_packed,
+)
 from loratune.run.decide import Decisions, decide_training, lora_config
 from loratune.run.prepare import Prepared, prepare
 
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 _MEMORY_SHARE = 0.6
+# Steps whose rows are looked at for common prefixes, and the share of tokens that is worth a tree.
+_LOOKED_AT = 32
+_WORTH_SHARING = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     prepared = prepare(data, decisions, base.tokenizer, context_of(base.model))
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
     _decide_packing(base.model, decisions)
+    _decide_sharing(base.model, decisions, prepared)
     memory = _decide_memory(base, decisions, prepared, targets, shape)
     _decide_rhythm(decisions, prepared)
     seconds = _seconds(base, decisions, prepared)
@@ -87,10 +99,11 @@ def plan_line(setup: Setup) -> str:
     d, targets = setup.decisions, setup.targets
     minutes = f"~{setup.seconds / 60:.0f} min" if setup.seconds > 90 else f"~{setup.seconds:.0f} s"
     total = total_memory(setup.base.device)
+    shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
     return (
         f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
-        f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB"
+        f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB{shared}"
     )
 
 
@@ -104,6 +117,28 @@ def _decide_packing(model: Any, decisions: Decisions) -> None:
         raise ConfigError(f"pack: this model cannot take packed rows: {why_not}", hint="leave --pack out to pad rows")
     else:
         decisions.decide("pack", False, f"rows are padded: {why_not}")
+
+
+def _decide_sharing(model: Any, decisions: Decisions, prepared: Prepared) -> None:
+    """Shared prefixes where they save a tenth of the tokens of a step, and the model computes the same with them."""
+    wanted = decisions.values.get("share_prefixes")
+    if wanted is False:
+        return
+    if not decisions["pack"]:
+        if wanted:
+            raise ConfigError(f"share_prefixes: rows are padded ({decisions.reasons['pack']})", hint="leave it out")
+        decisions.decide("share_prefixes", False, "rows are padded")
+        return
+    order = Order(len(prepared.rows), decisions["batch_size"], decisions["seed"])
+    steps = range(min(order.steps_per_epoch, _LOOKED_AT))
+    counts = [saved_by_sharing([computed(prepared.rows[i]) for i in order.step(step)]) for step in steps]
+    share = sum(saved for _, saved in counts) / sum(total for total, _ in counts)
+    why_not = why_no_shared_prefixes(model) if wanted or share >= _WORTH_SHARING else None
+    if why_not is not None and wanted:
+        raise ConfigError(f"share_prefixes: this model cannot: {why_not}", hint="leave --share-prefixes out")
+    why = f"the rows of a step begin alike in {share:.0%} of their tokens"
+    decisions.decide("share_prefixes", why_not is None and share >= _WORTH_SHARING, why_not or why)
+    decisions.shared = share if decisions["share_prefixes"] else 0.0
 
 
 def _decide_memory(
@@ -145,5 +180,6 @@ def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
 def _seconds(base: Base, decisions: Decisions, prepared: Prepared) -> float:
     """How long the steps will take, from how long the base's own forward pass takes here and now."""
     tokens = prepared.fit.tokens * decisions["max_steps"] * decisions["batch_size"] / len(prepared.rows)
+    tokens *= 1 - decisions.shared
     forwards = RECOMPUTED_FORWARDS if decisions["recompute"] == "on" else STEP_FORWARDS
     return float(tokens * forwards / forward_rate(base.model))

@@ -193,6 +193,7 @@ def _work(setup: Setup) -> Work:
         rows=rows,
         order=Order(len(rows), decisions["batch_size"], decisions["seed"]),
         packed=decisions["pack"],
+        share_prefixes=decisions["share_prefixes"],
         pad_id=setup.base.pad_id,
         seed=decisions["seed"],
         clip=decisions["clip"],
@@ -210,6 +211,7 @@ def _evaluation(setup: Setup) -> Callable[[], float] | None:
     batches = held_out_batches(
         setup.prepared.val.rows,
         packed=decisions["pack"],
+        share_prefixes=decisions["share_prefixes"],
         limit=decisions["micro_batch_tokens"],
         pad_id=setup.base.pad_id,
     )

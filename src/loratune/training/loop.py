@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loratune.adapt import Adapters
-from loratune.data.batch import make_batch, needed, offsets
-from loratune.data.pack import Order, micro_batches
+from loratune.data.batch import Batch, computed, make_batch, needed, offsets, tree_of
+from loratune.data.pack import Order, micro_batches, shared_micro_batches
 from loratune.data.render import Rendered
+from loratune.data.tree import Node, subtree
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.lora import TokenCounter
 from loratune.loss import summed_loss
@@ -34,6 +35,7 @@ class Work:
     rows: Sequence[Rendered]
     order: Order
     packed: bool
+    share_prefixes: bool
     pad_id: int
     seed: int
     clip: float
@@ -187,11 +189,12 @@ class Loop:
         work, step, device = self.work, self.progress.step, self.work.device
         supervised = sum(sum(row.supervised) for row in rows)
         starts = offsets(rows)
+        # Of the whole step, so that dropout masks do not depend on its split.
+        tree = tree_of(rows) if work.share_prefixes else None
         total = torch.zeros((), device=device)
         computed = 0
         for number, group in enumerate(self._groups(rows)):
-            chosen, begin = [rows[i] for i in group], [starts[i] for i in group]
-            batch = make_batch(chosen, packed=work.packed, pad_id=work.pad_id, starts=begin).to(device)
+            batch = self._batch(rows, group, starts, tree).to(device)
             # Whatever a family still draws by itself (its dropout is off) is drawn the same after a resume.
             torch.manual_seed(_seed_of(work.seed, step, number))
             with self.lora.counting(TokenCounter(work.seed, step, batch.tokens)):
@@ -201,7 +204,18 @@ class Loop:
             computed += batch.computed_tokens
         return float(total), computed
 
+    def _batch(
+        self, rows: Sequence[Rendered], group: Sequence[int], starts: Sequence[int], tree: Sequence[Node] | None
+    ) -> Batch:
+        """Some of a step's rows as tensors."""
+        work, chosen = self.work, [rows[i] for i in group]
+        if tree is not None:
+            return make_batch(chosen, packed=True, pad_id=work.pad_id, starts=starts, tree=subtree(tree, group))
+        return make_batch(chosen, packed=work.packed, pad_id=work.pad_id, starts=[starts[i] for i in group])
+
     def _groups(self, rows: Sequence[Rendered]) -> list[list[int]]:
+        if self.work.share_prefixes:
+            return shared_micro_batches([computed(row) for row in rows], self.progress.micro_batch_tokens)
         lengths = [needed(row) for row in rows]
         return micro_batches(lengths, self.progress.micro_batch_tokens, packed=self.work.packed)
 
