@@ -77,7 +77,7 @@ def test_padded_rows_share_nothing(quick: Quick, wide: str, chats: str, tmp_path
 def test_a_model_whose_branches_deviate(
     quick: Quick, wide: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.run.setup.why_no_shared_prefixes", lambda model: "rows deviate")
+    monkeypatch.setattr("loratune.run.setup.why_no_shared_prefixes", lambda _: "rows deviate")
     run = quick(tmp_path / "run", model=wide, data=chats)
     assert run.record["settings"]["share_prefixes"] == {"value": False, "reason": "rows deviate"}
     with pytest.raises(ConfigError, match="this model cannot: rows deviate"):

@@ -86,10 +86,9 @@ def shared_micro_batches(rows: Sequence[Tokens], limit: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def saved_by_sharing(rows: Sequence[Tokens]) -> tuple[int, int]:
-    """Tokens of the rows of one step, and how many of them shared prefixes save."""
-    total = sum(len(row) for row in rows)
-    return total, total - tree_tokens(prefix_tree(rows))
+def sharing(rows: Sequence[Tokens]) -> tuple[int, int]:
+    """Tokens of the rows of one step, and those of their tree."""
+    return sum(len(row) for row in rows), tree_tokens(prefix_tree(rows))
 
 
 def _cost(lengths: Sequence[int], packed: bool) -> int:

@@ -23,12 +23,14 @@ class Decisions:
 
     Attributes:
         shared: the share of a step's tokens that shared prefixes save.
+        step_tokens: tokens of the largest step that was looked at for shared prefixes; 0 where they are not used.
     """
 
     config: TrainConfig
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     shared: float = 0.0
+    step_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in TrainConfig.names():

@@ -8,7 +8,7 @@ from typing import Any
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import computed, needed
-from loratune.data.pack import Order, saved_by_sharing
+from loratune.data.pack import Order, sharing
 from loratune.errors import ConfigError
 from loratune.estimation import (
     RECOMPUTED_FORWARDS,
@@ -131,14 +131,15 @@ def _decide_sharing(model: Any, decisions: Decisions, prepared: Prepared) -> Non
         return
     order = Order(len(prepared.rows), decisions["batch_size"], decisions["seed"])
     steps = range(min(order.steps_per_epoch, _LOOKED_AT))
-    counts = [saved_by_sharing([computed(prepared.rows[i]) for i in order.step(step)]) for step in steps]
-    share = sum(saved for _, saved in counts) / sum(total for total, _ in counts)
+    counts = [sharing([computed(prepared.rows[i]) for i in order.step(step)]) for step in steps]
+    share = 1 - sum(tree for _, tree in counts) / sum(total for total, _ in counts)
     why_not = why_no_shared_prefixes(model) if wanted or share >= _WORTH_SHARING else None
     if why_not is not None and wanted:
         raise ConfigError(f"share_prefixes: this model cannot: {why_not}", hint="leave --share-prefixes out")
     why = f"the rows of a step begin alike in {share:.0%} of their tokens"
     decisions.decide("share_prefixes", why_not is None and share >= _WORTH_SHARING, why_not or why)
-    decisions.shared = share if decisions["share_prefixes"] else 0.0
+    if decisions["share_prefixes"]:
+        decisions.shared, decisions.step_tokens = share, max(tree for _, tree in counts)
 
 
 def _decide_memory(
@@ -157,7 +158,8 @@ def _decide_memory(
         decisions.values["recompute"] = "on" if recompute else "off"
         why = f"{fits(False):,} tokens fit in {budget / 2**30:.1f} GB without it, the longest row has {longest:,}"
         decisions.reasons["recompute"] = why
-    enough = _ENOUGH_TOKENS.get(base.device.type, 2048)
+    # A prefix is computed once in each micro-batch: with shared ones a whole step at once gains, if memory has room.
+    enough = max(_ENOUGH_TOKENS.get(base.device.type, 2048), min(decisions.step_tokens, fits(recompute) // 2))
     tokens = max(longest, min(enough, fits(recompute)))
     why = f"the longest row has {longest:,}, memory holds {fits(recompute):,}, more than {enough:,} gain nothing"
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
