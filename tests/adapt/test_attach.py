@@ -184,12 +184,14 @@ def test_masters_are_fp32_unless_told(dtype: torch.dtype | None) -> None:
     assert model(IDS).dtype == torch.bfloat16
 
 
-def test_a_saved_dtype_is_kept_unless_told(tmp_path: Path) -> None:
+def test_a_saved_dtype_is_kept_unless_it_trains_or_is_told(tmp_path: Path) -> None:
     lt.attach(net(), CONFIG, dtype=torch.bfloat16).save(tmp_path)
-    kept = lt.attach(net(), tmp_path, trainable=True)
+    kept = lt.attach(net(), tmp_path)
+    kept.unfreeze("default")
     assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
-    told = lt.attach(net(), tmp_path, trainable=True, dtype=torch.float32)
-    assert {p.dtype for p in told.parameters()} == {torch.float32}
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        told = lt.attach(net(), tmp_path, trainable=True, dtype=dtype)
+        assert {p.dtype for p in told.parameters()} == {expected}, "what trains has fp32 masters unless told"
 
 
 def test_the_meta_device() -> None:

@@ -89,7 +89,7 @@ _PATHS = (
 )
 _SUFFIXES = (
     *("lora_A", "lora_A.default.weight", "lora_a.weight", "LORA_A.WEIGHT", "lora_A.weight.weight", "lora_A.bias"),
-    *("lora_B.bias", "lora_embedding_A", "lora_magnitude_vector", "weight", "base_layer.weight"),
+    *("lora_B.bias", "lora_embedding_A", "lora_magnitude_vector", "weight"),
 )
 
 

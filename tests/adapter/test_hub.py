@@ -102,7 +102,7 @@ def test_what_is_no_id_is_a_folder_that_is_missing(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
     for given in (name, Path("owner/name")):
-        with pytest.raises(AdapterFileError, match=r"no such folder$"):
+        with pytest.raises(AdapterFileError, match=r"no such folder\nhint: an adapter is a folder or a hub id"):
             lt.attach(net(), given)
 
 

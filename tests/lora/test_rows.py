@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -112,6 +113,11 @@ def test_a_flattened_batch_is_cut_into_its_rows(batch: Batch, length: int) -> No
     flat = layer(x.flatten(0, 1))
     assert flat.shape == (len(index) * length, case.outer)
     assert torch.allclose(flat.view(*x.shape[:-1], -1), alone(layer, state, x, index), rtol=1e-4, atol=1e-4)
+    if length > 1:
+        with pytest.raises(AdapterStateError, match="a layer that sees some of the tokens only"):
+            layer(x[:, 0])  # as many tokens as rows: one of each, or some expert's choice
+    assert state.view.rows is not None
+    state.change(rows=replace(state.view.rows, tokens=None))
     pooled = layer(x[:, 0])
     assert torch.allclose(pooled, alone(layer, state, x[:, 0], index), rtol=1e-4, atol=1e-4), "one token of each row"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loratune.adapt.plan import Target, TargetPlan
 from loratune.adapter import Factors, SavedAdapter
 from loratune.config import LoraConfig
+from loratune.errors import AdapterStateError
 from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, row_norms
 from loratune.quant import FrozenWeight, frozen_weight
 
@@ -34,6 +35,8 @@ def fresh_parts(
     low_ranks = {}
     for target in plan.targets:
         weight = _weight(modules, target.path)
+        if (config.decomposes or config.use_dora) and not bool(weight.dense().isfinite().all()):
+            raise AdapterStateError(f"{target.path}: its weight holds NaN or infinity", hint="nothing was adapted")
         factors = _fresh(config, target, weight, generator_for(seed, ordinal, target.path))
         start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
         low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
@@ -58,7 +61,9 @@ def saved_parts(
         if saved.config.decomposes:
             began = _fresh(saved.config, target, weight, generator_for(0, target.path))
             start = began.A, began.B
-        low_ranks[target.path] = _low_rank(target, saved.config, saved.factors[target.path], start, weight, dtype)
+        factors = saved.factors[target.path]
+        least = _finer(factors.A.dtype) if trainable else None
+        low_ranks[target.path] = _low_rank(target, saved.config, factors, start, weight, dtype or least)
     replaced: dict[str, dict[str, Tensor]] = {}
     for part in plan.replaced:
         device = _parameter(modules, part.path, part.names[0]).device

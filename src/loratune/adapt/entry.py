@@ -25,6 +25,8 @@ class Entry:
     revision: str | None = None
     origin: Origin | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
+    # Of the adapters that were made here: which of the seed's starts it has.
+    ordinal: int = 0
 
 
 def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:

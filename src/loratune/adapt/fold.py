@@ -1,4 +1,4 @@
-"""Folding adapters into weights, all tensors or none."""
+"""Folding adapters into weights: what stands against it is found before the first tensor changes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ Merged = dict[str, Callable[[], Tensor]]
 
 
 def fold(
-    placement: Placement, names: Sequence[str], *, keep_base: bool, dtype: torch.dtype
+    placement: Placement,
+    names: Sequence[str],
+    *,
+    keep_base: bool,
+    dtype: torch.dtype,
+    begin: Callable[[], None],
 ) -> dict[str, Tensor] | None:
     """Add the named adapters' summed deltas to the weights, and put their own tensors in the base's place.
 
     The sum is formed in `dtype`, added to the weight in it and rounded once. Every merged tensor is computed and
     looked at before the first one is replaced.
+
+    Args:
+        begin: called right before the first tensor changes.
 
     Returns:
         The original tensors by name, or None without `keep_base`.
@@ -32,6 +40,9 @@ def fold(
         AdapterStateError: a tied weight would part from its twin, a merged tensor would not be finite, or a bias has
             no place.
     """
+    gone = placement.gone(names)
+    if gone:
+        raise AdapterStateError([f"{name}: {why}" for name, why in gone.items()], hint="adapt the model as it is now")
     merged, problems = _merged(placement, names, dtype)
     problems |= _tied(placement, [name for name in merged if name not in problems])
     values: dict[str, Tensor] = {}
@@ -43,6 +54,7 @@ def fold(
             values[name] = value
     if problems:
         raise AdapterStateError([f"{name}: {why}" for name, why in problems.items()], hint="nothing was merged")
+    begin()
     if not keep_base:
         # Computed again: all of them at once would be the second copy of the base that nobody asked for.
         for name, compute in merged.items():

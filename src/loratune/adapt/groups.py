@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from loratune.errors import ConfigError
 from loratune.lora import LowRank
 
 
@@ -14,6 +16,15 @@ def param_groups(
     low_ranks: Iterable[LowRank], parameters: Sequence[nn.Parameter], lr: float, b_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """`parameters` in groups by rate and decay; B of the low-rank terms learns at `b_ratio` · lr."""
+    problems = [
+        f"{name}={value!r} is not a positive number"
+        for name, value in (("lr", lr), ("lora_plus_ratio", b_ratio))
+        if not (math.isfinite(value) and value > 0)
+    ]
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        problems.append(f"weight_decay={weight_decay!r} is not a number from 0")
+    if problems:
+        raise ConfigError(problems, hint="lr=2e-4, lora_plus_ratio=16 and weight_decay=0.01 are usual")
     behind_b = {id(p) for low_rank in low_ranks for p in (low_rank.B, low_rank.bias) if p is not None}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in parameters:

@@ -22,13 +22,13 @@ from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.groups import param_groups
 from loratune.adapt.heads import with_task
-from loratune.adapt.mixing import Mixer, check_mixed, expecting
+from loratune.adapt.mixing import check_mixed, expecting, rows_of
 from loratune.adapt.placement import Placement
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
 from loratune.adapt.register import Register
-from loratune.adapt.stranger import refuse_strangers, with_tokenizer
+from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd, with_tokenizer
 from loratune.adapt.summary import summary_of
-from loratune.adapter import Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
+from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
@@ -55,12 +55,12 @@ class Adapters:
         self.model = model
         self._state = AdapterState()
         self._placement = Placement(model, self._state)
-        self._mixer = Mixer(self._placement)
         self._register = Register()
         self._merged: tuple[str, ...] = ()
         self._kept: dict[str, Tensor] | None = None
-        self._drawn = 0
-        self._base_hashes: dict[frozenset[str], str] = {}
+        self._detached = False
+        # Of adapters that were here when the base was merged away: the hash of the base they were made for.
+        self._gone: dict[str, str | None] = {}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     # -- what is there -------------------------------------------------------------------------------------------
@@ -106,7 +106,9 @@ class Adapters:
         Weight decay is for A, B and whole matrices; vectors (biases, magnitudes, norms) have none.
         """
         low_ranks = [low_rank for name in self.names for low_rank in self._placement.low_ranks(name).values()]
-        return param_groups(low_ranks, self.parameters(), lr, lora_plus_ratio or 1.0, weight_decay)
+        return param_groups(
+            low_ranks, self.parameters(), lr, 1.0 if lora_plus_ratio is None else lora_plus_ratio, weight_decay
+        )
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's own parameters by name: everything that is no adapter's."""
@@ -137,17 +139,18 @@ class Adapters:
         target_plan = plan(self.model, config)
         target_plan.check()
         config = with_task(self.model, config)
-        self._drawn += 1
         modules = dict(base_modules(self.model))
-        parts = fresh_parts(modules, config, target_plan, ordinal=self._drawn, dtype=dtype)
-        self._put(name, Entry(config, target_plan, self._base_name()), parts, modules, trainable=True)
+        # The first that no adapter here has: what was added and removed before makes no difference.
+        ordinal = self._register.free_ordinal()
+        parts = fresh_parts(modules, config, target_plan, ordinal=ordinal, dtype=dtype)
+        self._put(name, Entry(config, target_plan, self._base_name(), ordinal=ordinal), parts, modules, trainable=True)
 
     def load(
         self,
         adapter: str | os.PathLike[str] | SavedAdapter,
         name: str,
-        *,
         trainable: bool = False,
+        *,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         any_base: bool = False,
@@ -170,10 +173,8 @@ class Adapters:
         target_plan = plan_as_written(self.model, saved.config)
         target_plan.check()
         check_fit(self.model, target_plan, saved, where)
-        refuse_strangers(saved.origin, where, None if any_base else lambda: self._base_hash(target_plan), tokenizer)
-        notes = [f"{where}: the unknown key {key!r} is kept and means nothing here" for key in sorted(saved.unknown)]
-        notes += [f"{where}: {key!r} says again what another tensor says" for key in saved.surplus]
-        target_plan = replace(target_plan, notes=(*target_plan.notes, *notes))
+        refuse_strangers(saved.origin, where, None if any_base else self._base_hash(target_plan), tokenizer)
+        target_plan = replace(target_plan, notes=(*target_plan.notes, *say_what_is_odd(saved, where)))
         modules = dict(base_modules(self.model))
         parts = saved_parts(modules, saved, target_plan, dtype=dtype, trainable=trainable)
         entry = Entry(saved.config, target_plan, saved.base, saved.revision, saved.origin, dict(saved.unknown))
@@ -188,7 +189,7 @@ class Adapters:
         self._refuse_merged()
         if self._state.view.batch is not None:
             raise AdapterStateError("each row has its own adapter inside this rows() block", hint="activate after it")
-        wanted = tuple(dict.fromkeys(self._register.known(name) for name in names))
+        wanted = self._register.all_known(names)
         problems = self._register.shared_tensors(wanted) if len(wanted) > 1 else []
         if problems:
             raise AdapterStateError(problems, hint="activate one of them at a time")
@@ -211,12 +212,12 @@ class Adapters:
         """
         self._refuse_merged()
         distinct = tuple(dict.fromkeys(names))
-        used = tuple(self._register.known(name) for name in distinct if name is not None)
+        used = self._register.all_known([name for name in distinct if name is not None])
         check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(distinct))
         if len(distinct) == 1:
             fields: dict[str, Any] = {"active": used, "rows": None}
         else:
-            fields = {"active": (), "rows": self._mixer.rows(names)}
+            fields = {"active": (), "rows": rows_of(self._placement, names)}
 
         with expecting(self.model, self._state), self._state.suspending(used, batch=len(names), **fields):
             yield
@@ -244,7 +245,6 @@ class Adapters:
         self._register.known(old)
         self._register.free(new)
         self._placement.rename(old, new)
-        self._mixer.forget()
         self._register.rename(old, new)
         self._state.rename(old, new)
 
@@ -256,13 +256,12 @@ class Adapters:
             raise AdapterStateError(f"adapter {name!r} is active", hint="activate another one, or none, first")
         self._placement.take(name)
         self._state.forget(name)
-        self._mixer.forget()
         self._register.remove(name)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(
-        self, path: str | os.PathLike[str], name: str | None = None, *, tokenizer: Any = None, about: str = ""
+        self, path: str | os.PathLike[str], name: str | None = None, tokenizer: Any = None, *, about: str = ""
     ) -> None:
         """Write one adapter (the only or the only active one without a name) as PEFT files, all or none.
 
@@ -280,7 +279,9 @@ class Adapters:
         name = self._one(name)
         entry = self._register.entries[name]
         # One that was loaded keeps what its file says, so that its files stay what they were.
-        origin = Origin(base=self._base_hash(entry.plan)) if entry.origin is None else entry.origin
+        origin = entry.origin
+        if origin is None:
+            origin = Origin(base=self._gone[name] if name in self._gone else self._base_hash(entry.plan))
         return as_value(self._placement, name, entry, origin)
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -303,17 +304,21 @@ class Adapters:
             raise AdapterStateError("a merge would outlive this block", hint="merge after disabled() or rows()")
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
+        active, gone = self._state.active, {}
         if not keep_base:
-            for name in self.names:
-                self._base_hash(self.plan(name))  # while the base is there
-        self._kept = fold(self._placement, self._state.active, keep_base=keep_base, dtype=dtype)
-        self._merged = self._state.active
-        self._state.change(active=())
+            gone = {name: self._base_hash(self.plan(name)) for name in self.names}  # while the base is there
+
+        def begin() -> None:
+            """From here on the base is changed: where that fails halfway, it is merged and cannot be undone."""
+            self._merged, self._gone = active, gone
+            self._state.change(active=())
+
+        self._kept = fold(self._placement, active, keep_base=keep_base, dtype=dtype, begin=begin)
 
     def unmerge(self) -> None:
         """The exact weights from before `merge`, and the adapters active again beside them."""
         if not self._merged:
-            raise AdapterStateError("nothing is merged")
+            raise AdapterStateError("nothing is merged", hint="merge first")
         unfold(self._placement, self._kept)
         self._state.change(active=self._merged)
         self._merged, self._kept = (), None
@@ -336,8 +341,7 @@ class Adapters:
             if name in parameters:
                 parameters[name].requires_grad_(required)
         delattr(self.model, ATTRIBUTE)
-        self._mixer.forget()
-        self._register, self._merged, self._kept = Register(), (), None
+        self._register, self._merged, self._kept, self._detached = Register(), (), None, True
         self._state.clear()
         return cast(nn.Module, self.model)
 
@@ -353,33 +357,23 @@ class Adapters:
         for parameter in self._placement.parameters(self._register.known(name)):
             parameter.requires_grad_(value)
 
-    def _base_hash(self, plan: TargetPlan) -> str:
-        """Which base an adapter with this plan stands on: all but the tensors that it has its own of.
-
-        A new head is drawn anew whenever the base is loaded, and the adapter brings its own. The rest is frozen, so it
-        is looked at once.
-        """
-        own = frozenset(full for part in plan.replaced for full in part.full_names())
-        if own not in self._base_hashes:
-            from loratune.model import fingerprint
-
-            kept = self._kept or {}
-            base = ((name, kept.get(name, p)) for name, p in self.base_parameters() if name not in own)
-            self._base_hashes[own] = fingerprint(base, finite=False)
-        return self._base_hashes[own]
+    def _base_hash(self, target_plan: TargetPlan) -> str | None:
+        return base_hash(self.base_parameters(), target_plan, self._kept or {})
 
     def _base_name(self) -> str | None:
         name = getattr(self.model, "name_or_path", None)
         return str(name) if name else None
 
     def _refuse_merged(self) -> None:
+        if self._detached:
+            raise AdapterStateError("this handle is detached from its model", hint="attach again for a new one")
         if self._merged:
             raise MergedError(f"{_list(self._merged)} merged into the weights", hint="unmerge first")
 
     def _refuse_new(self, name: str, dtype: torch.dtype | None) -> None:
         self._refuse_merged()
         self._register.free(name)
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and dtype not in DTYPES:
             raise AdapterStateError(f"A and B cannot be {dtype}", hint="torch.float32, torch.bfloat16 or torch.float16")
 
     def _one(self, name: str | None) -> str:

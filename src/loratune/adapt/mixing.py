@@ -16,45 +16,19 @@ from loratune.errors import AdapterStateError
 from loratune.lora import AdapterState, Bank, LowRank, Rows, bank_of
 
 
-class Mixer:
-    """Makes `Rows`, and keeps the banks of the last set of adapters while they are frozen and the same."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        self._key: tuple[Any, ...] = ()
-        self._banks: dict[nn.Module, Bank] = {}
-
-    def rows(self, names: Sequence[str | None]) -> Rows:
-        """The adapter of each row by its name; None is the base."""
-        distinct = tuple(sorted({name for name in names if name is not None}))
-        self._update(distinct)
-        place = {name: number for number, name in enumerate((None, *distinct))}
-        return Rows(torch.tensor([place[name] for name in names]), self._banks)
-
-    def forget(self) -> None:
-        self._key, self._banks = (), {}
-
-    def _update(self, names: tuple[str, ...]) -> None:
-        parameters = [parameter for name in names for parameter in self.placement.parameters(name)]
-        # What trains may be written past its version (`p.data`), so its banks are made anew each time.
-        frozen = not any(p.requires_grad for p in parameters)
-        scales = [low_rank.scale for name in names for low_rank in self.placement.low_ranks(name).values()]
-        key = (names, *scales, *((id(p), p._version, p.device, p.dtype) for p in parameters), self._dtypes())
-        if frozen and key == self._key:
-            return
-        self._banks = {}
-        with torch.no_grad():
-            for layer in self.placement.layers.values():
-                low_ranks = [cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
-                bank = bank_of([None, *low_ranks], cast(nn.Parameter, layer._parameters["weight"]).dtype)
-                if bank is not None:
-                    self._banks[layer] = bank
-        self._key = key
-
-    def _dtypes(self) -> tuple[torch.dtype, ...]:
-        """What the layers compute in, which the banks are made for."""
-        weights = (layer._parameters["weight"] for layer in self.placement.layers.values())
-        return tuple(weight.dtype for weight in weights if weight is not None)
+@torch.no_grad()
+def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
+    """The adapter of each row by its name; None is the base. The tensors are copied as they are now."""
+    distinct = (None, *sorted({name for name in names if name is not None}))
+    banks: dict[nn.Module, Bank] = {}
+    for layer in placement.layers.values():
+        low_ranks = [
+            None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in distinct
+        ]
+        bank = bank_of(low_ranks, cast(nn.Parameter, layer._parameters["weight"]).dtype)
+        if bank is not None:
+            banks[layer] = bank
+    return Rows(torch.tensor([distinct.index(name) for name in names]), banks)
 
 
 def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:

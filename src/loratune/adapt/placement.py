@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import nn
@@ -122,6 +122,30 @@ class Placement:
         for low_rank in self.low_ranks(name).values():
             yield from low_rank.parameters()
         yield from self.replaced(name).values()
+
+    def gone(self, names: Sequence[str]) -> dict[str, str]:
+        """What of these adapters stands on modules or shapes that the model has no more, and why.
+
+        `resize_token_embeddings`, say, puts other modules in place, or other weights into them.
+        """
+        layers = {path: layer for path, layer in self.layers.items() if any(name in layer.lora for name in names)}
+        replacing = {p: m for p, m in self.replacing.items() if any(name in _holder(m) for name in names)}
+        now = dict(base_modules(self.model))
+        found = {
+            path: "the module has been replaced by another one since it was adapted"
+            for path, module in (layers | replacing).items()
+            if now.get(path) is not module
+        }
+        for path in layers.keys() - found.keys():
+            if frozen_weight(layers[path]) is None:
+                found[f"{path}.weight"] = "it is no plain parameter any more"
+        for full, own in [item for name in names for item in self.replaced(name).items()]:
+            path, _, tensor = full.rpartition(".")
+            base = self.replacing[path]._parameters.get(tensor)
+            if path not in found and (base is None or base.shape != own.shape):
+                there = "gone" if base is None else tuple(base.shape)
+                found[full] = f"the adapter's own is {tuple(own.shape)}, the base's {there}"
+        return found
 
     def base_tensor(self, full_name: str) -> nn.Parameter:
         """The base's own parameter of that name, whatever stands in its place now."""

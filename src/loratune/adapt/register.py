@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from torch import nn
 
 from loratune.adapt.entry import Entry
 from loratune.errors import AdapterStateError, nearest
+
+# Of a module, a part of the names in `state_dict`, and of a folder.
+_NAME = re.compile(r"[^./\\\x00]+")
 
 
 class Register:
@@ -26,6 +32,21 @@ class Register:
             )
         return name
 
+    def all_known(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names without repeats, if there is such an adapter for each."""
+        wanted = tuple(dict.fromkeys(names))
+        unknown = [
+            f"no adapter {name!r}{nearest(str(name), self.names)}" for name in wanted if name not in self.entries
+        ]
+        if unknown:
+            raise AdapterStateError(unknown, hint=f"adapters here: {', '.join(self.names)}")
+        return wanted
+
+    def free_ordinal(self) -> int:
+        """The smallest number from 1 that no adapter's start has."""
+        used = {entry.ordinal for entry in self.entries.values()}
+        return next(number for number in range(1, len(used) + 2) if number not in used)
+
     def one(self, name: str | None, active: tuple[str, ...]) -> str:
         """`name`, or without one the only adapter there is, or the only active one."""
         if name is not None:
@@ -37,12 +58,11 @@ class Register:
             raise AdapterStateError("this model has no adapter left", hint="add or load one")
         raise AdapterStateError("which adapter? there are several", hint=f"name one of {', '.join(self.names)}")
 
-    def free(self, name: str) -> None:
+    def free(self, name: object) -> None:
         """Raise unless a new adapter can have this name."""
         if name in self.entries:
             raise AdapterStateError(f"an adapter {name!r} is there already", hint="choose another name or remove it")
-        # It becomes the name of a child module, and a part of the names in `state_dict`.
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
             raise AdapterStateError(f"{name!r} cannot name an adapter", hint="use letters, digits, '-' and '_'")
 
     def put(self, name: str, entry: Entry) -> None:

@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratune.adapter import Origin
+import torch
+from torch import Tensor, nn
+
+from loratune.adapt.plan import TargetPlan
+from loratune.adapter import Origin, SavedAdapter
 from loratune.errors import AdapterFileError
 
+_log = logging.getLogger("loratune")
 
-def refuse_strangers(origin: Origin, where: str, base: Callable[[], str] | None, tokenizer: Any) -> None:
+
+def base_hash(
+    parameters: Iterable[tuple[str, nn.Parameter]], target_plan: TargetPlan, kept: Mapping[str, Tensor]
+) -> str | None:
+    """Which base an adapter with this plan stands on: all but the tensors that it has its own of.
+
+    A new head is drawn anew whenever the base is loaded, and the adapter brings its own.
+
+    Args:
+        kept: what merged tensors were before.
+
+    Returns:
+        None for a base in fp16: its values are rounded otherwise than the hash rounds those of fp32 and bf16.
+    """
+    # Not imported above: a model of plain torch needs no transformers until an adapter is saved or loaded.
+    from loratune.model import fingerprint
+
+    own = {full for part in target_plan.replaced for full in part.full_names()}
+    base = [(name, kept.get(name, parameter)) for name, parameter in parameters if name not in own]
+    if any(tensor.dtype == torch.float16 for _, tensor in base):
+        return None
+    return fingerprint(base, finite=False)
+
+
+def say_what_is_odd(saved: SavedAdapter, where: str) -> list[str]:
+    """Sentences about what a foreign file holds beyond an adapter; each is also logged as a warning."""
+    notes = [f"{where}: the unknown key {key!r} is kept and means nothing here" for key in sorted(saved.unknown)]
+    notes += [f"{where}: {key!r} is not needed: what it says stands elsewhere" for key in saved.surplus]
+    for note in notes:
+        _log.warning(note)
+    return notes
+
+
+def refuse_strangers(origin: Origin, where: str, base: str | None, tokenizer: Any) -> None:
     """Raise unless what is known on both sides agrees.
 
     Args:
-        base: gives the hash of the base at hand; None where any base will do.
+        base: the hash of the base at hand; None where it has none, or any base will do.
         tokenizer: the one at hand, or None.
     """
     problems, hints = [], []
-    if origin.base is not None and base is not None and base() != origin.base:
+    if origin.base is not None and base is not None and base != origin.base:
         problems.append(f"{where}: it was trained on another base than this model")
         hints.append("load the base it was trained on, or say any_base=True")
     if tokenizer is not None:

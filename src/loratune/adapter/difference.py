@@ -85,7 +85,8 @@ def diff(a: SavedAdapter, b: SavedAdapter) -> Difference:
     """Compare the updates scale · B A of two adapters.
 
     Raises:
-        AdapterFileError: modules of other shapes, NaN or infinity; every problem.
+        AdapterFileError: modules of other shapes, NaN or infinity, an update that counts from a base which peft had
+            changed; every problem.
     """
     _refuse(a, b)
     modules, inner = [], 0.0
@@ -116,6 +117,9 @@ def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
     for word, adapter in (("the first adapter", a), ("the second adapter", b)):
         bad = [name for name, tensor in adapter.named_tensors() if not tensor.isfinite().all()]
         problems += [f"{word}: {name} holds NaN or infinity" for name in bad]
+        if adapter.config.decomposes:
+            problems.append(f"{word} starts from {adapter.config.init_lora_weights!r}: it counts from a changed base")
+            hint = "attach it to its base and save it, which writes a plain adapter"
     if problems:
         raise AdapterFileError(problems, hint=hint)
 

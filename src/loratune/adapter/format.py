@@ -46,9 +46,11 @@ def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Map
     if bad:
         raise AdapterFileError(bad, hint="nothing was written")
     contents = {TENSOR_FILE: _tensor_bytes(adapter), CARD_FILE: card.encode(), **(beside or {})}
-    if adapter.origin != Origin():
-        contents[ORIGIN_FILE] = to_json({"format": 1, **asdict(adapter.origin)})
+    # Also where nothing is known: one that another adapter left in the folder would speak for this one.
+    contents[ORIGIN_FILE] = to_json({"format": 1, **asdict(adapter.origin)})
     contents[CONFIG_FILE] = to_json(config_to_json(adapter))
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(f"{folder} is a file", hint="name a folder; nothing was written")
     write_together(folder, contents)
 
 
@@ -73,7 +75,8 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     if not factors and not problems:
         problems.append("it holds no low-rank tensors")
     if problems:
-        raise AdapterFileError([f"{folder / TENSOR_FILE}: {problem}" for problem in problems])
+        hint = "the file is damaged, or holds another kind of adapter"
+        raise AdapterFileError([f"{folder / TENSOR_FILE}: {problem}" for problem in problems], hint=hint)
     origin = _read_origin(folder / ORIGIN_FILE)
     return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
 
@@ -98,14 +101,16 @@ def read_config(folder: Path) -> Described:
     except OSError as error:
         raise AdapterFileError(f"{folder}: an interrupted write cannot be finished: {error}") from None
     if not folder.is_dir():
-        raise AdapterFileError(f"{folder}: no such folder")
+        raise AdapterFileError(f"{folder}: no such folder", hint="an adapter is a folder or a hub id like owner/name")
     if not (folder / TENSOR_FILE).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise AdapterFileError(
                 f"{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read",
                 hint=f"convert it to {TENSOR_FILE} with the tool that wrote it",
             )
-        raise AdapterFileError(f"{folder} holds no adapter: {TENSOR_FILE} is missing")
+        raise AdapterFileError(
+            f"{folder} holds no adapter: {TENSOR_FILE} is missing", hint="name the folder that `save` or a run wrote"
+        )
     raw = _read_json(folder / CONFIG_FILE)
     config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
     base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))

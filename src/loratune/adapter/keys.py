@@ -38,9 +38,21 @@ def to_keys(adapter: SavedAdapter) -> dict[str, Tensor]:
 
 
 def surplus_keys(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Keys that say again what others say: with bias="all" peft also writes the biases inside its wrappers."""
-    wrappers = (".modules_to_save.", ".original_module.")
-    return tuple(key for key in tensors for w in wrappers if w in key and key.replace(w, ".") in tensors)
+    """Keys that peft writes beside those that count, and that mean nothing.
+
+    A copy of the weight of a targeted head or embedding, which stays the base's; and with bias="all" the biases inside
+    peft's wrappers: those of the base, and once more those that count.
+    """
+    return tuple(key for key, tensor in tensors.items() if _is_surplus(key, tensor, tensors))
+
+
+def _is_surplus(key: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    if key.endswith(f".{_WRAPPED}weight"):
+        return key.removesuffix(f".{_WRAPPED}weight") + _SUFFIXES["A"] in tensors
+    if ".original_module." in key:
+        return key.replace(".original_module.", ".") in tensors
+    twin = tensors.get(key.replace(".modules_to_save.", "."))
+    return ".modules_to_save." in key and twin is not None and torch.equal(twin, tensor)
 
 
 def from_keys(
@@ -61,7 +73,10 @@ def from_keys(
         elif tensor.dtype not in DTYPES:
             problems.append(f"{key!r} is {tensor.dtype}, not fp32, fp64, bf16 or fp16")
         elif role is None:
-            replaced[key[len(_PREFIX) :].replace(f".{_WRAPPED}", ".")] = tensor
+            full = key[len(_PREFIX) :].replace(f".{_WRAPPED}", ".")
+            if full in replaced:
+                problems.append(f"{key!r}: there are two tensors for {full}")
+            replaced[full] = tensor
         elif tensor.ndim != (2 if role in "AB" else 1):
             problems.append(f"{key!r} is {tuple(tensor.shape)}, not a {'matrix' if role in 'AB' else 'vector'}")
         else:

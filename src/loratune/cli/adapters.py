@@ -48,6 +48,7 @@ def show(
     text += _listed("beside A and B", beside)
     text += _listed("replaced tensors of the base", found["replaced"])
     text += _listed("✗ NaN or infinity in", found["non_finite"])
+    text += found["caveats"]
     emit(found, as_json=as_json, text=text)
 
 

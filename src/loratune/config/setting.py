@@ -67,7 +67,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems += problems_of(type(self), error)
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(problems, hint="docs/settings.md lists every setting with its range")
 
     @classmethod
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ class LoraLayer(Mixin):
     lora_index: int
     lora_weight: Callable[[nn.Module], Weight]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input
+        y: Tensor = super().forward(x, *args, **kwargs)
         view = self.lora_state.view
         if view.rows is not None:
             update = view.rows.update(self, x)

@@ -92,11 +92,13 @@ class Rows:
 
     def _by_row(self, x: Tensor) -> Tensor:
         rows = len(self.index)
-        flattened = x.ndim == 2 and self.tokens is not None and x.shape[0] == rows * self.tokens
-        if not flattened and (x.ndim < 2 or x.shape[0] != rows):
+        # Two dimensions are tokens one after the other; some of them (an expert's) tell nothing of their rows.
+        flattened = x.ndim == 2 and self.tokens is not None
+        expected = rows * self.tokens if flattened and self.tokens is not None else rows
+        if x.ndim < 2 or x.shape[0] != expected:
             raise AdapterStateError(
                 f"{rows} rows have an adapter each, and a layer was given {tuple(x.shape)}",
-                hint="give rows() one name for each row of the batch",
+                hint="give rows() one name for each row; a layer that sees some of the tokens only cannot be mixed",
             )
         tokens = self.tokens if flattened else math.prod(x.shape[1:-1])
         return x.reshape(rows, cast(int, tokens), x.shape[-1])

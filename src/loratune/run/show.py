@@ -60,8 +60,21 @@ def show(run: str) -> dict[str, Any]:
         "layers": layers,
         "replaced": list(found.replaced),
         "non_finite": list(found.non_finite),
+        "caveats": _caveats(saved),
         "record": None if record is None else {key: record.get(key) for key in ("state", "result", "measured", "data")},
     }
+
+
+def _caveats(saved: SavedAdapter) -> list[str]:
+    """Where scale · B A is not all that the adapter does to a weight."""
+    caveats = []
+    if saved.config.decomposes:
+        caveats.append(
+            f"it starts from {saved.config.init_lora_weights!r}: B A counts from a base that peft had changed"
+        )
+    if saved.config.use_dora:
+        caveats.append("DoRA: the figures are of scale · B A, before each row is brought to its length")
+    return caveats
 
 
 def _read(folder: str | Path) -> SavedAdapter:

@@ -4,7 +4,7 @@
 
 Signatures and return values are those of peft 0.21.2; the adapters themselves belong to the handle, and where it is
 stricter than PEFT its errors come through as they are. An argument that asks for what is not here is refused.
-`AdapterCheckpoints` is ours: with it transformers' Trainer saves and resumes adapters.
+`AdapterCheckpoints` is ours: with it transformers' Trainer resumes from its checkpoints of adapters.
 """
 
 from loratune.compat.peft.auto import AutoPeftModelForCausalLM

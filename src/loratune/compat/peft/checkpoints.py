@@ -1,4 +1,7 @@
-"""Checkpoints of adapters in transformers' Trainer, which knows PEFT's own class and no other."""
+"""Resuming from checkpoints of adapters in transformers' Trainer, which knows PEFT's own class and no other.
+
+Its checkpoints hold adapters without this too; only reading them again asks for PEFT's class.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
 class AdapterCheckpoints:
     """Mixed in before the Trainer: `class MyTrainer(AdapterCheckpoints, Trainer)`.
 
-    Its checkpoints hold the adapters in PEFT's files instead of the whole model, and it resumes from them.
+    It resumes from its checkpoints and loads the best one, and they hold its tokenizer.
     """
 
     model: PeftModel

@@ -9,10 +9,11 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
-from loratune.adapter import adapter_folder, read_config
+from loratune.adapter import SavedAdapter, adapter_folder, config_to_json, read_config
 from loratune.config import LoraConfig as OurLoraConfig
 from loratune.config.setting import like
 from loratune.errors import ConfigError
+from loratune.files import write_json
 
 # What a PEFT config says about its file and its use; settable, as in PEFT. `LoraConfig` itself is frozen.
 _FACTS = ("base_model_name_or_path", "revision", "inference_mode")
@@ -54,8 +55,18 @@ class LoraConfig(OurLoraConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FACTS:
             self._facts[name] = value
+        elif name in type(self).model_fields:
+            raise ConfigError(f"{name}: a config does not change", hint=f"make another one: config.replace({name}=...)")
         else:
             super().__setattr__(name, value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` alone."""
+        refuse(kwargs)
+        saved = SavedAdapter(plain(self), {}, {}, self.base_model_name_or_path, self.revision)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "adapter_config.json", config_to_json(saved))
 
     @property
     def base_model_name_or_path(self) -> str | None:

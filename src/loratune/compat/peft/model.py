@@ -110,6 +110,16 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # `isinstance` asks an object's type first and this second, as for `unittest.mock`. transformers' Trainer calls
+        # `save_pretrained` of what is a `PreTrainedModel` or peft's own class, and writes the whole base of anything else.
+        wrapped = self.__dict__.get("_modules", {}).get("base_model")
+        return type(self) if wrapped is None else type(wrapped.model)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self),), self.__dict__
+
     def _get_name(self) -> str:
         # By this name transformers' Trainer decides whether label smoothing shifts the labels.
         return type(self.get_base_model()).__name__
@@ -279,6 +289,10 @@ class PeftModel(nn.Module):
         if is_main_process:
             for name in names:
                 self._handle.save(Path(save_directory) / (name if name != DEFAULT else ""), name)
+
+
+def _blank(kind: type[PeftModel]) -> PeftModel:
+    return kind.__new__(kind)
 
 
 def class_for(model: nn.Module, task_type: str | None, *, otherwise: type[PeftModel] = PeftModel) -> type[PeftModel]:
