@@ -113,7 +113,7 @@ class PeftModel(nn.Module):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # `isinstance` asks an object's type first and this second, as for `unittest.mock`. transformers' Trainer calls
-        # `save_pretrained` of what is a `PreTrainedModel` or peft's own class, and writes the whole base of anything else.
+        # `save_pretrained` of a `PreTrainedModel` or of peft's own class, and writes the whole base of anything else.
         wrapped = self.__dict__.get("_modules", {}).get("base_model")
         return type(self) if wrapped is None else type(wrapped.model)
 
