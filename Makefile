@@ -56,7 +56,7 @@ test: lint types
 	@$(PYTEST) $(ARGS)
 
 test-full: lint types
-	@$(PYTEST) -m "" --timeout 3600 --write-result docs/test-full.txt $(ARGS)
+	@$(PYTEST) -m "" --timeout 3600 --write-result=docs/test-full.txt $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
