@@ -22,7 +22,10 @@ An error carries every problem found, not the first, and one hint: the nearest f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _SHOWN_PROBLEMS = 20
 
@@ -113,6 +116,28 @@ class MergedError(AdapterStateError):
 
 class RunFolderError(LoratuneError):
     pass
+
+
+class Refusals:
+    """Several things that may each be refused, and one error for all that were, of the first one's kind."""
+
+    def __init__(self) -> None:
+        self.errors: list[LoratuneError] = []
+
+    def attempt(self, act: Callable[[], T]) -> T | None:
+        """What `act` returns; None where it was refused."""
+        try:
+            return act()
+        except LoratuneError as error:
+            self.errors.append(error)
+            return None
+
+    def check(self) -> None:
+        """Raise if anything was refused."""
+        if self.errors:
+            hints = dict.fromkeys(error.hint for error in self.errors if error.hint)
+            problems = [problem for error in self.errors for problem in error.problems]
+            raise type(self.errors[0])(problems, hint="; ".join(hints))
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:

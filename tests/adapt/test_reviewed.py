@@ -202,3 +202,39 @@ def test_the_output_is_what_it_was() -> None:
     model, handle = attached()
     with handle.disabled():
         assert bits(model(IDS)) == bits(net()(IDS))
+
+
+def test_everything_against_a_folder_is_said_at_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lt.attach(tiny(), lt.LoraConfig(target_modules=["q_proj"])).save(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    save_file(
+        {**tensors, "stranger": torch.zeros(2), name: tensors[name] * torch.nan}, tmp_path / "adapter_model.safetensors"
+    )
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": -1, "bias": "some"}))
+    with pytest.raises(AdapterFileError) as caught:
+        lt.attach(tiny(), tmp_path)
+    for part in ("r=-1", "bias='some'", "unexpected tensor 'stranger'", "holds NaN"):
+        assert any(part in problem for problem in caught.value.problems), part
+    assert caught.value.hint
+
+
+def test_a_taken_name_does_not_hide_what_the_plan_says() -> None:
+    model, handle = attached()
+    before = picture(model, handle)
+    with pytest.raises(AdapterStateError) as caught:
+        handle.add(CONFIG.replace(target_modules=["nowhere", "q"]), "default")
+    assert len(caught.value.problems) == 2
+    assert picture(model, handle) == before
+
+
+def test_misshaped_and_of_another_base_at_once(tmp_path: Path) -> None:
+    lt.attach(tiny(hidden_size=16), lt.LoraConfig(target_modules=["q_proj"])).save(tmp_path)
+    with pytest.raises(AdapterFileError) as caught:
+        lt.attach(tiny(), tmp_path)
+    problems = caught.value.problems
+    assert sum("expected" in problem for problem in problems) == 2
+    assert sum("another base" in problem for problem in problems) == 1

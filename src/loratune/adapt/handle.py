@@ -30,7 +30,7 @@ from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd
 from loratune.adapt.summary import summary_of
 from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
-from loratune.errors import AdapterStateError, MergedError
+from loratune.errors import AdapterStateError, MergedError, Refusals
 from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
@@ -135,9 +135,11 @@ class Adapters:
         Raises:
             TargetError: with every problem of the plan; the model is unchanged.
         """
-        self._refuse_new(name, dtype)
+        refusals = Refusals()
+        refusals.attempt(lambda: self._refuse_new(name, dtype))
         target_plan = plan(self.model, config)
-        target_plan.check()
+        refusals.attempt(target_plan.check)
+        refusals.check()
         config = with_task(self.model, config)
         modules = dict(base_modules(self.model))
         # The first that no adapter here has: what was added and removed before makes no difference.
@@ -171,9 +173,13 @@ class Adapters:
             folder = adapter_folder(adapter)
             saved, where = read_adapter(folder), str(folder)
         target_plan = plan_as_written(self.model, saved.config)
-        target_plan.check()
-        check_fit(self.model, target_plan, saved, where)
-        refuse_strangers(saved.origin, where, None if any_base else self._base_hash(target_plan), tokenizer)
+        refusals = Refusals()
+        refusals.attempt(target_plan.check)
+        if not target_plan.problems:
+            refusals.attempt(lambda: check_fit(self.model, target_plan, saved, where))
+        base = None if any_base else self._base_hash(target_plan)
+        refusals.attempt(lambda: refuse_strangers(saved.origin, where, base, tokenizer))
+        refusals.check()
         target_plan = replace(target_plan, notes=(*target_plan.notes, *say_what_is_odd(saved, where)))
         modules = dict(base_modules(self.model))
         parts = saved_parts(modules, saved, target_plan, dtype=dtype, trainable=trainable)

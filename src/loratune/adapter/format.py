@@ -19,10 +19,10 @@ import safetensors.torch
 from torch import Tensor
 
 from loratune.adapter.keys import DTYPES, from_keys, surplus_keys, to_keys
-from loratune.adapter.value import Origin, SavedAdapter
+from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
-from loratune.errors import AdapterFileError, ConfigError
+from loratune.errors import AdapterFileError, ConfigError, Refusals
 from loratune.files import finish, to_json, write_together
 
 CONFIG_FILE = "adapter_config.json"
@@ -63,12 +63,31 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
     """
-    config, base, revision, unknown = read_config(folder)
-    problems: list[str] = []
-    tensors = _read_tensors(folder / TENSOR_FILE)
-    if finite:
-        problems += [f"{key!r} holds NaN or infinity" for key, tensor in tensors.items() if not _finite(tensor)]
-    replaces = config.bias != "none" or bool(config.modules_to_save) or config.task_type in _TASKS_WITH_HEADS
+    _refuse_no_adapter(folder)
+    refusals = Refusals()
+    described = refusals.attempt(lambda: read_config(folder))
+    # Where the config is damaged, tensors are looked at all the same: all of it is to be said at once.
+    config = described.config if described else None
+    contents = refusals.attempt(lambda: _read_contents(folder / TENSOR_FILE, config, finite))
+    origin = refusals.attempt(lambda: _read_origin(folder / ORIGIN_FILE))
+    refusals.check()
+    assert described is not None
+    assert contents is not None
+    assert origin is not None
+    factors, replaced, surplus = contents
+    config, base, revision, unknown = described
+    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
+
+
+def _read_contents(
+    path: Path, config: LoraConfig | None, finite: bool
+) -> tuple[dict[str, Factors], dict[str, Tensor], tuple[str, ...]]:
+    """Factors, tensors in place of the base's, and keys that mean nothing."""
+    tensors = _read_tensors(path)
+    problems = [f"{key!r} holds NaN or infinity" for key, t in tensors.items() if finite and not _finite(t)]
+    replaces = config is None or (
+        config.bias != "none" or bool(config.modules_to_save) or config.task_type in _TASKS_WITH_HEADS
+    )
     surplus = surplus_keys(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
     factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
@@ -76,9 +95,8 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
         problems.append("it holds no low-rank tensors")
     if problems:
         hint = "the file is damaged, or holds another kind of adapter"
-        raise AdapterFileError([f"{folder / TENSOR_FILE}: {problem}" for problem in problems], hint=hint)
-    origin = _read_origin(folder / ORIGIN_FILE)
-    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
+        raise AdapterFileError([f"{path}: {problem}" for problem in problems], hint=hint)
+    return factors, replaced, surplus
 
 
 class Described(NamedTuple):
@@ -96,6 +114,14 @@ def read_config(folder: Path) -> Described:
     Raises:
         AdapterFileError: files missing, damaged or of another kind; every problem is listed.
     """
+    _refuse_no_adapter(folder)
+    raw = _read_json(folder / CONFIG_FILE)
+    config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
+    base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))
+    return Described(config, base, revision, unknown)
+
+
+def _refuse_no_adapter(folder: Path) -> None:
     try:
         finish(folder)
     except OSError as error:
@@ -111,10 +137,6 @@ def read_config(folder: Path) -> Described:
         raise AdapterFileError(
             f"{folder} holds no adapter: {TENSOR_FILE} is missing", hint="name the folder that `save` or a run wrote"
         )
-    raw = _read_json(folder / CONFIG_FILE)
-    config, unknown = config_from_json(raw, str(folder / CONFIG_FILE))
-    base, revision = (_text(raw, key, folder / CONFIG_FILE) for key in ("base_model_name_or_path", "revision"))
-    return Described(config, base, revision, unknown)
 
 
 def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
