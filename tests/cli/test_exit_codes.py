@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,7 @@ def test_interrupted_and_continued(
 def test_interrupted_before_the_first_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)  # another thread may take the signal; it reaches this one a moment later
 
     monkeypatch.setattr("loratune.training.checks.one_batch_overfits", interrupt)
     assert train().code == 130
