@@ -177,7 +177,7 @@ class Adapters:
         refusals.attempt(target_plan.check)
         if not target_plan.problems:
             refusals.attempt(lambda: check_fit(self.model, target_plan, saved, where))
-        base = None if any_base else self._base_hash(target_plan)
+        base = None if any_base or saved.origin.base is None else self._base_hash(target_plan)
         refusals.attempt(lambda: refuse_strangers(saved.origin, where, base, tokenizer))
         refusals.check()
         target_plan = replace(target_plan, notes=(*target_plan.notes, *say_what_is_odd(saved, where)))
