@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import LoraLayer, LowRank, base_modules
+from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
 from loratune.quant import rounded_once
 
 # Full name of a base tensor → what computes its merged value.
@@ -127,11 +127,7 @@ def _once(parameter: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _tied(placement: Placement, names: Sequence[str]) -> dict[str, str]:
-    owners: dict[int, list[str]] = {}
-    for path, module in base_modules(placement.model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    owners = names_by_parameter(base_modules(placement.model))
     problems = {}
     for name in names:
         others = [owner for owner in owners[id(placement.base_tensor(name))] if owner != name]

@@ -10,7 +10,7 @@ from torch import nn
 from loratune.adapt.heads import new_heads
 from loratune.config import LoraConfig
 from loratune.errors import nearest
-from loratune.lora import Mixin, has_own
+from loratune.lora import Mixin, has_own, names_by_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,7 @@ def _biased(modules: Mapping[str, nn.Module], config: LoraConfig, targets: Colle
 
 def _note_tied(modules: Mapping[str, nn.Module], replaced: list[tuple[str, tuple[str, ...]]], notes: list[str]) -> None:
     """A tied weight that is replaced in one place stays the base's in the other."""
-    owners: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+    owners = names_by_parameter(modules.items())
     full = {f"{path}.{name}" for path, names in replaced for name in names}
     for tied in owners.values():
         for name in tied:

@@ -15,6 +15,7 @@ from loratune.lora.swap import (
     base_parameters,
     covered,
     has_own,
+    names_by_parameter,
     patched_forward,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "has_own",
     "initial_factors",
     "lora_parameters",
+    "names_by_parameter",
     "patched_forward",
     "release",
     "replace_in",

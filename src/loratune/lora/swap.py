@@ -7,7 +7,7 @@ the module's own class may replace its `forward` or look up its tensors elsewher
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -143,6 +143,16 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{name}" if path else name), parameter
+
+
+def names_by_parameter(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, list[str]]:
+    """Identity of each parameter → its full names; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for path, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{name}")
+    return names
 
 
 def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
