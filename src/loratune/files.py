@@ -1,16 +1,19 @@
 """The one place that writes files: to a temporary name, flushed to the disk, then renamed.
 
-A kill at any moment leaves the old content or the new one. Several files that belong together are first completed in
-a sibling folder; renaming that folder is the moment they count, and `finish` ends what a kill interrupted.
+A kill at any moment leaves the old content or the new one. Several files that belong together are first completed
+in a folder of their own. Where nothing else lies in the target, that folder takes its place in one step, so that every
+reader sees one set or the other. Elsewhere the files move in one by one, and `finish` ends what a kill interrupted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +21,9 @@ from typing import Any
 
 _STAGED = ".staged"
 _COMMITTED = ".committed"
+# Of renameat2 (linux/fs.h, fcntl.h) and of renamex_np (macOS, sys/stdio.h).
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_RENAME_SWAP = 2
 
 
 def to_json(value: Any) -> bytes:
@@ -65,11 +71,85 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write several files of a folder so that all are the old ones or, after `recover`, all the new ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write several files of a folder so that all are the old ones or all the new ones.
+
+    After a kill any reader finds one set or the other where the folder held nothing else than such files; where it
+    holds more, or cannot be exchanged, that is so after `recover`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
+    if not _in_one_step(folder, contents):
+        _one_by_one(folder, contents)
+
+
+def _in_one_step(folder: Path, contents: Mapping[str, bytes]) -> bool:
+    """Put a new folder with these files in the place of `folder`; False, and nothing changed, where that cannot be."""
+    exists = os.path.lexists(folder)
+    if exists and not _can_be_exchanged(folder, contents):
+        return False
+    beside = _beside(folder)
+    try:
+        beside.mkdir()
+    except OSError:  # a parent that is not ours, say, where the folder itself is
+        return False
+    try:
+        if exists:
+            # Modes, and the access lists that the files inherit, before there are files.
+            shutil.copystat(folder, beside)
+            if not _same_access(folder, beside):
+                return False
+        for name, content in contents.items():
+            write_bytes(beside / name, content)
+        if not exists:
+            beside.replace(folder)
+        elif not _exchange(beside, folder):
+            return False
+        _sync_folder(folder.parent)
+        if exists:
+            _keep_newcomers(beside, folder, contents)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return True
+
+
+def _can_be_exchanged(folder: Path, contents: Mapping[str, bytes]) -> bool:
+    """Whether the folder is one that we may write to and holds no more than the old state of these files.
+
+    Where this process works in it, paths relative to it would lead into the folder that is deleted.
+    """
+    if folder.is_symlink() or not folder.is_dir() or not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return False
+    if os.path.samestat(folder.stat(), Path().stat()):
+        return False
+    return all(path.name in contents and path.is_file() for path in folder.iterdir())
+
+
+def _same_access(a: Path, b: Path) -> bool:
+    x, y = a.stat(), b.stat()
+    return (x.st_uid, x.st_gid, x.st_mode) == (y.st_uid, y.st_gid, y.st_mode)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Give each of two folders the other's name in one step; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None)
+    paths = os.fsencode(a), os.fsencode(b)
+    if sys.platform == "darwin":
+        return hasattr(libc, "renamex_np") and bool(libc.renamex_np(*paths, _RENAME_SWAP) == 0)
+    if not hasattr(libc, "renameat2"):
+        return False
+    return bool(libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
+
+
+def _keep_newcomers(old: Path, folder: Path, contents: Mapping[str, bytes]) -> None:
+    """What somebody else put into the old folder while the new one was written moves on."""
+    for path in old.iterdir():
+        if path.name not in contents:
+            path.replace(folder / path.name)
+
+
+def _one_by_one(folder: Path, contents: Mapping[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
     staged = folder / _STAGED
-    shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     for name, content in contents.items():
         write_bytes(staged / name, content)
@@ -79,9 +159,14 @@ def write_together(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def recover(folder: Path) -> None:
-    """`finish`, and drop an incomplete set: for who writes here, since it may be another writer's."""
+    """`finish`, and drop an incomplete or replaced set: for who writes here, since it may be another writer's."""
     finish(folder)
     shutil.rmtree(folder / _STAGED, ignore_errors=True)
+    shutil.rmtree(_beside(folder), ignore_errors=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}{_STAGED}"
 
 
 def finish(folder: Path) -> None:
@@ -111,8 +196,8 @@ def _is_ours(committed: Path) -> bool:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without an error.
 
-    An existing `path` is replaced: it is moved aside first, so a kill leaves the new one complete or, after `recover`,
-    the old one, never half of one.
+    An existing `path` is replaced in one step, or, where that cannot be, moved aside first: then a kill leaves the new
+    one complete or, after `recover`, the old one, never half of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
@@ -125,14 +210,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         _sync_folder(temporary)
-        if path.exists():
+        if not path.exists():
+            temporary.replace(path)
+        elif not _exchange(temporary, path):
             aside = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.replace(aside)
             temporary.replace(path)
             # Under this name no `recover` takes what is left of it for the old folder.
             aside.replace(temporary)
-        else:
-            temporary.replace(path)
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

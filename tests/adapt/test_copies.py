@@ -108,3 +108,32 @@ def test_a_copy_of_transformers_model_is_whole() -> None:
         assert torch.equal(other(IDS).logits, model(IDS).logits)
         lt.adapters(other).detach()
         assert torch.equal(other(IDS).logits, tiny("llama")(IDS).logits)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_made_while_disabled_is_the_base_until_told(how: str) -> None:
+    model, handle = with_all_kinds()
+    handle.activate("dora")
+    adapted = bits(model(IDS))
+    with handle.disabled():
+        other = copied(model, how, Path())
+    assert bits(model(IDS)) == adapted
+    theirs = lt.adapters(other)
+    assert (bits(other(IDS)), theirs.active) == (bits(net()(IDS)), ())
+    theirs.remove("pissa")
+    theirs.activate("dora")
+    assert bits(other(IDS)) == adapted
+    theirs.merge()
+    theirs.unmerge()
+    assert bits(other(IDS)) == adapted
+
+
+def test_a_copy_made_while_rows_have_their_own_takes_other_batches() -> None:
+    model, handle = with_all_kinds()
+    with handle.rows(["plain", "bias behind B"]):
+        other = copy.deepcopy(model)
+        mixed = bits(model(IDS))
+        assert bits(other(IDS[:1])) == bits(net()(IDS[:1]))
+        assert bits(model(IDS)) == mixed
+    with lt.adapters(other).rows(["plain", "bias behind B"]):
+        assert bits(other(IDS)) == mixed

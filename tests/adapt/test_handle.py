@@ -282,6 +282,41 @@ def test_a_refusal_changes_nothing(tmp_path: Path, case: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
+OF_VALUES: dict[str, Callable[[lt.Adapters, Path], object]] = {
+    "save": lambda handle, place: handle.save(place / "new"),
+    "saved": lambda handle, _: handle.saved(),
+    "merge": lambda handle, _: handle.merge(),
+    "merge for good": lambda handle, _: handle.merge(keep_base=False),
+    "load": lambda handle, place: handle.load(place / "old", "other"),
+}
+
+
+@pytest.mark.parametrize("verb", OF_VALUES)
+def test_shapes_without_values_are_refused(tmp_path: Path, verb: str) -> None:
+    attached()[1].save(tmp_path / "old")
+    model = net().to("meta")
+    handle = lt.attach(model, CONFIG)
+    parameters = dict(model.named_parameters())
+    with pytest.raises(AdapterStateError, match=r"embed\.weight and \d+ more on the meta device") as caught:
+        OF_VALUES[verb](handle, tmp_path)
+    assert "load the model with its weights" in caught.value.hint
+    assert (handle.names, handle.active, handle.merged) == (("default",), ("default",), False)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_adapter_without_values_on_a_base_with_them_is_not_written(tmp_path: Path) -> None:
+    _, handle = attached()
+    for low_rank in handle.factors().values():
+        low_rank.to("meta")
+    with pytest.raises(LoratuneError, match=r"blocks\.0\.q: A is on the meta device and holds no values"):
+        handle.save(tmp_path / "new")
+    with pytest.raises(AdapterStateError, match="on the meta device"):
+        handle.merge()
+    assert not list(tmp_path.iterdir())
+
+
 def test_merging_nothing_and_merging_in_a_disabled_block_are_refused() -> None:
     model, handle = attached("second")
     handle.activate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 import loratune as lt
 from loratune.adapt.presets import TARGETS
-from loratune.errors import TargetError
+from loratune.errors import ConfigError, TargetError
 from tests.models import tiny
 from tests.oracle import lora_reference as oracle
 
@@ -76,6 +77,22 @@ def test_a_string_is_a_regex_for_the_whole_path() -> None:
     model = Mixed()
     assert paths(model, target_modules=r"layers\.\d\.q_proj") == [f"layers.{i}.q_proj" for i in range(3)]
     assert problems(model, target_modules=r"q_proj")[0].endswith("the pattern 'q_proj' matches no module")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("setting", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_runs_for_years_is_given_up(setting: str) -> None:
+    endless = f"(?:.|.)*[!?]|{setting}"  # two ways for each character: 2^40 for each path
+    wide = nn.ModuleDict({f"{'a' * 40}{i}": nn.Linear(2, 2) for i in range(50)})
+    value = {endless: 3} if setting.endswith("pattern") else endless
+    config = lt.LoraConfig(**{"target_modules": "all-linear", setting: value})
+    for act in (lambda: lt.plan(wide, config), lambda: lt.attach(wide, config)):
+        begun = time.process_time()
+        with pytest.raises(ConfigError, match="takes too long") as caught:
+            act()
+        assert repr(endless) in caught.value.problems[0]
+        assert time.process_time() - begun < 5
+    assert all(type(module) is nn.Linear and module.weight.requires_grad for module in wide.values())
 
 
 def test_all_linear_and_exclusions() -> None:

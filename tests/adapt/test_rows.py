@@ -267,6 +267,34 @@ def test_an_unknown_name_is_refused_with_the_nearest(names: tuple[str | None, ..
     assert picture(model, handle) == before
 
 
+@pytest.mark.parametrize(
+    ("names", "problems"),
+    [
+        (None, ("rows() was given a NoneType, not a list of names",)),
+        (5, ("rows() was given a int, not a list of names",)),
+        ("default", ("rows() was given a str, not a list of names",)),
+        ({"default", None}, ("rows() was given a set, not a list of names",)),
+        ([["default"], None, 1], ("row 1 has a list, not a name", "row 3 has a int, not a name")),
+    ],
+)
+def test_what_is_no_list_of_names_is_refused(names: Any, problems: tuple[str, ...]) -> None:
+    model, handle = attached()
+    before = picture(model, handle)
+    with pytest.raises(AdapterStateError) as caught, handle.rows(names):
+        pass
+    assert caught.value.problems == problems
+    assert "one name, or None for the base, for each row" in caught.value.hint
+    assert picture(model, handle) == before
+
+
+def test_names_may_come_one_by_one() -> None:
+    model, handle = attached()
+    with handle.rows(["default", None]):
+        expected = bits(model(IDS))
+    with handle.rows(iter(["default", None])):  # type: ignore[arg-type]
+        assert bits(model(IDS)) == expected
+
+
 def test_training_mode_is_refused_at_the_block_and_inside_it() -> None:
     model, handle = attached("second")
     model.train()

@@ -41,6 +41,8 @@ _BAD_PATTERNS = (
     "(" * 5000 + ")" * 5000,
     "(?<=a*)b",
     "\ud800",
+    "(?:(?:(?:q_proj){1000}){1000}){1000}",
+    "(?:.|.)*[!?]",
 )
 _NOT_A_RANK: tuple[Any, ...] = ("2", 0, -2, 2.5, True, None, [], 3, HUGE)
 _NOT_AN_ALPHA: tuple[Any, ...] = ("2", 0, -2, True, None, [], math.nan, math.inf, HUGE, 1e308)

@@ -348,6 +348,14 @@ def refusal(adapters: Sequence[SavedAdapter], weights: Sequence[Any], **options:
         ([1, 1], {"method": "ties"}, "ties needs a density"),
         ([1, 1], {"method": "svd", "density": 0.5}, "density=0.5 means nothing to svd"),
         ([1, 1], {"method": "tise"}, "no method 'tise'; did you mean 'ties'?"),
+        ([1, 1], {"method": "ties", "density": "x"}, "density='x' is not in (0, 1]"),
+        ([1, 1], {"method": "ties", "density": True}, "density=True is not in (0, 1]"),
+        ([1, 1], {"method": "dare", "density": [0.5]}, "density=[0.5] is not in (0, 1]"),
+        ([1, 1], {"method": None}, "no method None"),
+        ([1, 1], {"method": ["ties"]}, "no method ['ties']; did you mean 'ties'?"),
+        ([1, 1], {"method": "svd", "rank": "x"}, "rank='x'"),
+        ([1, 1], {"method": "dare", "density": 0.5, "seed": "x"}, "seed='x' is no whole number"),
+        ([1, 1], {"seed": None}, "seed=None is no whole number"),
         ([1e39, 1], {}, "weight 1e+39 takes adapter 1: m beyond the numbers of fp32"),
     ],
 )
@@ -356,6 +364,33 @@ def test_bad_arguments(weights: list[Any], options: dict[str, Any], words: str) 
     assert isinstance(error, ConfigError)
     assert len(error.problems) == 1
     assert words in error.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"adapters": None}, ["adapters is a NoneType, not a list"]),
+        ({"adapters": ONE}, ["adapters is a SavedAdapter, not a list"]),
+        ({"adapters": {"a": ONE}}, ["adapters is a dict, not a list"]),
+        (
+            {"adapters": [ONE, "two", None]},
+            ["adapter 2 is a str, not a SavedAdapter", "adapter 3 is a NoneType, not a SavedAdapter"],
+        ),
+        ({"weights": None, "names": 5}, ["weights is a NoneType, not a list", "names is a int, not a list"]),
+        ({"weights": "11"}, ["weights is a str, not a list"]),
+        ({"weights": {1, 2}}, ["weights is a set, not a list"]),
+    ],
+)
+def test_arguments_of_another_kind(arguments: dict[str, Any], found: list[str]) -> None:
+    error = refusal(**{"adapters": [ONE, TWO], "weights": [1, 1], **arguments})
+    assert isinstance(error, ConfigError)
+    assert list(error.problems) == found
+    assert "read_adapter(folder)" in error.hint
+
+
+def test_any_sequence_of_numbers_will_do() -> None:
+    made = [combine(iter([ONE, TWO]), weights) for weights in ([0.5, 2], np.array([0.5, 2]), iter((0.5, 2)))]  # type: ignore[arg-type]
+    assert {each.weights for each in made} == {(0.5, 2.0)}
 
 
 def test_linear_is_refused_with_the_reason() -> None:

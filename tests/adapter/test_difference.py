@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.adapter import Factors, Origin, SavedAdapter, diff
-from loratune.errors import AdapterFileError
+from loratune.errors import AdapterFileError, ConfigError
 from tests.adapter.values import adapter, dense_of
 from tests.oracle import algebra
 
@@ -155,6 +155,16 @@ def test_settings_and_tensors_that_differ() -> None:
     assert diff(one, dora).tensors == ("m: bias", "m: magnitude", "score.weight")
     assert diff(dora, dora).tensors == ()
     assert diff(dora, replace(dora, replaced={"score.weight": torch.zeros(2)})).tensors == ("score.weight",)
+
+
+def test_what_is_no_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        diff("a/folder", None)  # type: ignore[arg-type]
+    assert caught.value.problems == (
+        "the first is a str, not a SavedAdapter",
+        "the second is a NoneType, not a SavedAdapter",
+    )
+    assert "read_adapter(folder)" in caught.value.hint
 
 
 def test_refusals_list_everything() -> None:

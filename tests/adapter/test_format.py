@@ -116,6 +116,31 @@ def test_the_card(tmp_path: Path) -> None:
     assert front == {"library_name": "peft", "tags": ["lora", "transformers"]}
 
 
+ABOUTS = ["Trained on sums.", "", "## Data\n\n- sums\n\nRank 3, alpha 1, and so on.\n\n```python\nimport sums\n```"]
+
+
+@pytest.mark.parametrize("about", ABOUTS)
+def test_what_the_card_says_is_kept_when_it_is_written_again(tmp_path: Path, about: str) -> None:
+    _, handle = ours("plain")
+    handle.save(tmp_path / "first", about=about)
+    assert read_adapter(tmp_path / "first").about == about
+    again = lt.attach(base_of("plain"), tmp_path / "first")
+    again.save(tmp_path / "second")
+    assert files_of(tmp_path / "second") == files_of(tmp_path / "first")
+    again.save(tmp_path / "third", about="Other words.")
+    assert read_adapter(tmp_path / "third").about == "Other words."
+
+
+@pytest.mark.parametrize("card", [b"", b"\xff\xfe", b"# Model Card\n\nRank 4, alpha 8.\n\n", None])
+def test_a_card_from_elsewhere_says_nothing_of_ours(tmp_path: Path, card: bytes | None) -> None:
+    _, handle = ours("plain")
+    handle.save(tmp_path, about="Trained on sums.")
+    (tmp_path / CARD).unlink()
+    if card is not None:
+        (tmp_path / CARD).write_bytes(card)
+    assert read_adapter(tmp_path).about == ""
+
+
 def test_gpt2_is_written_as_the_map_it_is(tmp_path: Path) -> None:
     _, handle = ours("gpt2")
     handle.save(tmp_path)

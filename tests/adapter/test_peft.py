@@ -18,6 +18,7 @@ from loratune.errors import AdapterFileError
 from tests.adapter.cases import (
     CASES,
     FROM_A_START,
+    IDS,
     OTHER_WORDS,
     OURS_ONLY,
     WITH_SURPLUS,
@@ -132,6 +133,33 @@ def test_a_start_drawn_at_random_is_not_in_their_file(tmp_path: Path) -> None:
     again = tiny("llama")
     lt.attach(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
+
+
+HEADLESS: dict[str, tuple[str, dict[str, Any], list[str] | None]] = {
+    "llama": ("model", {"target_modules": ["q_proj"], "layers_to_transform": [1]}, ["layers"]),
+    "gpt2": ("transformer", {"target_modules": "all-linear", "layers_to_transform": 0}, ["h"]),
+    "qwen3": ("model", {"target_modules": ["v_proj"]}, None),
+}
+
+
+@pytest.mark.parametrize("family", HEADLESS)
+def test_peft_finds_the_layers_of_a_model_without_a_head(tmp_path: Path, family: str) -> None:
+    body, settings, lists = HEADLESS[family]
+    model = getattr(tiny(family), body)
+    lt.attach(model, lt.LoraConfig(r=4, **settings)).save(tmp_path)
+    assert config_of(tmp_path)["layers_pattern"] == lists
+    randomise(model)
+    lt.adapters(model).save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = peft.PeftModel.from_pretrained(getattr(tiny(family), body), tmp_path).eval()
+    again = getattr(tiny(family), body)
+    lt.attach(again, tmp_path).save(tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(tmp_path)
+    outputs = [net(IDS).last_hidden_state.detach() for net in (model, loaded, again, getattr(tiny(family), body))]
+    assert gap(outputs[1], outputs[0]) < 1e-5
+    assert torch.equal(outputs[2], outputs[0])
+    assert gap(outputs[3], outputs[0]) > 0.05
 
 
 def test_to_peft_norm_is_every_name_that_ends_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ def test_copies_and_files_of_the_object_keep_their_own_adapters(tmp_path: Path) 
         assert torch.equal(logits(twin), logits(model))
         twin.add_adapter("more", LoraConfig(target_modules=["c_fc"]))
         assert list(model.peft_config) == ["default"]
+
+
+def test_a_copy_of_a_disabled_model_is_disabled_and_can_be_enabled(tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(tiny("gpt2"), adapter(tmp_path))
+    adapted, base = logits(model), logits(tiny("gpt2"))
+    with model.disable_adapter():
+        inside = copy.deepcopy(model)
+    model.disable_adapter_layers()
+    beside = pickle.loads(pickle.dumps(model))
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model), adapted)
+    for twin in (inside, beside):
+        assert torch.equal(logits(twin), base)
+        assert (twin.active_adapters, twin.get_model_status().enabled) == (["default"], False)
+        twin.enable_adapter_layers()
+        assert torch.equal(logits(twin), adapted)
+        with twin.disable_adapter():
+            assert torch.equal(logits(twin), base)
+        assert torch.equal(logits(twin), adapted)
 
 
 def test_any_module_can_be_wrapped() -> None:

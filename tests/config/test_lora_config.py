@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.config import LoraConfig
+from loratune.config import LoraConfig, lora
+from loratune.config.lora import fully_matches, pattern_matches
 from loratune.errors import ConfigError
 
 
@@ -140,6 +144,80 @@ def test_it_cannot_be_changed_and_its_copies_are_checked() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(LoraConfig(r=4))
     assert len({config, LoraConfig(r=4), LoraConfig(r=5)}) == 2
+
+
+# Two ways for each character, and no match: 2^31 of them in the path.
+ENDLESS = "(?:.|.)*[!?]"
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("matches", [pattern_matches, fully_matches])
+def test_a_pattern_without_an_end_is_given_up(matches: Callable[[str, str], bool]) -> None:
+    begun = time.process_time()
+    for path in [PATH] * 300:
+        with pytest.raises(ConfigError, match="takes too long") as caught:
+            matches(ENDLESS, path)
+        assert repr(ENDLESS) in caught.value.problems[0]
+        assert "(a+)+" in caught.value.hint
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_pattern_has_one_second_for_all_paths() -> None:
+    begun, held = time.process_time(), []
+    slow = "(?:.|.)*[!#]"  # 2^17 ways: some milliseconds for each path
+
+    def hold_against_all() -> None:
+        held.extend(fully_matches(slow, f"{number:05d}.aaaaaaaaaaa") for number in range(100_000))
+
+    with pytest.raises(ConfigError, match="takes too long"):
+        hold_against_all()
+    assert len(held) > 3
+    assert not any(held)
+    assert time.process_time() - begun < 5
+
+
+def test_an_ordinary_pattern_never_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "_PATIENCE", 0.01)  # for all, if each of these counted
+    for number in range(20_000):
+        assert pattern_matches(r"layers\.\d+\.self_attn\.[qkv]_proj", f"model.layers.{number}.self_attn.q_proj")
+
+
+NAMES = ("q_proj", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a.b", "Q.é")
+PIECES = [".", ".*", r"\.", r"\d+", r"\w", "[qkv]", "[^.]+", "_proj", "q", "layers", "(a|b)", "(?:mlp|self_attn)"]
+PIECES += [r"\{", r"\[:", "]", "}", "é", "(?i:Q)"]
+PIECES += ["{2}", "{1,2}", "?", "*", "+", "|", "^", "$", r"\b", "(?=l)", "(?!q)", r"(\w)\1"]
+
+
+@settings(derandomize=True, database=None, max_examples=500)
+@given(pattern=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join))
+def test_patterns_mean_what_they_mean_to_python(pattern: str) -> None:
+    try:
+        LoraConfig(target_modules=pattern)
+    except ConfigError:
+        with pytest.raises(re.error):
+            re.compile(pattern)
+        return
+    for name in NAMES:
+        assert fully_matches(pattern, name) == bool(re.fullmatch(pattern, name))
+        assert pattern_matches(pattern, name) == bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("(?:q_proj){e<=1}", "a brace that is no count"),
+        ("[[:alpha:]]_proj", "a bracket before ':'"),
+        ("(?:(?:(?:ab){1000}){1000}){1000}", "repeats its parts 1000000000 times"),
+    ],
+)
+def test_what_another_reader_takes_otherwise_or_writes_out_is_refused(pattern: str, why: str) -> None:
+    for values in ({"target_modules": pattern}, {"exclude_modules": pattern}, {"rank_pattern": {pattern: 2}}):
+        (problem,) = problems(**values)
+        assert why in problem
+    assert fully_matches(r"\{e\[:\{", "{e[:{")
+    assert LoraConfig(rank_pattern={r"\{e\[:\{": 2}).rank_of("x.{e[:{") == 2
 
 
 @settings(derandomize=True, database=None)

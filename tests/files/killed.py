@@ -12,19 +12,21 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from loratune import files
 
-OLD = {"a": b"old a", "b": b"old b" * 1000, "kept": b"kept"}
+SET = {"a": b"old a", "b": b"old b" * 1000}
+OLD = {**SET, "kept": b"kept"}
 NEW = {"a": b"new a" * 1000, "b": b"new b", "c": b"new c"}
 _EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree"}
 
 
-def fill(folder: Path) -> None:
+def fill(folder: Path, contents: Mapping[str, bytes] = OLD) -> None:
     folder.mkdir(parents=True)
-    for name, content in OLD.items():
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
 
 
@@ -36,13 +38,40 @@ def _new_folder(path: Path) -> None:
         (folder / "inner" / "d").write_bytes(b"new d")
 
 
-# Name → (what is there before, what is done); the thing in question is always called `it`.
-SCENARIOS: dict[str, tuple[bool, Callable[[Path], None]]] = {
-    "together, over old files": (True, lambda it: files.write_together(it, NEW)),
-    "together, first time": (False, lambda it: files.write_together(it, NEW)),
-    "new folder, over an old one": (True, _new_folder),
-    "new folder, first time": (False, _new_folder),
-    "one file": (True, lambda it: files.write_bytes(it / "a", NEW["a"])),
+def _together(path: Path) -> None:
+    files.write_together(path, NEW)
+
+
+def _where_nothing_is_exchanged(write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        files._exchange = lambda *_: False
+        write(path)
+
+    return act
+
+
+class Scenario(NamedTuple):
+    """Attributes:
+    before: the files that are there, None where there is not even a folder.
+    at_once: whether a reader that recovers nothing sees the old or the new at any moment.
+    """
+
+    before: Mapping[str, bytes] | None
+    write: Callable[[Path], None]
+    at_once: bool = True
+
+
+# What is written is always called `it`.
+SCENARIOS: dict[str, Scenario] = {
+    "together, over the old set": Scenario(SET, _together),
+    "together, into an empty folder": Scenario({}, _together),
+    "together, first time": Scenario(None, _together),
+    "together, among other files": Scenario(OLD, _together, at_once=False),
+    "together, without an exchange": Scenario(SET, _where_nothing_is_exchanged(_together), at_once=False),
+    "new folder, over an old one": Scenario(OLD, _new_folder),
+    "new folder, first time": Scenario(None, _new_folder),
+    "new folder, without an exchange": Scenario(OLD, _where_nothing_is_exchanged(_new_folder), at_once=False),
+    "one file": Scenario(OLD, lambda it: files.write_bytes(it / "a", NEW["a"]), at_once=False),
 }
 
 
@@ -69,14 +98,14 @@ def killed_at(number: int, act: Callable[[], None]) -> bool:
 
 
 def main(scenario: str, root: Path, *, again: bool) -> None:
-    before, write = SCENARIOS[scenario]
+    before, write, _ = SCENARIOS[scenario]
     number, going = 0, True
     while going:
         number += 1
         place = root / str(number)
         place.mkdir()
-        if before:
-            fill(place / "it")
+        if before is not None:
+            fill(place / "it", before)
         going = killed_at(number, lambda place=place: write(place / "it"))  # type: ignore[misc]
         recovery, going_on = 0, again
         while going_on:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loratune import files
-from tests.files.killed import NEW, OLD, SCENARIOS, fill
+from tests.files.killed import NEW, OLD, SCENARIOS, SET, fill
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,10 +25,14 @@ def tree(folder: Path) -> dict[str, bytes] | None:
 
 
 AFTER: dict[str, dict[str, bytes]] = {
-    "together, over old files": OLD | NEW,
+    "together, over the old set": NEW,
+    "together, into an empty folder": NEW,
     "together, first time": NEW,
+    "together, among other files": OLD | NEW,
+    "together, without an exchange": NEW,
     "new folder, over an old one": NEW | {"inner/d": b"new d"},
     "new folder, first time": NEW | {"inner/d": b"new d"},
+    "new folder, without an exchange": NEW | {"inner/d": b"new d"},
     "one file": OLD | {"a": NEW["a"]},
 }
 
@@ -50,12 +54,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, scenario
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )
-    old = OLD if SCENARIOS[scenario][0] else None
-    new = AFTER[scenario]
+    old, new = SCENARIOS[scenario].before, AFTER[scenario]
     seen = []
     last = max(int(path.name) for path in tmp_path.iterdir() if "." not in path.name)
     for place in tmp_path.iterdir():
         beside = [path.name for path in place.iterdir()]
+        if SCENARIOS[scenario].at_once:
+            assert tree(place / "it") in (old, new), f"{place.name}: what a reader that recovers nothing sees"
         found, later = remains(place)
         assert later in (None, old), "half of an old folder must not come back"
         if scenario == "one file" and found is not None:
@@ -109,6 +114,77 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     files.write_together(tmp_path / "it", NEW)
     assert tree(tmp_path / "it") == OLD | NEW
+
+
+def in_one_step(folder: Path) -> bool:
+    """Whether NEW is written into this folder by putting another one in its place."""
+    before = folder.stat().st_ino
+    files.write_together(folder, NEW)
+    assert (tree(folder) or {}).items() >= NEW.items()
+    assert not [path for path in folder.resolve().parent.iterdir() if path.name.startswith(".")]
+    return folder.stat().st_ino != before
+
+
+def test_what_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("set", "more", "inner", "sealed", "here", "real"):
+        fill(tmp_path / name, SET)
+    (tmp_path / "more" / "log").write_bytes(b"")
+    (tmp_path / "inner" / "c").mkdir()
+    (tmp_path / "inner" / "c" / "thesis").write_bytes(b"work")
+    (tmp_path / "link").symlink_to("real")
+    assert in_one_step(tmp_path / "set")
+    assert in_one_step(tmp_path / "more" / ".." / "set")
+    assert not in_one_step(tmp_path / "more")
+    assert (tmp_path / "more" / "log").exists()
+    assert not in_one_step(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(OSError, match="inner"):
+        files.write_together(tmp_path / "inner", NEW)
+    assert (tmp_path / "inner" / "c" / "thesis").read_bytes() == b"work"
+
+    monkeypatch.chdir(tmp_path / "here")
+    assert not in_one_step(tmp_path / "here"), "this process works there"
+    assert not in_one_step(Path())
+    assert Path("a").read_bytes() == NEW["a"]
+
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "sealed")
+    assert not in_one_step(tmp_path / "sealed"), "who may not write into it may not replace it either"
+
+
+def test_a_parent_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "it", SET)
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, *args: Any, **more: Any) -> None:
+        if path.parent == tmp_path and not path.exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert not in_one_step(tmp_path / "it")
+
+
+def test_permissions_of_the_folder_stay(tmp_path: Path) -> None:
+    for mode in (0o700, 0o2770, 0o1777):
+        folder = tmp_path / f"{mode:o}"
+        fill(folder, SET)
+        folder.chmod(mode)
+        assert in_one_step(folder)
+        assert stat.S_IMODE(folder.stat().st_mode) == mode
+
+
+def test_a_file_that_comes_while_the_set_is_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "it", SET)
+    fsync = os.fsync
+
+    def meanwhile(handle: int) -> None:
+        (tmp_path / "it" / "log").write_bytes(b"a line")
+        monkeypatch.setattr(os, "fsync", fsync)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert in_one_step(tmp_path / "it")
+    assert tree(tmp_path / "it") == NEW | {"log": b"a line"}
 
 
 def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,28 @@ def test_the_norm_of_a_bf16_weight_is_taken_in_fp32() -> None:
         assert gap(found, expected) < 1e-6
 
 
+LEFT = [1.0, 1e-1, 1e-2, 1e-3, 1e-5, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", LEFT)
+def test_where_the_update_cancels_the_weight_the_norm_is_known_and_bounded(left: float, dtype: torch.dtype) -> None:
+    """Against a dense sum in fp64: off by 16 roundings of ‖W‖² + s² ‖B A‖² at most, and never less than that."""
+    torch.manual_seed(0)
+    A, B = torch.randn(16, 576, dtype=dtype), torch.randn(1536, 16, dtype=dtype) / 4
+    scale = 2.0
+    update = scale * B.double() @ A.double()
+    W = (left * torch.randn(1536, 576).double() - update).to(dtype)
+    low_rank = LowRank(A, B, scale=scale, magnitude=row_norms(W))
+    norm = (row_norms(W) / low_rank.stretch(W)).detach().double()
+    known_to = 16 * torch.finfo(dtype).eps * (W.double().square().sum(1) + update.square().sum(1))
+    expected = (W.double() + update).square().sum(1)
+    assert bool(((norm.square() - expected).abs() <= 1.01 * known_to).all())
+    assert bool((norm.square() >= 0.99 * known_to).all())
+    if left >= 0.1:
+        assert gap(norm, expected.sqrt().numpy()) < 1e-4
+
+
 class Products(TorchFunctionMode):
     """The shapes of what matrix products return."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import loratune as lt
 from loratune.lora import decomposed_factors, generator_for, initial_factors
+from loratune.lora.init import leading_directions
 from tests.oracle import algebra
 from tests.oracle.lora_reference import Array, exact
 
@@ -258,3 +259,17 @@ def test_peft_draws_from_the_same_distribution(init: bool | str) -> None:
         a, b = ours.double().flatten(), peers["default"].weight.detach().double().flatten()
         assert a.square().mean() == pytest.approx(float(b.square().mean()), rel=0.15)
         assert a.pow(4).mean() == pytest.approx(float(b.pow(4).mean()), rel=0.4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leading_directions_are_those_of_the_whole_decomposition(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(40, 5, dtype=dtype) @ torch.diag(torch.tensor([9.0, 5.0, 3.0, 1.0, 0.5], dtype=dtype))
+    W = W @ torch.linalg.qr(torch.randn(30, 5, dtype=dtype))[0].T
+    U, sigma, Vh = leading_directions(W, 7, rounds=6, generator=generator_for(0))
+    assert (U.shape, sigma.shape, Vh.shape) == ((40, 7), (7,), (7, 30))
+    assert {U.dtype, sigma.dtype, Vh.dtype} == {dtype}
+    near = 1e-5 if dtype == torch.float32 else 1e-13
+    assert float((U * sigma @ Vh - W).norm() / W.norm()) < near
+    assert torch.allclose(sigma[:5], torch.linalg.svdvals(W)[:5], rtol=near)
+    assert leading_directions(W, 99, rounds=1, generator=generator_for(0))[1].shape == (30,)

@@ -167,14 +167,15 @@ def test_a_bound_function_sees_adapters_under_the_names_they_have_by_then() -> N
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-def test_a_copy_holds_the_same_and_goes_its_own_way(how: Callable[[AdapterState], AdapterState]) -> None:
+def test_a_copy_has_the_same_active_for_good_and_goes_its_own_way(how: Callable[[AdapterState], AdapterState]) -> None:
+    """It stands in no block: none would ever end for it."""
     state = AdapterState(("a", "b"))
     bound = state.bound(lambda: state.active)
-    with state.suspending(("c",), active=("c",)):
+    with state.counting(COUNTER), state.suspending(("c",), active=("c",), batch=2):
         twin = how(state)
-    assert (twin.active, twin.used) == (("c",), {"a", "b", "c"})
-    twin.rename("a", "z")
-    assert twin.bound(lambda: twin.active)() == ("c",)
+    assert (twin.view, twin.used, twin.suspended) == (View(("c",)), {"c"}, False)
+    twin.rename("c", "z")
+    assert twin.bound(lambda: twin.active)() == ("z",)
     assert bound() == state.active == ("a", "b")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loratune.adapt.handle import ATTRIBUTE, Adapters
+from loratune.adapt.plan import inside_compiled
 from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, ConfigError
@@ -28,7 +29,8 @@ def attach(
     """Give a model its first adapter, active: fresh from a `LoraConfig`, or a saved one from a folder or hub id.
 
     The model keeps its identity and its modules theirs; its own parameters stop requiring gradients. A fresh adapter
-    is trainable and computes the base's function; a saved one is frozen unless `trainable`.
+    is trainable and computes the base's function; a saved one is frozen unless `trainable`. Of a model that
+    `torch.compile` has wrapped, the one inside is adapted, and the wrapper computes with the adapter.
 
     Args:
         dtype: of A and B; fp32 unless given (saved ones keep bf16 or fp16).
@@ -46,6 +48,7 @@ def attach(
         raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
     if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Mixin) for _, m in base_modules(model)):
         raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
+    model = inside_compiled(model)
     handle = Adapters(model)
     if isinstance(config_or_path, LoraConfig):
         handle.add(config_or_path, name, dtype=dtype)

@@ -21,7 +21,10 @@ Modules = Mapping[str, nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Low-rank terms by module path, and tensors by module path and name that stand in place of the base's."""
+    """Low-rank terms by module path, and tensors by module path and name that stand in place of the base's.
+
+    Tied ones are one parameter.
+    """
 
     low_ranks: dict[str, LowRank]
     replaced: dict[str, dict[str, Tensor]]
@@ -43,7 +46,7 @@ def fresh_parts(
     replaced = {
         part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.replaced
     }
-    return Parts(low_ranks, replaced)
+    return Parts(low_ranks, _tied(modules, config, replaced))
 
 
 def saved_parts(
@@ -73,7 +76,21 @@ def saved_parts(
             name: tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
             for name, tensor in tensors.items()
         }
-    return Parts(low_ranks, replaced)
+    return Parts(low_ranks, _tied(modules, saved.config, replaced))
+
+
+def _tied(modules: Modules, config: LoraConfig, replaced: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What stands in place of tied tensors of the base as one parameter, where the config asks for it."""
+    if not config.ensure_weight_tying:
+        return replaced
+    one: dict[int, nn.Parameter] = {}
+    return {
+        path: {
+            name: one.setdefault(id(_parameter(modules, path, name)), nn.Parameter(tensor))
+            for name, tensor in tensors.items()
+        }
+        for path, tensors in replaced.items()
+    }
 
 
 def _fresh(config: LoraConfig, target: Target, weight: FrozenWeight, generator: torch.Generator) -> Factors:

@@ -25,8 +25,16 @@ class Entry:
     revision: str | None = None
     origin: Origin | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
+    # Of one that was loaded: what its model card says about it.
+    about: str = ""
     # Of the adapters that were made here: which of the seed's starts it has.
     ordinal: int = 0
+
+    @classmethod
+    def of(cls, saved: SavedAdapter, plan: TargetPlan) -> Entry:
+        """Of an adapter that is loaded."""
+        unknown = dict(saved.unknown)
+        return cls(saved.config, plan, saved.base, saved.revision, saved.origin, unknown, saved.about)
 
 
 def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:
@@ -41,7 +49,7 @@ def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> S
         for full, parameter in placement.replaced(name).items()
     }
     config = written(placement.model, entry.config, entry.plan)
-    return SavedAdapter(config, factors, replaced, entry.base, entry.revision, origin, entry.unknown)
+    return SavedAdapter(config, factors, replaced, entry.base, entry.revision, origin, entry.unknown, about=entry.about)
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from loratune.adapt.plan import Target, TargetPlan
 from loratune.adapter import Factors, SavedAdapter
 from loratune.errors import AdapterFileError
+from loratune.lora import names_by_parameter
 
 
 def check_fit(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, where: str) -> None:
@@ -60,3 +62,9 @@ def _of_replaced(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter)
         elif tuple(saved.replaced[name].shape) != shape:
             yield f"{name} {tuple(saved.replaced[name].shape)}, expected {shape}"
     yield from (f"unexpected tensor {name}" for name in saved.replaced if name not in wanted)
+    if saved.config.ensure_weight_tying:
+        parts = ((part.path, model.get_submodule(part.path)) for part in target_plan.replaced)
+        for tied in names_by_parameter(parts).values():
+            there = [name for name in tied if name in saved.replaced]
+            if any(not torch.equal(saved.replaced[name], saved.replaced[there[0]]) for name in there[1:]):
+                yield f"{', '.join(there)}: its config ties them, and they differ"

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loratune.adapt.placement import Placement, weight_of
+from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
 from loratune.quant import rounded_once
@@ -37,14 +37,15 @@ def fold(
         The original tensors by name, or None without `keep_base`.
 
     Raises:
-        AdapterStateError: a tied weight would part from its twin, a merged tensor would not be finite, or a bias has
-            no place.
+        AdapterStateError: a tied weight would part from its twin, a merged tensor would not be finite, a bias has no
+            place, or the model is on the meta device.
     """
+    refuse_meta(placement.model.named_parameters())
     gone = placement.gone(names)
     if gone:
         raise AdapterStateError([f"{name}: {why}" for name, why in gone.items()], hint="adapt the model as it is now")
     merged, problems = _merged(placement, names, dtype)
-    problems |= _tied(placement, [name for name in merged if name not in problems])
+    problems |= _tied(placement, names, [name for name in merged if name not in problems])
     values: dict[str, Tensor] = {}
     for name in [name for name in merged if name not in problems]:
         value = merged[name]()
@@ -126,11 +127,13 @@ def _once(parameter: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     return lambda: parameter.detach().clone().to(dtype)
 
 
-def _tied(placement: Placement, names: Sequence[str]) -> dict[str, str]:
+def _tied(placement: Placement, adapters: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     owners = names_by_parameter(base_modules(placement.model))
+    own = {full: parameter for adapter in adapters for full, parameter in placement.replaced(adapter).items()}
     problems = {}
     for name in names:
-        others = [owner for owner in owners[id(placement.base_tensor(name))] if owner != name]
+        together = {full for full, parameter in own.items() if parameter is own.get(name)}
+        others = [owner for owner in owners[id(placement.base_tensor(name))] if owner not in {name, *together}]
         if others:
             problems[name] = f"it is tied to {', '.join(others)}, which a merge would change too"
     return problems

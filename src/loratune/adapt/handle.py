@@ -22,8 +22,8 @@ from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.groups import param_groups
 from loratune.adapt.heads import with_task
-from loratune.adapt.mixing import check_mixed, expecting, rows_of
-from loratune.adapt.placement import Placement
+from loratune.adapt.mixing import check_mixed, expecting, names_of_rows, rows_of
+from loratune.adapt.placement import Placement, refuse_meta
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
 from loratune.adapt.register import Register
 from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd, with_tokenizer
@@ -183,8 +183,7 @@ class Adapters:
         target_plan = replace(target_plan, notes=(*target_plan.notes, *say_what_is_odd(saved, where)))
         modules = dict(base_modules(self.model))
         parts = saved_parts(modules, saved, target_plan, dtype=dtype, trainable=trainable)
-        entry = Entry(saved.config, target_plan, saved.base, saved.revision, saved.origin, dict(saved.unknown))
-        self._put(name, entry, parts, modules, trainable=trainable)
+        self._put(name, Entry.of(saved, target_plan), parts, modules, trainable=trainable)
 
     def activate(self, *names: str) -> None:
         """These adapters and no others; their deltas add up. Without names the model is the base.
@@ -213,10 +212,11 @@ class Adapters:
         """Inside the block each row of the batch has the adapter of its name, or none where it is None.
 
         Raises:
-            AdapterStateError: an unknown name, a model in training mode, adapters that cannot be mixed; and from the
-                model, a batch with another number of rows.
+            AdapterStateError: no list, an unknown name, a model in training mode, adapters that cannot be mixed; and
+                from the model, a batch with another number of rows.
         """
         self._refuse_merged()
+        names = names_of_rows(names)
         distinct = tuple(dict.fromkeys(names))
         used = self._register.all_known([name for name in distinct if name is not None])
         check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(distinct))
@@ -364,6 +364,7 @@ class Adapters:
             parameter.requires_grad_(value)
 
     def _base_hash(self, target_plan: TargetPlan) -> str | None:
+        refuse_meta(self.base_parameters())
         return base_hash(self.base_parameters(), target_plan, self._kept or {})
 
     def _base_name(self) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from loratune.adapter.keys import HEADS_OF_TASK
 from loratune.config import LoraConfig
 
 _TASK_OF_CLASS = {
@@ -16,8 +17,6 @@ _TASK_OF_CLASS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# Names of the heads that a task adds to a base; a fresh one holds random numbers, so it has to train.
-_NEW_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 def task_of_class(model: nn.Module) -> str | None:
@@ -33,8 +32,8 @@ def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
-    """Paths of the heads that the task added to the base."""
-    return tuple(name for name in _NEW_HEADS.get(task or "", ()) if name in model._modules)
+    """Paths of the heads that the task added to the base; a fresh one holds random numbers, so it has to train."""
+    return tuple(name for name in HEADS_OF_TASK.get(task or "", ()) if name in model._modules)
 
 
 def output_head(model: Any) -> nn.Module | None:

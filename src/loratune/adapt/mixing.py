@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -31,6 +31,24 @@ def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
     return Rows(torch.tensor([distinct.index(name) for name in names]), banks)
 
 
+def names_of_rows(names: object) -> tuple[str | None, ...]:
+    """`names`, if it is a list of names, or None, in the order of the rows."""
+    problems = []
+    listed: tuple[Any, ...] = ()
+    if isinstance(names, str | bytes | Set | Mapping) or not isinstance(names, Iterable):
+        problems.append(f"rows() was given a {type(names).__name__}, not a list of names")
+    else:
+        listed = tuple(names)
+    problems += [
+        f"row {number} has a {type(name).__name__}, not a name"
+        for number, name in enumerate(listed, start=1)
+        if not isinstance(name, str | None)
+    ]
+    if problems:
+        raise AdapterStateError(problems, hint="give a list with one name, or None for the base, for each row")
+    return listed
+
+
 def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:
     """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch."""
     problems = []
@@ -51,7 +69,9 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None
 def expecting(model: nn.Module, state: AdapterState) -> Iterator[None]:
     """Inside the block the model refuses a batch of another number of rows than the state's view says."""
 
-    def look(model: nn.Module, args: Any, kwargs: Any) -> None:
+    def look(asked: nn.Module, args: Any, kwargs: Any) -> None:
+        if asked is not model:  # a copy made inside the block has this hook too, and no block
+            return
         view = state.view
         # Of the innermost block, which may be another one than that which set this hook.
         tokens = None if view.batch is None else _tokens_of(model, args, kwargs, view.batch)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from loratune.adapt.build import Modules, Parts
 from loratune.errors import AdapterStateError
@@ -121,7 +121,7 @@ class Placement:
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
         for low_rank in self.low_ranks(name).values():
             yield from low_rank.parameters()
-        yield from self.replaced(name).values()
+        yield from dict.fromkeys(self.replaced(name).values())  # tied ones once
 
     def gone(self, names: Sequence[str]) -> dict[str, str]:
         """What of these adapters stands on modules or shapes that the model has no more, and why.
@@ -160,6 +160,17 @@ def _refuse_covered(modules: Modules) -> None:
             f"{found[0]} and {len(found) - 1} more modules have been given another class since they were adapted "
             f"({type(modules[found[0]]).__name__})",
             hint="change adapters before the model is sharded or wrapped in place",
+        )
+
+
+def refuse_meta(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise unless the tensors hold values: on the meta device they have a shape alone."""
+    bare = [name for name, tensor in tensors if tensor.is_meta]
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        raise AdapterStateError(
+            f"no values are there, only shapes: {bare[0]}{more} on the meta device",
+            hint="load the model with its weights, or fill what is still on the meta device, first",
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -13,7 +12,7 @@ from loratune.adapt.heads import new_heads, output_head, task_of_class, with_tas
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.config import ALL_LINEAR, LoraConfig
-from loratune.config.lora import pattern_matches
+from loratune.config.lora import fully_matches, name_matches, pattern_matches
 from loratune.errors import TargetError, nearest
 from loratune.lora import (
     LoraLayer,
@@ -27,6 +26,8 @@ from loratune.lora import (
 from loratune.quant import frozen_weight
 
 _SHOWN_NAMES = 40
+# Under this name `torch.compile`'s wrapper holds what it was given.
+_COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,19 @@ class TargetPlan:
             raise TargetError(self.problems, hint=self.hint)
 
 
+def inside_compiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` put its wrapper around, whose own names are those of files; any other as it is."""
+    inside = model._modules.get(_COMPILED)
+    return model if inside is None else inside
+
+
 def plan(model: nn.Module, config: LoraConfig) -> TargetPlan:
-    """What `attach(model, config)` would do: modules, shapes, parameters, refusals. Works on the meta device."""
+    """What `attach(model, config)` would do: modules, shapes, parameters, refusals. Works on the meta device.
+
+    Raises:
+        ConfigError: a pattern that takes too long, so that nobody knows what it matches.
+    """
+    model = inside_compiled(model)
     return _Planner(model, with_task(model, config), of_file=False).plan()
 
 
@@ -136,6 +148,7 @@ class _Planner:
         replaced = plan_replacements(
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
+        self._check_compiled([*chosen, *(part.path for part in replaced)])
         if not targets and not self.problems:
             self.problems.append("nothing is left to adapt")
         return self._found(targets, replaced, saved)
@@ -213,13 +226,13 @@ class _Planner:
     def _matching(self, wanted: str | tuple[str, ...], setting: str) -> list[str]:
         """Paths that the names match, in the model's order; each name that matches nothing is a problem."""
         if isinstance(wanted, str):
-            matched = [path for path in self.modules if re.fullmatch(wanted, path)]
+            matched = [path for path in self.modules if fully_matches(wanted, path)]
             if not matched:
                 self.problems.append(f"{setting}: the pattern {wanted!r} matches no module")
             return matched
         found: set[str] = set()
         for name in wanted:
-            paths = [path for path in self.modules if path == name or path.endswith("." + name)]
+            paths = [path for path in self.modules if name_matches(name, path)]
             if not paths:
                 self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, self._short_names())}")
             found.update(paths)
@@ -251,6 +264,15 @@ class _Planner:
         for pattern in (*self.config.rank_pattern, *self.config.alpha_pattern):
             if not any(pattern_matches(pattern, path) for path in chosen):
                 self.problems.append(f"pattern {pattern!r} matches no adapted module")
+
+    def _check_compiled(self, paths: Sequence[str]) -> None:
+        wrapped = [path for path in paths if _COMPILED in path.split(".")]
+        if wrapped:
+            where = wrapped[0].partition(f".{_COMPILED}")[0]
+            self.problems.append(
+                f"{where} is wrapped by torch.compile, whose name {_COMPILED!r} would stand in the adapter's files: "
+                f"compile it in place ({where}.compile()), or the whole model"
+            )
 
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from loratune.adapt.heads import new_heads
+from loratune.adapter.keys import HEADS_OF_TASK
 from loratune.config import LoraConfig
+from loratune.config.lora import name_matches
 from loratune.errors import nearest
 from loratune.lora import Mixin, has_own, names_by_parameter
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Tensors of one module that an adapter has its own of: `numbers` holds how many values each of them has."""
+    """Tensors of one module that an adapter has its own of: `numbers` holds how many values each of them has.
+
+    One that is tied to another of them counts there: it has none here.
+    """
 
     path: str
     numbers: Mapping[str, int]
@@ -57,11 +62,27 @@ def plan_replacements(
         if has_own(modules[path], "lora_replaced") and not isinstance(modules[path], Mixin):
             problems.append(f"{path}: it has an attribute called 'lora_replaced' already")
     _note_tied(modules, ordered, notes)
-    return [Replacement(path, _numbers(modules[path], own)) for path, own in ordered]
+    if config.ensure_weight_tying:
+        problems += [
+            f"{path}: ensure_weight_tying is for modules_to_save, and the weight of this target is tied to {other}"
+            for path in targets
+            for other in _tied_to([path], modules)
+        ]
+    counted: set[int] = set()
+    return [
+        Replacement(path, _numbers(modules[path], own, counted if config.ensure_weight_tying else set()))
+        for path, own in ordered
+    ]
 
 
-def _numbers(module: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
-    return {name: parameter.numel() for name in names if (parameter := module._parameters[name]) is not None}
+def _numbers(module: nn.Module, names: tuple[str, ...], counted: set[int]) -> dict[str, int]:
+    numbers = {}
+    for name in names:
+        parameter = module._parameters[name]
+        if parameter is not None:
+            numbers[name] = 0 if id(parameter) in counted else parameter.numel()
+            counted.add(id(parameter))
+    return numbers
 
 
 def saved_modules(
@@ -82,17 +103,30 @@ def saved_modules(
     explicit = config.target_modules if isinstance(config.target_modules, tuple) else ()
     found = dict.fromkeys(head for head in heads if head not in explicit)
     for name in config.modules_to_save or ():
-        end = name if loosely else "." + name
-        paths = [path for path in modules if path == name or path.endswith(end)]
-        if not paths and heads and name in ("classifier", "score"):
+        paths = [path for path in modules if (path.endswith(name) if loosely else name_matches(name, path))]
+        if not paths and heads and name in HEADS_OF_TASK.get(config.task_type or "", ()):
             # peft lists both names for every classifier, of which a model has one.
             notes.append(f"modules_to_save: this model has no {name!r}, its head is {', '.join(heads)}")
         elif not paths:
             short = list(dict.fromkeys(path.rpartition(".")[2] for path in modules))
             problems.append(f"modules_to_save: {name!r} matches no module{nearest(name, short)}")
         found |= dict.fromkeys(paths)
+    if config.ensure_weight_tying:
+        tied = _tied_to(found, modules)
+        if not tied:
+            notes.append("ensure_weight_tying: no module of modules_to_save is tied to another")
+        found |= dict.fromkeys(tied)
     # A module inside another one that is saved is saved with it.
     return [path for path in modules if path in found and not any(path.startswith(other + ".") for other in found)]
+
+
+def _tied_to(saved: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the modules that share a parameter with a saved one."""
+    inside = [path for path in modules if any(path == root or path.startswith(root + ".") for root in saved)]
+    held = {id(parameter) for path in inside for parameter in modules[path]._parameters.values()}
+    owners = [names for one, names in names_by_parameter(modules.items()).items() if one in held]
+    paths = dict.fromkeys(name.rpartition(".")[0] for names in owners for name in names)
+    return [path for path in paths if path not in inside]
 
 
 def _check_saved(root: str, inside: Mapping[str, nn.Module], targets: Collection[str], problems: list[str]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 from torch import nn
 
 from loratune.adapt.plan import TargetPlan, plan_as_written
 from loratune.config import ALL_LINEAR, LoraConfig
-from loratune.config.lora import first_match
+from loratune.config.lora import first_match, name_matches
 from loratune.lora import base_modules
 
 
@@ -22,6 +23,7 @@ def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> Lo
         # peft finds the layout itself too, but warns where the file says otherwise.
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in target_plan.targets),
         "modules_to_save": _saved(model, config, target_plan),
+        "layers_pattern": _lists(model, config, target_plan),
         **_patterns(model, config, target_plan),
     }
     return _counted_from_base(cast(LoraConfig, config.replace(**values)))
@@ -48,11 +50,23 @@ def _saved(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tup
     """
     names = []
     for name in config.modules_to_save or ():
-        paths = [path for path in target_plan.saved if path == name or path.endswith("." + name)]
+        paths = [path for path in target_plan.saved if name_matches(name, path)]
         loosely = [path for path, _ in base_modules(model) if path.endswith(name)]
         names += [name] if paths and set(loosely) == set(paths) else paths
-    missing = [path for path in target_plan.saved if not any(path == n or path.endswith("." + n) for n in names)]
+    missing = [path for path in target_plan.saved if not any(name_matches(name, path) for name in names)]
     return tuple(dict.fromkeys([*names, *missing])) or None
+
+
+def _lists(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tuple[str, ...] | None:
+    """The name of the list of layers where the model itself holds it: peft finds such a list by its name alone."""
+    if config.layers_to_transform is None or config.layers_pattern is not None:
+        return config.layers_pattern
+    paths = [target.path.split(".") for target in target_plan.targets]
+    if not any(path[1].isdigit() for path in paths):
+        return None
+    names = tuple(sorted({next(before for before, part in pairwise(path) if part.isdigit()) for path in paths}))
+    same = plan_as_written(model, config.replace(layers_pattern=names)).targets == target_plan.targets
+    return names if same else None
 
 
 def _patterns(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 from loratune.adapter.value import SavedAdapter
 
+_RANK = re.compile(r"^Rank \d+, alpha .*\.\n\n", re.MULTILINE)
+_USE = "```python\nimport loratune as lt\n"
+
 
 def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
-    """The text of `README.md`; `about` is Markdown that a run adds (its data, results)."""
+    """The text of `README.md`; `about` is Markdown that a run adds (its data, results), else the adapter's own."""
+    about = (about or adapter.about).strip()
     front = {
         "library_name": "peft",
         "tags": sorted(["lora", "transformers", *([f"base_model:adapter:{adapter.base}"] if adapter.base else [])]),
@@ -25,10 +31,8 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
         "",
         f"Rank {config.r}, alpha {config.lora_alpha:g}, {len(adapter.factors)} modules ({', '.join(targets)}).",
         "",
-        *([about.strip(), ""] if about.strip() else []),
-        "```python",
-        "import loratune as lt",
-        "",
+        *([about, ""] if about else []),
+        _USE,
         'lora = lt.attach(model, "path/to/this/folder")',
         "```",
         "",
@@ -36,3 +40,10 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
         "",
     ]
     return f"---\n{yaml.safe_dump(front, sort_keys=True)}---\n\n" + "\n".join(lines)
+
+
+def about_of(card: str) -> str:
+    """The Markdown that `card_of` was given about the adapter; nothing for a card that it did not write."""
+    rank = _RANK.search(card)
+    end = card.rfind(_USE)
+    return card[rank.end() : end].strip() if rank and rank.end() <= end else ""

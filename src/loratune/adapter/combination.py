@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterFileError, ConfigError, nearest
 from loratune.lora import generator_for
+from loratune.lora.init import leading_directions
 
 METHODS = ("concat", "svd", "ties", "dare")
 _WITH_DENSITY = ("ties", "dare")
@@ -131,8 +132,9 @@ def combine(
         ConfigError: arguments that cannot be, every one of them.
         AdapterFileError: adapters that do not fit together, or whose update is not scale · B A alone; all reasons.
     """
+    adapters, weights, names = _listed(adapters, weights, names)
     called = [names[i] if i < len(names) else f"adapter {i + 1}" for i in range(len(adapters))]
-    _refuse(adapters, weights, method, rank, density, called)
+    _refuse(adapters, weights, method, rank, density, seed, called)
     k = rank or max(factors.A.shape[0] for adapter in adapters for factors in adapter.factors.values())
     entrywise = _Entrywise(method, density, seed, k) if density is not None else None
     sums: dict[str, _Sum] = {}
@@ -161,6 +163,7 @@ def _refuse(
     method: str,
     rank: int | None,
     density: float | None,
+    seed: int,
     called: Sequence[str],
 ) -> None:
     problems: list[tuple[str, str]] = []
@@ -168,7 +171,7 @@ def _refuse(
         why = "it adds up A and B apart, and the product of the sums is not a weighted sum of the updates"
         problems.append((f"method={method!r} is not offered: {why}", "concat is the exact sum, svd its best of a rank"))
     elif method not in METHODS:
-        problems.append((f"no method {method!r}{nearest(method, METHODS)}", f"there are {', '.join(METHODS)}"))
+        problems.append((f"no method {method!r}{nearest(str(method), METHODS)}", f"there are {', '.join(METHODS)}"))
     if not adapters:
         problems.append(("there is no adapter to combine", "name at least one"))
     if len(weights) != len(adapters):
@@ -178,17 +181,7 @@ def _refuse(
         for number, weight in enumerate(weights, start=1)
         if not _is_number(weight)
     ]
-    if rank is not None and not _is_rank(rank):
-        problems.append((f"rank={rank!r} is no whole number from 1", ""))
-    elif rank is not None and method == "concat":
-        problems.append((f"rank={rank} with concat, whose rank is the sum of all", "method svd keeps to a rank"))
-    if density is not None and not 0 < density <= 1:
-        problems.append((f"density={density!r} is not in (0, 1]", ""))
-    elif density is not None and method in ("concat", "svd"):
-        problems.append((f"density={density} means nothing to {method}", "leave density out, or take ties or dare"))
-    elif density is None and method in _WITH_DENSITY:
-        papers = "the papers keep 0.2 (ties) and 0.1 (dare); a rank that small entries do not fit wants more"
-        problems.append((f"{method} needs a density", papers))
+    problems += _unset(method, rank, density, seed)
     misfits = _misfits(adapters, called)
     if not problems and not misfits:
         problems = _overflows(adapters, weights, called)
@@ -198,12 +191,50 @@ def _refuse(
         raise kind([problem for problem, _ in (*problems, *misfits)], hint="; ".join(hints))
 
 
+def _unset(method: str, rank: int | None, density: float | None, seed: int) -> list[tuple[str, str]]:
+    """Settings of the methods that are wrong, or missing."""
+    problems = []
+    if rank is not None and not _is_rank(rank):
+        problems.append((f"rank={rank!r} is no whole number from 1", ""))
+    elif rank is not None and method == "concat":
+        problems.append((f"rank={rank} with concat, whose rank is the sum of all", "method svd keeps to a rank"))
+    if not _is_whole(seed):
+        problems.append((f"seed={seed!r} is no whole number", "give a seed such as 0"))
+    if density is not None and not (_is_number(density) and 0 < density <= 1):
+        problems.append((f"density={density!r} is not in (0, 1]", ""))
+    elif density is not None and method in ("concat", "svd"):
+        problems.append((f"density={density} means nothing to {method}", "leave density out, or take ties or dare"))
+    elif density is None and method in _WITH_DENSITY:
+        papers = "the papers keep 0.2 (ties) and 0.1 (dare); a rank that small entries do not fit wants more"
+        problems.append((f"{method} needs a density", papers))
+    return problems
+
+
+def _listed(*given: object) -> list[list[Any]]:
+    """`adapters`, `weights` and `names` as lists, in the order in which they were given."""
+    problems: list[str] = []
+    lists: list[list[Any]] = []
+    for word, value in zip(("adapters", "weights", "names"), given, strict=True):
+        is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | Set | Mapping)
+        lists.append(list(cast("Iterable[Any]", value)) if is_list else [])
+        problems += [] if is_list else [f"{word} is a {type(value).__name__}, not a list"]
+    kinds = [(i, type(item).__name__) for i, item in enumerate(lists[0], 1) if not isinstance(item, SavedAdapter)]
+    problems += [f"adapter {i} is a {kind}, not a SavedAdapter" for i, kind in kinds]
+    if problems:
+        raise ConfigError(problems, hint="give a list of adapters, each from read_adapter(folder), and one of numbers")
+    return lists
+
+
 def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_whole(value) and value >= 1
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _misfits(adapters: Sequence[SavedAdapter], called: Sequence[str]) -> list[tuple[str, str]]:
@@ -323,14 +354,7 @@ def _leading(matrix: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor
     if min(matrix.shape) <= _LARGEST_FULL_SVD:
         U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return U, sigma, Vh
-    width = min(k + _OVERSAMPLING, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
-    Q, _ = torch.linalg.qr(matrix @ start)
-    for _ in range(_ROUNDS):
-        Q, _ = torch.linalg.qr(matrix.T @ Q)
-        Q, _ = torch.linalg.qr(matrix @ Q)
-    U, sigma, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    return Q @ U, sigma, Vh
+    return leading_directions(matrix, k + _OVERSAMPLING, rounds=_ROUNDS, generator=generator)
 
 
 # -- the result --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratune.adapter.spectrum import alive, decomposed, layer_order, singular_values
 from loratune.adapter.value import SavedAdapter
-from loratune.errors import AdapterFileError
+from loratune.errors import AdapterFileError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def diff(a: SavedAdapter, b: SavedAdapter) -> Difference:
     """Compare the updates scale · B A of two adapters.
 
     Raises:
+        ConfigError: what is no adapter.
         AdapterFileError: modules of other shapes, NaN or infinity, an update that counts from a base which peft had
             changed; every problem.
     """
@@ -107,6 +108,12 @@ def diff(a: SavedAdapter, b: SavedAdapter) -> Difference:
 
 
 def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
+    given: tuple[tuple[str, object], ...] = (("the first", a), ("the second", b))
+    strange = [
+        f"{word} is a {type(it).__name__}, not a SavedAdapter" for word, it in given if not isinstance(it, SavedAdapter)
+    ]
+    if strange:
+        raise ConfigError(strange, hint="read_adapter(folder) reads one")
     problems = [
         f"{path}: {x.B.shape[0]} × {x.A.shape[1]} in one and {y.B.shape[0]} × {y.A.shape[1]} in the other"
         for path, x in sorted(a.factors.items())

@@ -18,7 +18,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from loratune.adapter.keys import DTYPES, from_keys, surplus_keys, to_keys
+from loratune.adapter.card import about_of
+from loratune.adapter.keys import DTYPES, HEADS_OF_TASK, from_keys, surplus_keys, to_keys
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
@@ -32,17 +33,15 @@ ORIGIN_FILE = "loratune.json"
 
 # Where peft's default differs from ours; a file need not hold more than its `peft_type`.
 _PEFT_DEFAULTS = {"lora_alpha": 8}
-# Heads that peft trains and saves whole for these tasks, whatever `modules_to_save` says.
-_TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Mapping[str, bytes] | None = None) -> None:
     """Write the adapter's files, all or none; `beside` holds further files that belong to it (a tokenizer's).
 
     Raises:
-        AdapterFileError: a tensor is not finite.
+        AdapterFileError: a tensor is not finite, or on the meta device.
     """
-    bad = [f"{name} holds NaN or infinity" for name, tensor in adapter.named_tensors() if not _finite(tensor)]
+    bad = [f"{name} {why}" for name, tensor in adapter.named_tensors() if (why := _unfit(tensor))]
     if bad:
         raise AdapterFileError(bad, hint="nothing was written")
     contents = {TENSOR_FILE: _tensor_bytes(adapter), CARD_FILE: card.encode(), **(beside or {})}
@@ -76,7 +75,8 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     assert origin is not None
     factors, replaced, surplus = contents
     config, base, revision, unknown = described
-    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus)
+    about = _read_about(folder / CARD_FILE)
+    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus, about)
 
 
 def _read_contents(
@@ -86,7 +86,7 @@ def _read_contents(
     tensors = _read_tensors(path)
     problems = [f"{key!r} holds NaN or infinity" for key, t in tensors.items() if finite and not _finite(t)]
     replaces = config is None or (
-        config.bias != "none" or bool(config.modules_to_save) or config.task_type in _TASKS_WITH_HEADS
+        config.bias != "none" or bool(config.modules_to_save) or config.task_type in HEADS_OF_TASK
     )
     surplus = surplus_keys(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
@@ -217,6 +217,14 @@ def _read_origin(path: Path) -> Origin:
     return Origin(*(_text(raw, key, path) for key in Origin.__dataclass_fields__))
 
 
+def _read_about(path: Path) -> str:
+    """What the card says about the adapter; a card that cannot be read keeps nobody from using the adapter."""
+    try:
+        return about_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+
+
 def _text(raw: Mapping[str, Any], key: str, path: Path) -> str | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, str):
@@ -234,6 +242,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(path.read_bytes())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _unfit(tensor: Tensor) -> str:
+    """Why a tensor cannot be written; empty where it can."""
+    if tensor.is_meta:
+        return "is on the meta device and holds no values"
+    return "" if _finite(tensor) else "holds NaN or infinity"
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -51,6 +51,7 @@ class SavedAdapter:
         origin: which base and tokenizer these were.
         unknown: keys of a foreign `adapter_config.json` that mean nothing here; kept when written again.
         surplus: tensors of a foreign file that say again what others say; left out when written again.
+        about: Markdown of its model card that somebody wrote about it.
     """
 
     config: LoraConfig
@@ -61,6 +62,7 @@ class SavedAdapter:
     origin: Origin = Origin()
     unknown: Mapping[str, Any] = field(default_factory=dict)
     surplus: tuple[str, ...] = ()
+    about: str = ""
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
+import regex
 from pydantic import field_validator
 
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL, asks_for_something
 from loratune.config.setting import Settings, setting
-from loratune.errors import nearest
+from loratune.errors import ConfigError, nearest
 
 ALL_LINEAR = "all-linear"
 # Starts by name; "pissa_niter_N" too, which approximates PiSSA's decomposition in N rounds.
@@ -21,6 +25,13 @@ ANCHORED = r"(.*\.)?({})"
 _LARGEST_RANK = 2**16
 _LARGEST_ALPHA = 1e9
 _PISSA_ROUNDS = re.compile(r"pissa_niter_(\d+)")
+# Seconds of CPU time for all matches of one pattern that take longer than ordinary ones, which take microseconds.
+_PATIENCE, _ORDINARY = 1.0, 1e-3
+# `regex` writes repeats out: this many characters take about 100 MB.
+_LARGEST_PATTERN = 200_000
+_REPEATS = re.compile(r"\{(\d+)(?:,\d*)?\}")
+# What `re` reads as characters and `regex` does not: "{e<=1}", up to one error, and "[[:alpha:]]", a class.
+_READ_OTHERWISE = re.compile(r"(?:\\.|[^\\])*?(?:\[:|\{(?!(?:\d+(?:,\d*)?|,\d*)\}))", re.DOTALL)
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 _ADAPTER = "Adapter"
@@ -83,6 +94,9 @@ class LoraConfig(Settings):
     lora_bias: bool = setting(False, "a trained bias behind B", flag="")
     modules_to_save: tuple[str, ...] | None = setting(
         None, "modules that train whole and are saved with the adapter", flag="save-modules", group=_ADAPTER
+    )
+    ensure_weight_tying: bool = setting(
+        False, "modules_to_save brings along what is tied to them: both train as one and stay tied", flag=""
     )
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
@@ -202,8 +216,52 @@ def first_match(patterns: Mapping[str, float], path: str) -> float | None:
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), None)
 
 
+def name_matches(name: str, path: str) -> bool:
+    """Whether a path is called by `name`: the whole path, or its end from a dot on."""
+    return path == name or path.endswith("." + name)
+
+
 def pattern_matches(pattern: str, path: str) -> bool:
-    return re.fullmatch(ANCHORED.format(pattern), path) is not None
+    """Whether a regex matches the path's end from a dot or from its start; raises as `fully_matches`."""
+    return _matcher(pattern, ANCHORED)(path)
+
+
+def fully_matches(pattern: str, path: str) -> bool:
+    """Whether a regex matches the whole path.
+
+    Raises:
+        ConfigError: the pattern takes too long, on this path or on all so far.
+    """
+    return _matcher(pattern, "{}")(path)
+
+
+class _Matcher:
+    """`re.fullmatch` with an end: a pattern like (a|aa)+, which anybody's file may hold, can run for years in `re`."""
+
+    def __init__(self, pattern: str, form: str) -> None:
+        self._pattern = pattern
+        self._compiled = regex.compile(form.format(pattern), regex.VERSION0)
+        self._patience = _PATIENCE
+
+    def __call__(self, path: str) -> bool:
+        begun = time.thread_time()
+        try:
+            found = self._compiled.fullmatch(path, timeout=self._patience)
+        except TimeoutError:
+            self._patience = 0.0
+            raise ConfigError(
+                f"the pattern {self._pattern!r} takes too long: given up at {path!r}",
+                hint="leave out repeats of what repeats itself, such as (a+)+ or (.|.)*, or list the names",
+            ) from None
+        took = time.thread_time() - begun
+        if took > _ORDINARY:
+            self._patience = max(0.0, self._patience - took)
+        return found is not None
+
+
+@lru_cache(maxsize=1024)
+def _matcher(pattern: str, form: str) -> _Matcher:
+    return _Matcher(pattern, form)
 
 
 def _strings(value: Any) -> Any:
@@ -220,8 +278,14 @@ def _strings(value: Any) -> Any:
 
 def _compile(pattern: str, form: str = "{}") -> None:
     """Whether the pattern is one, alone and in the form in which it is used."""
+    if _READ_OTHERWISE.match(pattern):
+        raise ValueError(f"{pattern!r}: a brace that is no count is written \\{{, a bracket before ':' \\[")
     try:
         re.compile(pattern)
         re.compile(form.format(pattern))
-    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        times = math.prod(int(number) or 1 for number in _REPEATS.findall(pattern))
+        if times > 1 and times * len(pattern) > _LARGEST_PATTERN:
+            raise ValueError(f"{pattern!r} repeats its parts {times} times, more than a name has")
+        regex.compile(form.format(pattern), regex.VERSION0)
+    except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 Init = bool | str
 
+# Directions that the approximate decomposition follows beyond those that are asked for.
 _OVERSAMPLED = 8
 
 
@@ -56,18 +57,29 @@ def decomposed_factors(
         Q, R = torch.linalg.qr(W)
         return R[:r].contiguous(), Q[:, :r].contiguous()
     rounds = init.removeprefix("pissa_niter_")
-    U, S, Vh = _largest(W, r, int(rounds), generator) if rounds != init else torch.linalg.svd(W, full_matrices=False)
+    if rounds == init:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, Vh = leading_directions(W, r + _OVERSAMPLED, rounds=int(rounds), generator=generator)
     root = (S[:r] / scale).sqrt()
     return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
 
 
-def _largest(W: Tensor, r: int, rounds: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values and vectors, approximately.
+def leading_directions(
+    W: Tensor, width: int, *, rounds: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular directions of W (out, in), approximately: U (out, width), σ, Vᵀ (width, in) in its dtype.
 
     Halko, Martinsson and Tropp, "Finding structure with randomness" (arXiv:0909.4061), algorithms 4.4 and 5.1.
+
+    Args:
+        width: how many; the last of them are the least certain, so ask for more than are needed.
+        rounds: of subspace iteration.
+        generator: of the CPU.
     """
-    width = min(r + _OVERSAMPLED, *W.shape)
-    Q, _ = torch.linalg.qr(W @ _empty(W.shape[1], width).normal_(generator=generator).to(W.device))
+    width = min(width, *W.shape)
+    start = torch.randn(W.shape[1], width, generator=generator, dtype=W.dtype, device="cpu")
+    Q, _ = torch.linalg.qr(W @ start.to(W.device))
     for _ in range(rounds):
         P, _ = torch.linalg.qr(W.T @ Q)
         Q, _ = torch.linalg.qr(W @ P)

@@ -21,7 +21,8 @@ class Tensors(nn.Module):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            # One that is a parameter already is tied to another module's.
+            self.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
         if any(prefix + name in state_dict for name in self._parameters):  # a checkpoint of the base alone has none

@@ -135,7 +135,9 @@ class AdapterState:
         return as_now
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_bound"}
+        # A copy has run nothing yet and stands in no block: none will end for it, so what is active now stays so until
+        # somebody activates something else.
+        return {"view": View(self.active)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _bound=WeakSet())  # a copy has run nothing yet
+        vars(self).update(state, _suspended=[], _bound=WeakSet())

@@ -3,21 +3,47 @@
     from loratune.compat.peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 Signatures and return values are those of peft 0.21.2; the adapters themselves belong to the handle, and where it is
-stricter than PEFT its errors come through as they are. An argument that asks for what is not here is refused.
-`AdapterCheckpoints` is ours: with it transformers' Trainer resumes from its checkpoints of adapters.
+stricter than PEFT its errors come through as they are. An argument that asks for what is not here is refused, and a
+name of PEFT's that is not here says what there is instead. An adapted layer has no `lora_A` and `lora_B`: its tensors
+are in `model.base_model.handle.factors()`. `AdapterCheckpoints` is ours: with it transformers' Trainer resumes from its
+checkpoints of adapters.
 """
 
-from loratune.compat.peft.auto import AutoPeftModelForCausalLM
+from typing import Any
+
+from loratune.compat.peft.absent import absent
+from loratune.compat.peft.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from loratune.compat.peft.checkpoints import AdapterCheckpoints
-from loratune.compat.peft.config import LoraConfig, PeftConfig, PeftType, TaskType
+from loratune.compat.peft.config import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PeftWarning,
+    TaskType,
+)
 from loratune.compat.peft.functions import (
+    get_base_model_state_dict,
+    get_layer_status,
+    get_model_status,
+    get_peft_config,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from loratune.compat.peft.kbit import prepare_model_for_kbit_training
-from loratune.compat.peft.model import PeftModel
+from loratune.compat.peft.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+from loratune.compat.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from loratune.compat.peft.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -26,14 +52,27 @@ from loratune.compat.peft.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from loratune.compat.peft.tuner import LoraModel
+from loratune.compat.peft.tuner import PEFT_TYPE_TO_TUNER_MAPPING, LoraModel
+from loratune.errors import LoratuneError as PeftError
+from loratune.errors import TargetError as NoMatchingPeftModuleError
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "AdapterCheckpoints",
+    "AutoPeftModel",
     "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "LoraModel",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftModel",
     "PeftModelForCausalLM",
     "PeftModelForFeatureExtraction",
@@ -42,10 +81,22 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "TaskType",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(name, __all__)

@@ -30,6 +30,10 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class PeftWarning(UserWarning):
+    """What the code under PEFT's names warns with."""
+
+
 class PeftType(enum.StrEnum):
     """The one method of PEFT's that is here."""
 
@@ -105,6 +109,7 @@ class LoraConfig(OurLoraConfig):
 
 # PEFT's base class of all configs; here there is one kind.
 PeftConfig = LoraConfig
+PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType.LORA: LoraConfig}
 
 
 def plain(config: object) -> Any:

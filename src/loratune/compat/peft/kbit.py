@@ -1,10 +1,11 @@
-"""PEFT's preparation of a quantised base."""
+"""PEFT's preparation of a base: quantised, or in half precision."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from loratune.model import recompute_activations
 
@@ -35,3 +36,9 @@ def prepare_model_for_kbit_training(
         else:
             recompute_activations(model)
     return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is frozen to `dtype`, and what trains to fp32, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

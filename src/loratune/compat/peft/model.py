@@ -17,10 +17,12 @@ from loratune.adapt.heads import task_of_class
 from loratune.adapter import read_adapter, to_keys
 from loratune.compat.peft.config import LoraConfig, PeftType, folder_of, plain, refuse
 from loratune.compat.peft.state import all_matched, read_state, write_state
+from loratune.compat.peft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from loratune.compat.peft.tuner import LoraModel, dtype_for
 from loratune.errors import ConfigError
 
-_BY_TASK: dict[str, type[PeftModel]] = {}
+# PEFT's class for each task.
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 
 # The adapter that is saved in the folder itself; others get a folder of their own in it.
 DEFAULT = "default"
@@ -38,7 +40,7 @@ class PeftModel(nn.Module):
     def __init_subclass__(cls, task: str | None = None) -> None:
         super().__init_subclass__()
         if task is not None:
-            _BY_TASK[task] = cls
+            MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] = cls
 
     def __init__(
         self,
@@ -201,6 +203,23 @@ class PeftModel(nn.Module):
         share = 100 * trainable / total
         sys.stdout.write(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}\n")
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each adapted layer."""
+        base = self.base_model
+        return layer_status(self._handle, base.active_adapters, enabled=not base.adapters_disabled, under="model.")
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapted layers together."""
+        trainable, total = self.get_nb_trainable_parameters()
+        return model_status(
+            self.get_layer_status(),
+            base_model_type=type(self.get_base_model()).__name__,
+            adapter_model_type=type(self.base_model).__name__,
+            peft_types={name: config.peft_type.value for name, config in self.peft_config.items()},
+            trainable_params=trainable,
+            total_params=total,
+        )
+
     def get_adapter_state_dict(self, adapter_name: str = DEFAULT) -> dict[str, Tensor]:
         """The adapter's tensors under the names of PEFT's files."""
         return read_state(self._handle, adapter_name)
@@ -297,4 +316,4 @@ def _blank(kind: type[PeftModel]) -> PeftModel:
 
 def class_for(model: nn.Module, task_type: str | None, *, otherwise: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """PEFT's class for a task, which where the config names none is the one that the model's own class tells."""
-    return _BY_TASK.get(task_type or task_of_class(model) or "", otherwise)
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or task_of_class(model) or "", otherwise)

@@ -1,4 +1,4 @@
-"""An adapter's tensors under the names of PEFT's files, read from a handle and written into one."""
+"""An adapter's tensors under the names of PEFT's files, and its base's, read from a handle and written into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from loratune.adapt import Adapters
 from loratune.adapter import Factors, to_keys
-from loratune.errors import AdapterFileError, AdapterStateError
+from loratune.errors import AdapterFileError, AdapterStateError, MergedError, ModelError
 
 
 def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
@@ -54,6 +54,25 @@ def write_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, s
         for key, tensor in live.items():
             if key in tensors:
                 tensor.copy_(tensors[key])
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def write_base_state(handle: Adapters, tensors: Mapping[str, Tensor], *, strict: bool) -> Any:
+    """Copy tensors into the base's own, in place.
+
+    Raises:
+        ModelError: with `strict`, keys are missing or unexpected; nothing is changed.
+        MergedError: adapters are folded into the base's weights.
+    """
+    if handle.merged:
+        raise MergedError("the base's weights hold adapters, which the new ones would not", hint="unmerge first")
+    there = handle.base_state()
+    missing = [key for key in there if key not in tensors]
+    unexpected = [key for key in tensors if key not in there]
+    if strict and (missing or unexpected):
+        problems = [f"{key} is missing" for key in missing] + [f"{key} is unexpected" for key in unexpected]
+        raise ModelError(problems, hint="strict=False loads the rest")
+    handle.model.load_state_dict({key: tensors[key] for key in there if key in tensors}, strict=False)
     return _IncompatibleKeys(missing, unexpected)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from loratune.adapt import Adapters, adapters
 from loratune.adapter import combine
-from loratune.compat.peft.config import LoraConfig, of_plain
+from loratune.compat.peft.config import LoraConfig, PeftType, PeftWarning, of_plain
 from loratune.errors import ConfigError, nearest
 
 # The name of a row that no adapter serves.
@@ -50,6 +50,17 @@ class LoraModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_disabling"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_resting": []})  # type: ignore[no-untyped-call]
+        self._disabling = ExitStack()
+        if state["_resting"]:
+            # What disabled the original does not end for its copy, which is enabled by a call of its own.
+            self.handle.activate(*state["_resting"][0])
+            self.disable_adapter_layers()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -72,6 +83,10 @@ class LoraModel(nn.Module):
         }
 
     # -- which adapters ------------------------------------------------------------------------------------------
+
+    @property
+    def adapters_disabled(self) -> bool:
+        return bool(self._resting)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -108,7 +123,9 @@ class LoraModel(nn.Module):
             others = sorted(name for name in handle.names if name != adapter_name)
             if not rest and others:
                 warnings.warn(
-                    f"adapter {adapter_name!r} was active and is deleted; {others[0]!r} is active now", stacklevel=2
+                    f"adapter {adapter_name!r} was active and is deleted; {others[0]!r} is active now",
+                    PeftWarning,
+                    stacklevel=2,
                 )
             self.set_adapter(rest or others[:1])
         handle.remove(adapter_name)
@@ -230,3 +247,6 @@ def dtype_for(model: nn.Module, *, autocast_adapter_dtype: bool) -> torch.dtype:
     if autocast_adapter_dtype:
         return torch.float32
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}

@@ -1,0 +1,148 @@
+"""What `get_layer_status` and `get_model_status` of PEFT say, from the handle.
+
+One adapter set is active in the whole model here, so nothing is "irregular" but what one layer has and another lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from loratune.adapt import Adapters
+from loratune.errors import AdapterStateError
+from loratune.lora import base_modules
+
+Irregular = Literal["irregular"]
+
+# PEFT adapts GPT-2's Conv1D by its layer for Linear.
+_LAYERS = {"Conv1D": "Linear"}
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer, or one module of `modules_to_save`; the fields are PEFT's.
+
+    Attributes:
+        active_adapters: also those that have nothing on this layer, as in PEFT.
+        requires_grad: by adapter; True also while the adapters are disabled, which freezes nothing here.
+        devices: by adapter, the kinds of device its tensors are on.
+        quantization_backend: None, since no quantised layer is adapted.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """All layers together; the fields are PEFT's. What differs from layer to layer is "irregular"."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
+
+
+def layer_status(handle: Adapters, active: Sequence[str], *, enabled: bool, under: str = "") -> list[TunerLayerStatus]:
+    """One for each adapted layer and each module that trains whole, in the model's order.
+
+    Args:
+        active: the adapters that are active, or will be again where they are disabled.
+        under: what stands before a module's path in its name.
+
+    Raises:
+        AdapterStateError: no adapter is left on the model.
+    """
+    kinds = {target.path: target.kind for name in handle.names for target in handle.plan(name).targets}
+    saved = {path for name in handle.names for path in handle.plan(name).saved}
+    found = []
+    for path, _ in base_modules(handle.model):
+        tensors = _tensors(handle, path, whole=path in saved) if path in kinds or path in saved else {}
+        if tensors:
+            found.append(
+                TunerLayerStatus(
+                    name=under + path,
+                    module_type="ModulesToSaveWrapper" if path in saved else f"lora.{_layer(kinds[path])}",
+                    enabled=enabled,
+                    active_adapters=[name for name in active if path not in saved or name in tensors],
+                    merged_adapters=[name for name in active if handle.merged and name in tensors],
+                    requires_grad={name: _all_or_none(p.requires_grad for p in own) for name, own in tensors.items()},
+                    available_adapters=sorted(tensors),
+                    devices={name: sorted({p.device.type for p in own}) for name, own in tensors.items()},
+                    quantization_backend=None,
+                )
+            )
+    if not found:
+        raise AdapterStateError("this model has no adapter left", hint="add or load one")
+    return found
+
+
+def model_status(layers: Sequence[TunerLayerStatus], **about: Any) -> TunerModelStatus:
+    """The layers' status as one.
+
+    Args:
+        about: the fields that no layer tells: the types and the counts of parameters.
+    """
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    partly = any(name in layer.available_adapters and name not in layer.merged_adapters
+                 for layer in layers for name in merged)  # fmt: skip
+    active = {tuple(layer.active_adapters) for layer in layers}
+    return TunerModelStatus(
+        **about,
+        num_adapter_layers=len(layers),
+        enabled=all(layer.enabled for layer in layers),
+        active_adapters=list(active.pop()) if len(active) == 1 else "irregular",
+        merged_adapters="irregular" if partly else merged,
+        requires_grad={
+            name: _all_or_none(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in names
+        },
+        available_adapters=names,
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
+        },
+        quantization_backend=None,
+    )
+
+
+def _layer(kind: str) -> str:
+    return _LAYERS.get(kind, kind)
+
+
+def _tensors(handle: Adapters, path: str, *, whole: bool) -> dict[str, list[nn.Parameter]]:
+    """By adapter, the tensors that it has on one module; of one that trains whole also those inside it."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name in handle.names:
+        if whole:
+            own = [p for full, p in handle.replaced(name).items() if full.startswith(path + ".")]
+        else:
+            low_rank = handle.factors(name).get(path)
+            own = [] if low_rank is None else list(low_rank.parameters())
+        if own:
+            found[name] = own
+    return found
+
+
+def _all_or_none(values: Iterable[bool | Irregular]) -> bool | Irregular:
+    found = set(values)
+    return found.pop() if len(found) == 1 else "irregular"
