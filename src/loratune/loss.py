@@ -1,38 +1,42 @@
 """Cross-entropy over the supervised tokens, as a sum: dividing by a step's count is the caller's.
 
-Only the positions that predict a supervised token get logits, and these are turned into fp32 a chunk at a time.
+Only the positions that predict a supervised token get logits, some of them at a time, and the gradient of each is
+formed as soon as they are there: neither a (tokens × vocabulary) matrix nor its gradient ever exists (the idea of Hsu
+et al., "Liger Kernel", arXiv:2410.10989, section 3.2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from loratune.data.batch import Batch
-from loratune.model import only_positions, packed_inputs
+from loratune.model import has_separate_head, hidden_at, logits_from, only_positions, packed_inputs
 
-_CHUNK = 256
+# Positions whose logits exist at once, and those whose probabilities do, in fp32: a processor's cache holds few, an
+# accelerator is idle with few.
+_CHUNK, _CACHED = {"cpu": 256}, {"cpu": 32}
+_WIDE_CHUNK = 2048
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (N, vocabulary) at the batch's scored positions, in the model's dtype."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    if batch.segments is not None:
-        inputs.update(packed_inputs(batch.segments, batch.above))
-    else:
-        inputs.update(attention_mask=batch.attention_mask, use_cache=False)
     with only_positions(model, batch.scored):
-        logits: Tensor = model(**inputs).logits
+        logits: Tensor = model(**_inputs(batch)).logits
     return logits[0]
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Σ −log p(target) over the batch's supervised tokens, an fp32 scalar with a graph where gradients are on."""
-    return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
+    if not has_separate_head(model):
+        return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
+    hidden = hidden_at(model, batch.scored, _inputs(batch))
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return _summed(hidden, batch.targets, batch.times, lambda some: logits_from(model, some), trained)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None = None) -> Tensor:
@@ -42,16 +46,84 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None = None) 
         logits: (N, vocabulary) of any float dtype; targets: (N,).
         times: (N,), how often each counts; once without it.
     """
-    total = torch.zeros((), device=logits.device)
-    for begin in range(0, len(targets), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
-        often = None if times is None else times[part]
-        # Recomputed in the backward pass: an fp32 copy of all logits would be the largest tensor of the step.
-        total = total + checkpoint(_chunk_loss, logits[part], targets[part], often, use_reentrant=False)
-    return total
+    return _summed(logits, targets, times, lambda some: some, [])
 
 
-def _chunk_loss(logits: Tensor, targets: Tensor, times: Tensor | None) -> Tensor:
-    if times is None:
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
-    return (F.cross_entropy(logits.float(), targets, reduction="none") * times).sum()
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if batch.segments is not None:
+        return {**inputs, **packed_inputs(batch.segments, batch.above)}
+    return {**inputs, "attention_mask": batch.attention_mask, "use_cache": False}
+
+
+def _summed(
+    hidden: Tensor,
+    targets: Tensor,
+    times: Tensor | None,
+    logits_of: Callable[[Tensor], Tensor],
+    trained: list[nn.Parameter],
+) -> Tensor:
+    """The loss of `logits_of(hidden)`, where `trained` are the parameters that it depends on."""
+    loss: Tensor = _SummedLoss.apply(hidden, targets, times, logits_of, *trained)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        times: Tensor | None,
+        logits_of: Callable[[Tensor], Tensor],
+        *trained: Tensor,
+    ) -> Tensor:
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        gradients = [torch.zeros_like(t) if want else None for t, want in zip((hidden, *trained), wanted, strict=True)]
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        size = _CHUNK.get(hidden.device.type, _WIDE_CHUNK)
+        for begin in range(0, len(targets), size):
+            part = slice(begin, begin + size)
+            with torch.set_grad_enabled(any(wanted)):
+                some = hidden[part].detach().requires_grad_(wanted[0])
+                logits = logits_of(some)
+            slope = torch.empty_like(logits)
+            often = None if times is None else times[part]
+            total += _loss_and_slope(logits.detach(), targets[part], often, slope)
+            inputs = [t for t, want in zip((some, *trained), wanted, strict=True) if want]
+            if inputs:
+                found = iter(torch.autograd.grad(logits, inputs, slope, allow_unused=True))
+                _gather(gradients, part, [next(found) if want else None for want in wanted])
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, *others = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return first, None, None, None, *others
+
+
+def _gather(gradients: list[Tensor | None], part: slice, found: list[Tensor | None]) -> None:
+    """Put the gradient of some positions in its place, and add those of the parameters up."""
+    for number, (whole, some) in enumerate(zip(gradients, found, strict=True)):
+        if whole is not None and some is not None:
+            (whole[part] if number == 0 else whole).add_(some)
+
+
+def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
+    """Σ −times · log p(target); puts its derivative by the logits, times · (p - [target]), into `slope`."""
+    size = _CACHED.get(logits.device.type, _WIDE_CHUNK)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    buffer = torch.empty(min(size, len(logits)), logits.shape[-1], dtype=wide, device=logits.device)
+    lost = []
+    for some, chosen, out in zip(logits.split(size), targets[:, None].split(size), slope.split(size), strict=True):
+        p = torch.softmax(buffer[: len(some)].copy_(some), -1, out=buffer[: len(some)])
+        # log p of the likeliest token says what the softmax divided by; p of the target itself may be zero in fp32.
+        lost.append(some.amax(-1).to(wide) - p.amax(-1).log() - some.gather(1, chosen)[:, 0].to(wide))
+        out.copy_(p.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=wide)))
+    by_position = torch.cat(lost)
+    if times is not None:
+        by_position = by_position * times
+        slope.mul_(times[:, None].to(slope.dtype))
+    return by_position.sum()

@@ -17,6 +17,9 @@ from loratune.lora.swap import (
     has_own,
     names_by_parameter,
     patched_forward,
+    put_on,
+    take_off,
+    wears,
 )
 
 __all__ = [
@@ -46,9 +49,12 @@ __all__ = [
     "lora_parameters",
     "names_by_parameter",
     "patched_forward",
+    "put_on",
     "release",
     "replace_in",
     "row_norms",
     "scale_of",
+    "take_off",
     "unbind_recomputation",
+    "wears",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
-from loratune.lora.state import AdapterState
-from loratune.lora.swap import Mixin, put_on, take_off
-
-
-class Weight(Protocol):
-    """What the equation asks of a frozen weight, however it is stored."""
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out_features, in_features), in the stored dtype unless told."""
-        ...
+from loratune.lora.linear import Linear, Weight, lora_linear
+from loratune.lora.state import AdapterState, View
+from loratune.lora.swap import Mixin, base_of, put_on, take_off
 
 
 class LoraLayer(Mixin):
@@ -37,8 +30,15 @@ class LoraLayer(Mixin):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input
-        y: Tensor = super().forward(x, *args, **kwargs)
         view = self.lora_state.view
+        alone = self._alone(x, view)
+        if alone is not None:
+            forward, weight = cast(Linear, super().forward), self.lora_weight(self)
+            dropped = self._dropping(alone, view.counter)
+            bias = cast("Tensor | None", self.bias)
+            y: Tensor = lora_linear(x, forward, weight, bias, *alone.factors(), alone.scale, dropped)
+            return y if alone.bias is None else y + (alone.bias * alone.scale).to(y.dtype)
+        y = super().forward(x, *args, **kwargs)
         if view.rows is not None:
             update = view.rows.update(self, x)
             return y if update is None else y + update.to(y.dtype)
@@ -49,6 +49,31 @@ class LoraLayer(Mixin):
                 update = low_rank(self._dropped(x, low_rank.dropout, view.counter)).to(y.dtype)
                 y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
         return y
+
+    def _alone(self, x: Tensor, view: View) -> LowRank | None:
+        """The active adapter where it is the only one, and `lora_linear` says what the plain formula says."""
+        if _transformed(x) or view.rows is not None or not self._affine():
+            return None
+        active = [name for name in view.active if name in self.lora]
+        if len(active) != 1:
+            return None
+        low_rank = cast(LowRank, self.lora[active[0]])
+        # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
+        drawn = self.training and low_rank.dropout > 0 and view.counter is None
+        return None if drawn or cast(Tensor, self.weight).requires_grad or low_rank.magnitude is not None else low_rank
+
+    def _affine(self) -> bool:
+        """Whether the adapted class computes W x + b and nothing else."""
+        forward = base_of(type(self)).forward
+        return forward is nn.Linear.forward or (
+            forward.__qualname__ == "Conv1D.forward" and forward.__module__.startswith("transformers.")
+        )
+
+    def _dropping(self, low_rank: LowRank, counter: TokenCounter | None) -> Linear | None:
+        p = low_rank.dropout
+        if not self.training or p == 0.0 or counter is None:
+            return None
+        return lambda x: drop(x, p, counter, self.lora_index)
 
     def _stretched(self, low_rank: LowRank, base: Tensor, update: Tensor) -> Tensor:
         """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
@@ -62,6 +87,16 @@ class LoraLayer(Mixin):
             return x
         # In somebody else's loop no counter is set: then torch's own generator is what its users expect.
         return F.dropout(x, p) if counter is None else drop(x, p, counter, self.lora_index)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether somebody else decides what the operations on x do: a compiler, autocast, a functional transform."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def adapt_in_place(

@@ -56,6 +56,11 @@ def wears(module: nn.Module, order: int) -> bool:
     return any(mixin.order == order for mixin in _parts(type(module))[0])
 
 
+def base_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class without what `put_on` mixed in."""
+    return _parts(kind)[1]
+
+
 def patched_forward(module: nn.Module) -> bool:
     """Whether a replaced `forward` would hide an adapter. accelerate's hooks are known: `_become` follows them."""
     held = vars(module).get("_old_forward", vars(module).get("forward"))

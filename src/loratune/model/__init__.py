@@ -11,8 +11,9 @@ from loratune.model.device import (
     total_memory,
 )
 from loratune.model.fingerprint import fingerprint
+from loratune.model.fuse import fuse, unfuse
 from loratune.model.given import given_back
-from loratune.model.head import only_positions
+from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
 from loratune.model.load import (
     Base,
     base_of,
@@ -40,9 +41,13 @@ __all__ = [
     "evaluating",
     "find_base",
     "fingerprint",
+    "fuse",
     "given_back",
+    "has_separate_head",
+    "hidden_at",
     "load_base",
     "load_tokenizer",
+    "logits_from",
     "only_positions",
     "packed_inputs",
     "peak_memory",
@@ -55,6 +60,7 @@ __all__ = [
     "tiny_model",
     "tokenizer_hashes",
     "total_memory",
+    "unfuse",
     "use_packed_attention",
     "why_no_shared_prefixes",
     "why_not_packed",

@@ -29,6 +29,11 @@ class FrozenWeight:
     def out_features(self) -> int:
         return self.parameter.shape[1 if self.transposed else 0]
 
+    @property
+    def version(self) -> int:
+        """Grows with every change in place."""
+        return self.parameter._version
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """(out_features, in_features), detached, in the stored dtype unless told."""
         stored = self.parameter.detach()

@@ -1,0 +1,116 @@
+"""The gated feed-forward block, down(act(gate(x)) · up(x)), that keeps what gate and up gave and nothing else.
+
+Their product, which the last projection would keep, is computed again where the backward pass asks for it (Shazeer,
+"GLU variants improve transformer", arXiv:2002.05202, has the formula).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loratune.lora import Mixin, put_on
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+# Activation → itself and its gradient, which is given the output's gradient and the input.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda gy, x: torch.ops.aten.gelu_backward(gy, x, approximate="tanh"),
+    ),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+}
+
+
+class _Halves:
+    """What gate and up gave, and act(gate) from where the backward pass first needs it to where it last does."""
+
+    def __init__(self, activation: str) -> None:
+        self.act, self.gradient = _ACTIVATIONS[activation]
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.active: Tensor | None = None
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate).mul_(up)
+
+    def product_again(self) -> Tensor:
+        assert self.kept is not None, "the backward pass of a block comes to its last projection first"
+        gate, up = self.kept
+        self.active = self.act(gate)
+        return self.active * up
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, halves: _Halves) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.halves = halves
+        return halves.product(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (gate, up), halves = ctx.saved_tensors, ctx.halves
+        active = halves.act(gate) if halves.active is None else halves.active
+        halves.active = None
+        gu = active.mul_(gy)
+        return halves.gradient(gy * up, gate), gu, None
+
+
+class FusedGated(Mixin):
+    """Mixed in before a family's feed-forward block with `gate_proj`, `up_proj` and `down_proj`."""
+
+    order = 3
+    prefix = "Fused"
+    gated_activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast(Tensor, super().forward(x))
+        gate_proj, up_proj, down_proj = (cast(nn.Module, getattr(self, name)) for name in PROJECTIONS)
+        gate, up, halves = gate_proj(x), up_proj(x), _Halves(self.gated_activation)
+        product: Tensor = _Gated.apply(gate, up, halves)  # type: ignore[no-untyped-call]
+        if not product.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            # Somebody else decides what is kept: recomputation of the whole layer, say.
+            return cast(Tensor, down_proj(product))
+        halves.kept = gate.detach(), up.detach()
+        with torch.autograd.graph.saved_tensors_hooks(*_made_again(product, halves)):
+            return cast(Tensor, down_proj(product))
+
+
+def _made_again(product: Tensor, halves: _Halves) -> tuple[Any, Any]:
+    """Hooks that keep nothing in place of `product` and make it again."""
+    where, numel = product.data_ptr(), product.numel()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.data_ptr() == where and kept.numel() == numel else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else halves.product_again().view(kept)
+
+    return pack, unpack
+
+
+def fuse_gated(module: nn.Module) -> bool:
+    """Mix `FusedGated` in where the module is such a block; says whether. Tried on the module at hand."""
+    gate, up, down, act = (module._modules.get(name) for name in (*PROJECTIONS, "act_fn"))
+    weight = getattr(gate, "weight", None)
+    if up is None or down is None or act is None or gate is None or not isinstance(weight, Tensor):
+        return False
+    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-2, 2, weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 1, -1)
+    with torch.no_grad():
+        y, g, u = module(x), gate(x), up(x)
+        for name in _ACTIVATIONS:
+            if torch.equal(y, down(_Halves(name).product(g, u))):
+                vars(module)["gated_activation"] = name
+                put_on(module, FusedGated)
+                return True
+    return False

@@ -1,0 +1,87 @@
+"""RMSNorm (Zhang and Sennrich, arXiv:1910.07467, equation 4) that keeps its output instead of its input.
+
+The products after a norm keep the norm's output anyway. Its input follows from it, x / rms = y / w, so that nothing
+else but a number for each token has to be kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from loratune.lora import Mixin, put_on
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w · x / √(mean x² + eps) over the last dimension, computed in fp32 at least and rounded once to x's dtype.
+
+    Args:
+        x: (..., features); weight: (features,), without zeros, which gets no gradient.
+    """
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        exact = x.to(wide)
+        inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y: Tensor = (exact * inverse).mul_(weight.to(wide)).to(x.dtype)
+        ctx.save_for_backward(y, weight, inverse)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, inverse = ctx.saved_tensors
+        # With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy.
+        grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
+        inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])
+        gx = (grad * w).addcmul_(normal * (1 / w), inner).mul_(inverse)
+        rounded: Tensor = gx.to(gy.dtype)
+        return rounded, None, None
+
+
+class FusedNorm(Mixin):
+    """Mixed in before a family's RMSNorm. `norm_offset` is what it adds to its weight (1 in Gemma)."""
+
+    order = 3
+    prefix = "Fused"
+    norm_offset: float
+    norm_eps: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = cast(Tensor, self.weight)
+        if weight.requires_grad or torch.compiler.is_compiling():
+            return cast(Tensor, super().forward(input))
+        return rms_norm(input, weight + self.norm_offset if self.norm_offset else weight, self.norm_eps)
+
+
+def fuse_norm(module: nn.Module) -> bool:
+    """Mix `FusedNorm` in where the module is an RMSNorm; says whether.
+
+    Tried on the module at hand, because the families that share the formula share no class.
+    """
+    weight = module._parameters.get("weight")
+    named = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    eps = next((value for value in named if isinstance(value, float)), None)
+    if weight is None or weight.ndim != 1 or eps is None or weight.requires_grad or weight.is_meta:
+        return False
+    x = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device, dtype=weight.dtype).view(1, 2, -1)
+    with torch.no_grad():
+        y = module(x)
+        for offset in (0.0, 1.0):
+            factor = weight + offset
+            if not bool((factor == 0).any()) and torch.allclose(y, rms_norm(x, factor, eps), rtol=_near(x), atol=0.0):
+                vars(module).update(norm_offset=offset, norm_eps=eps)
+                put_on(module, FusedNorm)
+                return True
+    return False
+
+
+def _near(x: Tensor) -> float:
+    return 4 * torch.finfo(x.dtype).eps
