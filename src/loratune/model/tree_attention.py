@@ -108,8 +108,9 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float) -> Tensor:
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        output, largest, total = _forward(query, key, value, blocks, scale)
+        # The copy that sorts the heads scales as well: once here instead of with every product.
+        query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
+        output, largest, total = _forward(query, key, value, blocks)
         ctx.save_for_backward(query, key, value, output, largest, total)
         ctx.blocks, ctx.scale = blocks, scale
         return output
@@ -120,14 +121,12 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value, output, largest, total = ctx.saved_tensors
         weighted = (grad / total.permute(1, 0, 2)[..., None]).to(grad.dtype)
         inner = (grad * output).sum(-1, dtype=total.dtype) / total.permute(1, 0, 2)
-        weighted, inner = weighted.transpose(0, 1).contiguous(), inner.transpose(0, 1).contiguous().to(grad.dtype)
-        gq, gk, gv = _backward(query, key, value, weighted, inner, largest, ctx.blocks, ctx.scale)
-        return gq, gk, gv, None, None
+        weighted, inner = weighted.transpose(0, 1).contiguous(), inner.transpose(0, 1).contiguous()
+        gq, gk, gv = _backward(query, key, value, weighted, inner, largest, ctx.blocks)
+        return gq.mul_(ctx.scale).to(grad.dtype), gk.to(grad.dtype), gv.to(grad.dtype), None, None
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and of each query the largest score (in the query's dtype) and the sum of exp(score - largest)."""
     heads, tokens, groups, _ = query.shape
     dim = value.shape[-1]
@@ -137,7 +136,7 @@ def _forward(
     once = all(block.first for block in blocks)
     sums = query.new_empty(heads, tokens, groups, dim, dtype=query.dtype if once else wide)
     for block in blocks:
-        scores = torch.bmm(query[:, block.rows].flatten(1, 2), key[:, block.keys].mT).mul_(scale)
+        scores = torch.bmm(query[:, block.rows].flatten(1, 2), key[:, block.keys].mT)
         _forbid(scores, block, groups, lower=True)
         top = scores.amax(-1)
         weights = scores.sub_(top[..., None]).exp_()
@@ -165,9 +164,12 @@ def _backward(
     inner: Tensor,
     largest: Tensor,
     blocks: tuple[Block, ...],
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, with 1 / total in `grad` and `inner`, its product with the output."""
+    """Gradients of the scaled query, of key and of value, in fp32 at least.
+
+    Args:
+        grad: the output's, with 1 / total in it. inner: its product with the output.
+    """
     groups = query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     gq, gk, gv = (torch.zeros_like(tensor, dtype=wide) for tensor in (query, key, value))
@@ -175,13 +177,17 @@ def _backward(
         q, g = query[:, block.rows].flatten(1, 2), grad[:, block.rows].flatten(1, 2)
         k, v = key[:, block.keys], value[:, block.keys]
         top = largest[:, block.rows].flatten(1, 2)[..., None]
-        weights = torch.baddbmm(top, q, k.mT, beta=-1, alpha=scale).exp_()
+        # Rounded as in the forward pass, or these weights would not add up to the total of those.
+        weights = torch.bmm(q, k.mT).sub_(top).exp_()
         _forbid(weights, block, groups, lower=False)
         gv[:, block.keys] += torch.bmm(weights.mT, g)
-        ds = torch.bmm(g, v.mT).sub_(inner[:, block.rows].flatten(1, 2)[..., None]).mul_(weights)
-        gq[:, block.rows] += torch.bmm(ds, k).mul_(scale).unflatten(1, (-1, groups))
-        gk[:, block.keys] += torch.bmm(ds.mT, q).mul_(scale)
-    return gq.to(query.dtype), gk.to(query.dtype), gv.to(query.dtype)
+        # In two parts, because what is rounded here is wrong for a whole row alike.
+        mean = inner[:, block.rows].flatten(1, 2)[..., None]
+        coarse = mean.to(g.dtype)
+        ds = torch.baddbmm(coarse, g, v.mT, beta=-1).sub_((mean - coarse).to(g.dtype)).mul_(weights)
+        gq[:, block.rows] += torch.bmm(ds, k).unflatten(1, (-1, groups))
+        gk[:, block.keys] += torch.bmm(ds.mT, q)
+    return gq, gk, gv
 
 
 def _forbid(scores: Tensor, block: Block, groups: int, *, lower: bool) -> None:

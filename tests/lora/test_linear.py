@@ -1,0 +1,148 @@
+"""The LoRA linear as one autograd step: the same as autograd's own way through the formula, with less kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import loratune as lt
+from loratune.errors import AdapterStateError
+from loratune.lora import TokenCounter
+from loratune.lora.dropout import drop
+from tests.training.loops import assert_close
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str, bias: bool = True) -> None:
+        super().__init__()
+        self.q: Any = Conv1D(7, 5) if kind == "Conv1D" else nn.Linear(5, 7, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.q(x)
+        return y
+
+
+def adapted(kind: str = "Linear", dtype: torch.dtype = torch.float64, **config: Any) -> tuple[Net, lt.Adapters]:
+    torch.manual_seed(0)
+    net = Net(kind).to(dtype)
+    handle = lt.attach(net, lt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], **config), dtype=dtype)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return net, handle
+
+
+def plain(net: Net, x: Tensor, seen: Tensor) -> Tensor:
+    """W x + b + s · B A seen, an operation at a time."""
+    layer, low_rank = net.q, net.q.lora["default"]
+    weight = layer._parameters["weight"].detach()
+    A, B = low_rank.factors()
+    y = F.linear(x, weight.T if isinstance(layer, Conv1D) else weight, layer.bias)
+    y = y + low_rank.scale * F.linear(F.linear(seen, A), B)
+    return y if low_rank.bias is None else y + low_rank.scale * low_rank.bias
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("Linear", {}),
+    "stored transposed": ("Conv1D", {}),
+    "a trained bias": ("Linear", {"bias": "all"}),
+    "a bias behind B": ("Linear", {"lora_bias": True}),
+    "counted from its start": ("Linear", {"init_lora_weights": "pissa"}),
+    "rank-stabilised": ("Linear", {"use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_every_gradient(case: str, dropped: bool) -> None:
+    kind, config = CASES[case]
+    net, handle = adapted(kind, lora_dropout=0.5 if dropped else 0.0, **config)
+    net.train()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    counter = TokenCounter(0, 3, torch.arange(8).view(2, 4))
+    seen = drop(x, 0.5, counter, net.q.lora_index) if dropped else x
+    inputs = [x, *handle.parameters()]
+    with handle.counting(counter):
+        found = net(x)
+    expected = plain(net, x, seen)
+    torch.testing.assert_close(found, expected)
+    assert "LoraLinear" in str(found.grad_fn) or config.get("lora_bias")
+    grad = torch.randn_like(expected)
+    with handle.counting(counter):
+        mine = torch.autograd.grad(found, inputs, grad)
+    assert_close(list(mine), list(torch.autograd.grad(expected, inputs, grad)), rel=1e-12)
+
+
+def test_the_gradients_gradient() -> None:
+    net, handle = adapted()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *handle.parameters())
+    assert torch.autograd.gradgradcheck(lambda *_: net(x), inputs)
+
+
+def test_keeps_its_input_and_the_rank_r_product() -> None:
+    net, _ = adapted(dtype=torch.float32)
+    x = torch.randn(100, 5, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        net(x)
+    own = [t for t in kept if t.data_ptr() != x.data_ptr() and not isinstance(t, nn.Parameter)]
+    assert [tuple(t.shape) for t in own] == [(100, 2)]
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+def test_no_gradient_is_computed_that_nobody_wants() -> None:
+    net, handle = adapted()
+    handle.freeze("default")
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    net(x).sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in handle.parameters())
+    with torch.no_grad():
+        assert net(x).grad_fn is None
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error() -> None:
+    net, _ = adapted()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    y = net(x).sum()
+    with torch.no_grad():
+        net.q._parameters["weight"].add_(1)
+    with pytest.raises(AdapterStateError, match="changed between"):
+        y.backward()
+
+
+class Doubling(nn.Linear):
+    """A linear layer whose forward is not W x + b."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_forward_of_its_own_keeps_its_gradient() -> None:
+    net = Net("Linear")
+    net.q = Doubling(5, 7)
+    handle = lt.attach(net, lt.LoraConfig(r=2, target_modules=["q"]))
+    alone = copy.deepcopy(net.q)
+    x = torch.randn(3, 5, requires_grad=True)
+    (found,) = torch.autograd.grad(net(x).sum(), x)
+    with handle.disabled():
+        (expected,) = torch.autograd.grad(net(x).sum(), x)
+    assert alone is not net.q
+    torch.testing.assert_close(found, expected)  # B is zero, so that the update has no part in it
+
+
+def test_autocast_and_several_adapters_take_the_plain_way() -> None:
+    net, handle = adapted(dtype=torch.float32)
+    x = torch.randn(3, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "LoraLinear" not in str(net(x).grad_fn)
+    handle.add(lt.LoraConfig(r=2, target_modules=["q"]), name="second")
+    handle.activate("default", "second")
+    assert "LoraLinear" not in str(net(x).grad_fn)

@@ -1,0 +1,143 @@
+"""Fused norms and feed-forward blocks: the same function and gradients, with less kept."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import loratune as lt
+from loratune.data.batch import make_batch
+from loratune.loss import summed_loss
+from loratune.model import fuse, recompute_activations, unfuse, use_packed_attention
+from tests.models import FAMILIES, PAD, exact, rows_of, tiny
+from tests.training.loops import assert_close
+
+# Family → modules of a two-layer model that can be fused: norms (those of heads too), and the gated blocks.
+FUSED = {"llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mixtral": 5, "phi3": 5, "gpt2": 0}
+ROWS = rows_of(9, 14, 2, 11, 20)
+
+
+def attached(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, lt.Adapters]:
+    model = tiny(family).to(dtype)
+    handle = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return model, handle
+
+
+def loss_and_gradients(model: Any, handle: lt.Adapters) -> tuple[float, list[Tensor]]:
+    packed = "gemma2" not in type(model).__name__.lower()
+    if packed:
+        use_packed_attention(model)
+    loss = summed_loss(model, make_batch(ROWS, packed=packed, pad_id=PAD))
+    loss.backward()
+    found = [p.grad.clone() for p in handle.parameters()]
+    model.zero_grad()
+    return loss.item(), found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_and_gradients_are_those_of_the_stock_modules(family: str) -> None:
+    model, handle = attached(family)
+    loss, gradients = loss_and_gradients(model, handle)
+    assert fuse(model) == FUSED[family]
+    again, found = loss_and_gradients(model, handle)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients, rel=1e-5)
+
+
+def test_bf16_is_as_near_as_the_stock_modules() -> None:
+    model, handle = attached("llama", torch.bfloat16)
+    _, stock = loss_and_gradients(model, handle)
+    fuse(model)
+    _, fused = loss_and_gradients(model, handle)
+    twin = model.double()
+    unfuse(twin)
+    _, right = loss_and_gradients(twin, handle)
+    far = [sum(float((a - b).norm() / b.norm()) for a, b in zip(g, right, strict=True)) for g in (fused, stock)]
+    assert far[0] <= 1.1 * far[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_unfused_is_what_it_was(family: str) -> None:
+    model, handle = attached(family)
+    before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
+    loss, gradients = loss_and_gradients(model, handle)
+    fuse(model)
+    unfuse(model)
+    assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == before
+    again, found = loss_and_gradients(model, handle)
+    assert again == loss
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+
+
+def test_a_fused_model_can_be_pickled_and_detached() -> None:
+    model, handle = attached("llama")
+    fuse(model)
+    loss, _ = loss_and_gradients(model, handle)
+    copy = pickle.loads(pickle.dumps(model))
+    assert summed_loss(copy, make_batch(ROWS, packed=True, pad_id=PAD)).item() == loss
+    handle.detach()
+    unfuse(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in tiny("llama").modules()]
+
+
+def test_a_trained_norm_or_a_weight_of_zero_keeps_the_stock_way() -> None:
+    model = tiny("llama")
+    model.model.norm.requires_grad_(True)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0
+    assert fuse(model) == FUSED["llama"] - 2
+    model, handle = attached("llama")
+    fuse(model)
+    model.model.norm.requires_grad_(True)  # trained from later on
+    summed_loss(model, make_batch(ROWS, packed=False, pad_id=PAD)).backward()
+    assert model.model.norm.weight.grad.abs().sum() > 0
+    handle.detach()
+
+
+def kept_bytes(model: Any) -> int:
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = model(input_ids=torch.arange(64)[None], use_cache=False).logits.sum()
+    assert loss.requires_grad
+    return sum(size for where, size in kept.items() if where not in own)
+
+
+def test_recomputed_layers_keep_only_their_input() -> None:
+    """The hooks that leave out a product must not hold what recomputation wants to let go."""
+    sizes = []
+    for fused in (False, True):
+        model, handle = attached("llama")
+        recompute_activations(model.train())
+        if fused:
+            fuse(model)
+        loss, gradients = loss_and_gradients(model, handle)
+        sizes.append((loss, gradients, kept_bytes(model)))
+    (loss, gradients, stock), (again, found, fused_bytes) = sizes
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients, rel=1e-5)
+    assert fused_bytes <= stock
+
+
+def test_exact_in_float64() -> None:
+    model = exact("llama")
+    handle = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear"), dtype=torch.float64)
+    model.train()
+    loss, gradients = loss_and_gradients(model, handle)
+    fuse(model)
+    again, found = loss_and_gradients(model, handle)
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert_close(found, gradients, rel=1e-10)

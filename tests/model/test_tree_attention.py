@@ -1,0 +1,112 @@
+"""Attention by products over a tree, against a dense masked softmax in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loratune.model import tree_attention as products
+from loratune.model.tree_attention import blocks_of, tree_attention
+
+Above = tuple[tuple[int, ...], ...]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
+    """The plain formula over all pairs of tokens: (tokens, heads, dim)."""
+    node = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
+    depth = [sum(segments[a] for a in path) for path in above]
+    position = torch.cat([torch.arange(d, d + n) for d, n in zip(depth, segments, strict=True)])
+    seen = torch.zeros(len(node), len(node), dtype=torch.bool)
+    for i in range(len(node)):
+        for j in range(len(node)):
+            related = node[j] == node[i] or int(node[j]) in above[int(node[i])]
+            age = int(position[i] - position[j])
+            seen[i, j] = related and age >= 0 and (window is None or age < window)
+    repeat = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+@st.composite
+def trees(draw: Any) -> tuple[tuple[int, ...], Above]:
+    """Segments depth first, each below the last one or one of its ancestors, or a root."""
+    above: list[tuple[int, ...]] = [()]
+    for i in range(1, draw(st.integers(1, 6))):
+        path = (*above[-1], i - 1)
+        above.append(path[: draw(st.integers(0, len(path)))])
+    return tuple(draw(st.integers(1, 9)) for _ in above), tuple(above)
+
+
+def tensors(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(tokens)
+    return [(torch.randn(n, tokens, 8, dtype=torch.float64) * 2).to(dtype).requires_grad_() for n in (6, 2, 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees(), st.sampled_from([None, 1, 3, 7]), st.sampled_from([(4, 4), (2, 3), (128, 1024)]))
+def test_output_and_gradients(tree: tuple[tuple[int, ...], Above], window: int | None, size: tuple[int, int]) -> None:
+    (segments, above), tokens = tree, sum(tree[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_KEYS", size[0])
+        patch.setattr(products, "_ROWS", size[1])
+        blocks_of.cache_clear()
+        blocks = blocks_of(segments, above, window)
+        blocks_of.cache_clear()
+    assert blocks is not None
+    inputs = tensors(tokens, torch.float64)
+    found, expected = tree_attention(*inputs, blocks, None), dense(*inputs, segments, above, window)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    grad = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_bf16_is_as_near_as_the_plain_formula_in_bf16(window: int | None) -> None:
+    segments, above = (150, 40, 30, 60), ((), (0,), (0,), ())
+    low = tensors(sum(segments), torch.bfloat16)
+    high = [t.detach().double().requires_grad_() for t in low]
+    blocks = blocks_of(segments, above, window)
+    assert blocks is not None
+    mine, plain, right = (
+        tree_attention(*low, blocks, None),
+        dense(*low, segments, above, window),
+        dense(*high, segments, above, window),
+    )
+    grad = torch.randn_like(right)
+    tensors_of = lambda out, inputs: (out, *torch.autograd.grad(out, inputs, grad.to(out.dtype)))  # noqa: E731
+    for found, eager, exact in zip(tensors_of(mine, low), tensors_of(plain, low), tensors_of(right, high), strict=True):
+        assert (found - exact).norm() <= 1.2 * (eager - exact).norm()
+
+
+def test_keeps_nothing_quadratic() -> None:
+    segments = (400,)
+    inputs = tensors(400, torch.float32)
+    blocks = blocks_of(segments, None, None)
+    assert blocks is not None
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        tree_attention(*inputs, blocks, None)
+    assert max(kept) == 6 * 400 * 8
+
+
+def test_leaves_out_most_of_what_causality_forbids() -> None:
+    blocks = blocks_of((1024,), None, None)
+    assert blocks is not None
+    pairs = sum((b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in blocks)
+    assert pairs < 0.6 * 1024**2
+
+
+def test_a_family_apart_is_none() -> None:
+    """A segment whose descendants do not follow it directly is not what these products can do."""
+    assert blocks_of((3, 4, 5), ((), (), (0,)), None) is None
+    assert blocks_of((3, 4, 5), ((), (0,), ()), None) is not None
