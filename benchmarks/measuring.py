@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor
 
-from loratune.model.device import processor_name
+from loratune.model.device import device_name
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def _tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def surroundings(*packages: str) -> dict[str, Any]:
+def surroundings(*packages: str, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """What the figures depend on besides the code: date, processor, how busy it was before, threads, versions."""
     return {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
-        "hardware": {"cores": os.cpu_count(), "device": "cpu", "processor": processor_name()},
+        "hardware": {"cores": os.cpu_count(), "device": device, "processor": device_name(torch.device(device))},
         "load": _rounded(os.getloadavg()[0]),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
     }

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "benchmarks" / "results" / "demo.json"
-ADAPTERS = ROOT / "benchmarks" / "results" / "adapters.json"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: benchmarks/tables.py -->", "<!-- /measured -->"
 
 
@@ -62,10 +62,91 @@ def adapters_line(result: dict[str, Any]) -> str:
     )
 
 
-def measured() -> str:
-    """All that stands between the markers."""
-    demo, adapters = (json.loads(path.read_text(encoding="utf-8")) for path in (DEMO, ADAPTERS))
-    return f"{demo_table(demo)}\n\n{adapters_line(adapters)}"
+WORKLOADS = {
+    "dense": "rows of 256 tokens, all supervised",
+    "chats": "short function-calling chats",
+    "live_multiple": "chats with the functions' JSON schemas",
+    "shared_prefix": "chats under one long system prompt",
+}
+PEERS = ("peft-best", "peft", "trl-tuned", "trl")
+
+
+def training_table(results: Sequence[dict[str, Any]]) -> str:
+    """Tokens a second of each side, and how many times a peer's rate ours is, as Markdown."""
+    sides = ["ours", *(peer for peer in PEERS if any(peer in result["sides"] for result in results))]
+    labels = {name: side["label"] for result in results for name, side in result["sides"].items()}
+    lines = [
+        f"| training, tokens/s | {' | '.join(labels[side] for side in sides)} |",
+        f"|---|{'---:|' * len(sides)}",
+    ]
+    for result in results:
+        cells = " | ".join(_training_cell(result, side) for side in sides)
+        lines.append(f"| {_training_name(result)} | {cells} |")
+    first = results[0]
+    versions: dict[str, str] = {}
+    for side in (side for result in results for side in result["sides"].values()):
+        versions |= side["versions"]
+    peers = ", ".join(f"{name} {versions[name]}" for name in ("peft", "trl") if name in versions)
+    how = f"medians of {first['rounds']} rounds, ratios within a round; {first['threads']} threads, {first['date']}"
+    how += f"; {peers}"
+    return "\n".join([*lines, "", f"In brackets how many times as fast loratune is: {how}."])
+
+
+def _training_name(result: dict[str, Any]) -> str:
+    shape, device = result["model"]["shape"], result["hardware"]["device"]
+    where = result["hardware"]["processor"]
+    name = WORKLOADS.get(result["workload"]["name"], result["workload"]["name"])
+    others = [f"shape of {shape}"] if result["model"]["weights"] == "random" else []
+    return ", ".join([name, *others, *([where] if device != "cpu" else [])])
+
+
+def _training_cell(result: dict[str, Any], side: str) -> str:
+    if side not in result["sides"]:
+        return ""
+    rate = f"{result['sides'][side]['tokens_per_second']['median']:,.0f}"
+    ratio = result["ratios"].get(side)
+    return f"{rate} ({ratio['median']:.1f}×)" if ratio else rate
+
+
+def memory_line(result: dict[str, Any]) -> str:
+    """What a step holds beside the strongest peft loop, and how it grows."""
+    live = {side: found["live"]["median"] for side, found in result["step"].items()}
+    grown = ", ".join(f"{name}: ×{factors['ours']:.2f}" for name, factors in result["factors"].items())
+    return (
+        f"Memory of a step of 4 × 256 tokens beyond weights and optimizer: {live['ours'] / 2**20:.0f} MiB against "
+        f"{live['peft-best'] / 2**20:.0f} of the strongest peft loop. It grows, {grown} "
+        "([all of it](benchmarks/results/memory.json))."
+    )
+
+
+def startup_line(result: dict[str, Any]) -> str:
+    seconds = {name: found["median"] for name, found in result["seconds"].items()}
+    return (
+        f"`loratune --help` takes {seconds['loratune --help']:.1f} s; from the command to the first step "
+        f"{seconds['first step, loratune, unchecked']:.1f} s, {seconds['first step, loratune, checked']:.1f} s with "
+        f"the fast checks, {seconds['first step, TRL']:.1f} s in TRL ([all of it](benchmarks/results/startup.json))."
+    )
+
+
+def measured(folder: Path = RESULTS) -> str:
+    """All that stands between the markers: what there are results of."""
+    parts = [demo_table(_read(folder / "demo.json"))]
+    training = sorted(folder.glob("train_*.json"), key=_place)
+    if training:
+        parts.append(training_table([_read(path) for path in training]))
+    lines = {"memory.json": memory_line, "startup.json": startup_line, "adapters.json": adapters_line}
+    parts += [line(_read(folder / name)) for name, line in lines.items() if (folder / name).exists()]
+    return "\n\n".join(parts)
+
+
+def _place(path: Path) -> tuple[int, str]:
+    """In the order of `WORKLOADS`, the real model on a CPU first."""
+    name = path.stem.removeprefix("train_")
+    return next((i for i, known in enumerate(WORKLOADS) if name.startswith(known)), len(WORKLOADS)), name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def with_table(readme: str, table: str) -> str:

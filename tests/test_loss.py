@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import loratune as lt
+from loratune import loss as loss_module
 from loratune.data.batch import Batch, make_batch, tree_of
 from loratune.data.render import Rendered
 from loratune.loss import cross_entropy, logits_of, summed_loss
-from loratune.model import use_packed_attention
+from loratune.model import has_separate_head, use_packed_attention
 from tests.models import FAMILIES, PAD, branching_rows, exact, rows_of, tiny
 from tests.oracle.loss import row_loss, supervised
 from tests.training.loops import assert_close
@@ -166,3 +169,53 @@ def test_leak_between_rows_would_be_seen() -> None:
 
 def _one_segment(batch: Batch) -> Batch:
     return replace(batch, segments=(batch.input_ids.numel(),))
+
+
+@pytest.mark.parametrize("config", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}])
+def test_a_trained_head_gets_its_gradient_a_chunk_at_a_time(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK", {"cpu": 5})
+    model = tiny("llama")
+    settings = {"r": 4, "target_modules": ["q_proj"], **config}
+    handle = lt.attach(model, lt.LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    use_packed_attention(model)
+    batch = make_batch(ROWS, packed=True, pad_id=PAD)
+    inputs = list(handle.parameters())
+    found = torch.autograd.grad(summed_loss(model, batch), inputs)
+    whole = torch.nn.functional.cross_entropy(logits_of(model, batch), batch.targets, reduction="sum")
+    assert_close(list(found), list(torch.autograd.grad(whole, inputs)), rel=1e-5)
+    with handle.disabled():
+        assert not summed_loss(model, batch).requires_grad
+
+
+def test_families_that_change_their_logits_have_a_separate_head() -> None:
+    """Soft caps and scales behind the head are applied to a chunk's logits by the model's own forward."""
+    for family, change in (("gemma2", {"final_logit_softcapping": 0.5}), ("llama", {})):
+        model = tiny(family, **change)
+        assert has_separate_head(model)
+        batch = make_batch(ROWS, packed=False, pad_id=PAD)
+        whole = torch.nn.functional.cross_entropy(logits_of(model, batch), batch.targets, reduction="sum")
+        assert summed_loss(model, batch).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+class Elsewhere(torch.nn.Module):
+    """A model that mixes into its logits what its head never sees."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model, self.device, self._head = model.model, model.device, model.lm_head
+
+    def get_output_embeddings(self) -> Any:
+        return self._head
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        hidden = self.base_model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        return SimpleNamespace(logits=self._head(hidden) + input_ids[..., None])
+
+
+def test_a_head_that_is_not_all_there_is_is_found_out() -> None:
+    assert not has_separate_head(Elsewhere(tiny("llama")))

@@ -34,9 +34,14 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not has_separate_head(model):
         return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
     hidden = hidden_at(model, batch.scored, _inputs(batch))
+    return _summed(hidden, batch.targets, batch.times, lambda some: logits_from(model, some), _trained(model, hidden))
+
+
+def _trained(model: nn.Module, hidden: Tensor) -> list[nn.Parameter]:
+    """The parameters behind `hidden` that get a gradient; none where what is trained of the head is switched off."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _summed(hidden, batch.targets, batch.times, lambda some: logits_from(model, some), trained)
+    found = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return found if found and logits_from(model, hidden[:0].detach()).requires_grad else []
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None = None) -> Tensor:
@@ -79,7 +84,7 @@ class _SummedLoss(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
-        gradients = [torch.zeros_like(t) if want else None for t, want in zip((hidden, *trained), wanted, strict=True)]
+        gradients: list[Tensor | None] = [torch.empty_like(hidden) if wanted[0] else None, *(None for _ in trained)]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         size = _CHUNK.get(hidden.device.type, _WIDE_CHUNK)
         for begin in range(0, len(targets), size):
@@ -106,9 +111,13 @@ class _SummedLoss(torch.autograd.Function):
 
 def _gather(gradients: list[Tensor | None], part: slice, found: list[Tensor | None]) -> None:
     """Put the gradient of some positions in its place, and add those of the parameters up."""
-    for number, (whole, some) in enumerate(zip(gradients, found, strict=True)):
-        if whole is not None and some is not None:
-            (whole[part] if number == 0 else whole).add_(some)
+    first, *others = found
+    if first is not None and gradients[0] is not None:
+        gradients[0][part] = first
+    for number, some in enumerate(others, 1):
+        if some is not None:
+            before = gradients[number]
+            gradients[number] = some if before is None else before.add_(some)
 
 
 def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:

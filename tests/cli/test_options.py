@@ -90,6 +90,8 @@ def test_help_says_what_a_setting_means(cli: Cli) -> None:
         (("--log-with", "wandb,mlflow"), "log_with", ("wandb", "mlflow")),
         (("--no-pack",), "pack", False),
         (("--pack",), "pack", True),
+        (("--group-prefixes",), "group_prefixes", True),
+        (("--no-group-prefixes",), "group_prefixes", False),
         (("--rslora",), "use_rslora", True),
         (("--epochs", "2"), "epochs", 2.0),
         (("--lr", "1e-3"), "lr", 1e-3),

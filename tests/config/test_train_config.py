@@ -83,6 +83,14 @@ def test_shares_and_counts(value: Any, expected: Any) -> None:
     assert type(config.val) is type(expected)
 
 
+def test_groups_without_shared_prefixes_are_a_contradiction() -> None:
+    (found,) = problems(group_prefixes=True, share_prefixes=False)
+    assert found == "group_prefixes=True contradicts share_prefixes=False: only shared prefixes gain by groups"
+    for shared in (True, None):
+        assert TrainConfig(group_prefixes=True, share_prefixes=shared).group_prefixes is True
+    assert TrainConfig(group_prefixes=False, share_prefixes=False).group_prefixes is False
+
+
 def test_what_both_classes_hold_is_one_setting() -> None:
     both = set(TrainConfig.names()) & set(LoraConfig.names())
     assert {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"} <= both

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.tree import Node, common_prefix, prefix_tree, sorted_rows, subtree, tree_tokens
+from loratune.data.tree import Node, common_prefix, neighbours, prefix_tree, subtree, tree_tokens
 
 Row = tuple[int, ...]
 
@@ -91,9 +92,32 @@ def test_the_tree_of_some_rows(rows: list[Row], least: int, data: st.DataObject)
         assert all(part[i].owner == owners[row, part[i].start] for i in path), "as in the whole tree"
 
 
-def test_sorted_rows_have_their_prefixes_beside_them() -> None:
-    rows = [(2,), (1, 5), (1,), (1, 4, 4), (1, 4)]
-    assert [rows[i] for i in sorted_rows(rows)] == [(1,), (1, 4), (1, 4, 4), (1, 5), (2,)]
+@QUICK
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from([0, 1, 255, 256, 70_000, 2**31]), max_size=6).map(tuple), min_size=1, max_size=9
+    )
+)
+def test_neighbours_are_sorted_by_tokens(rows: list[Row]) -> None:
+    """Also where a token has several bytes, the first of which are alike."""
+    found = neighbours(rows)
+    assert [rows[i] for i in found.order] == sorted(rows)
+    assert found.lengths == [len(row) for row in rows]
+    assert found.common[:1] == [0]
+    for (before, here), shared in zip(pairwise(found.order), found.common[1:], strict=True):
+        assert shared == common_prefix(rows[before], rows[here])
+
+
+def test_equal_rows_keep_their_order() -> None:
+    assert neighbours([(2,), (1,), (2,), (1,)]).order == [1, 3, 0, 2]
+
+
+def test_rows_that_continue_each_other_may_be_many() -> None:
+    """A conversation cut after each of its turns nests deeper than Python recurses."""
+    rows = [tuple(range(length)) for length in range(1, 2001)]
+    nodes = prefix_tree(rows, least=1)
+    assert tree_tokens(nodes) == 2000
+    assert nodes[-1].above == tuple(range(1999))
 
 
 @pytest.mark.parametrize("least", [1, 16])

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import loratune as lt
 from loratune.adapt import TargetPlan
 from loratune.adapt.plan import Target
 from loratune.data.batch import make_batch
 from loratune.estimation import (
+    Pass,
     Shape,
-    activation_bytes_per_token,
+    bytes_per_token,
     estimate_memory,
     forward_rate,
     matmul_rate,
     step_flops,
 )
 from loratune.loss import summed_loss
-from loratune.model import use_packed_attention
+from loratune.model import fuse, recompute_activations, use_packed_attention
 from tests.models import PAD, rows_of, tiny
 
 
@@ -35,18 +40,33 @@ def test_shape_of_a_config() -> None:
         num_attention_heads=9,
         num_key_value_heads=3,
     )
-    assert Shape.of(smol) == Shape(30, 576, 1536, 192, 49152)
-    assert Shape.of(GPT2Config()) == Shape(12, 768, 3072, 768, 50257)
-    assert Shape.of(tiny("gemma3").config) == Shape(2, 32, 64, 16, 400)
+    # Two norms a layer and one at the end, shared out among the layers.
+    assert shape_of(smol) == Shape(30, 576, 1536, 576, 192, 9, 61 * 576 // 30, 49152)
+    assert shape_of(GPT2Config()) == Shape(12, 768, 3072, 768, 768, 12, 25 * 768 // 12, 50257)
+    # Four norms of the layer, one of the query's heads and one of the key's.
+    assert Shape.of(tiny("gemma3")) == Shape(2, 32, 64, 32, 16, 4, 4 * 32 + 32 + 16 + 32 // 2, 400)
+    assert Shape.of(tiny("mixtral")).intermediate == 2 * 64
 
 
-def test_activations() -> None:
-    shape = Shape(layers=2, hidden=10, intermediate=20, kv=5, vocabulary=100)
-    # (6 · 10 + 2 · 5 + 2 · 20) values a layer, times the stock blocks' share, in two bytes.
-    assert activation_bytes_per_token(shape, 2, recompute=False) == pytest.approx(110 * 2 * 2.2 * 2, abs=1)
-    assert activation_bytes_per_token(shape, 4, recompute=False) == pytest.approx(110 * 4 * 2.2 * 2, abs=1)
-    # Recomputing keeps each block's input and one block's inside.
-    assert activation_bytes_per_token(shape, 2, recompute=True) == pytest.approx(2 * 10 * 2 + 110 * 2 * 2.2, abs=1)
+def shape_of(config: Any) -> Shape:
+    with torch.device("meta"):
+        return Shape.of(AutoModelForCausalLM.from_config(config))
+
+
+SHAPE = Shape(layers=2, hidden=10, intermediate=20, query=12, kv=5, heads=3, normed=20, vocabulary=100)
+
+
+def test_bytes_of_a_token() -> None:
+    plan = plan_of((8, 8), (8, 16), r=2, base=1000)
+    # Queries and what they give, keys and values, a maximum and a sum for each head; what norms give; both halves.
+    layer = (2 * 12 + 2 * 5) * 2 + 3 * (2 + 4) + 20 * 2 + 2 * 20 * 2
+    ranks = 4 * 2
+    beside = (4 * 20 + 2 * 10) * 2
+    assert bytes_per_token(SHAPE, plan, 2, recompute=False, fused=True) == (2 * layer + ranks, beside)
+    # Recomputing keeps each layer's input, and one layer's inside beside it.
+    assert bytes_per_token(SHAPE, plan, 2, recompute=True, fused=True) == (2 * 10 * 2, layer + ranks // 2 + beside)
+    stock = layer + 20 * 4 + 2 * 20 * 2
+    assert bytes_per_token(SHAPE, plan, 2, recompute=False, fused=False) == (2 * stock + ranks, beside)
 
 
 def plan_of(*shapes: tuple[int, int], r: int, base: int) -> TargetPlan:
@@ -56,28 +76,76 @@ def plan_of(*shapes: tuple[int, int], r: int, base: int) -> TargetPlan:
 
 def test_memory() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    shape = Shape(1, 8, 16, 8, 50)
-    memory = estimate_memory(plan, shape, itemsize=2, tokens=64, scored=10, recompute=False)
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10))
+    kept, beside = bytes_per_token(SHAPE, plan, 2, recompute=False, fused=True)
     assert memory.base == 2000
     # r (in + out) parameters: fp32 master, gradient and two moments.
     assert memory.adapter == (2 * 16 + 2 * 24) * 16
-    assert memory.activations == 64 * activation_bytes_per_token(shape, 2, recompute=False)
-    assert memory.logits == 2 * 10 * 50 * 2 + 3 * 256 * 50 * 4
-    assert memory.total == memory.base + memory.adapter + memory.activations + memory.logits
+    assert memory.activations == 64 * kept
+    assert memory.working == 64 * beside
+    assert memory.total == memory.base + memory.adapter + memory.activations + memory.working
+    # With a large vocabulary the logits of a chunk outweigh a layer's gradients.
+    wide = replace(SHAPE, vocabulary=100_000)
+    logits = (2 * 256 * 2 + 32 * 4) * 100_000 + 2 * 600 * 10 * 2
+    assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600)).working == logits
 
 
 def test_adam_state_of_the_textbook_example() -> None:
     """16.8 M trainable parameters instead of 7 B: 0.27 GB of optimizer, gradient and master instead of 112 GB."""
     plan = plan_of(*[(4096, 4096)] * 256, r=8, base=7_000_000_000)
     assert plan.trainable == 16_777_216
-    memory = estimate_memory(plan, Shape(32, 4096, 11008, 4096, 32000), itemsize=2, tokens=0, scored=0, recompute=False)
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=0, scored=0))
     assert memory.adapter == 16_777_216 * 16
     assert memory.base == 14_000_000_000
 
 
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 4000,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize("how", ["fused", "stock", "recomputed"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
+    """What the allocator itself says a step holds at most, beyond the base, the adapter and its gradients."""
+    model = tiny(family, **WIDTHS).to(torch.bfloat16)
+    use_packed_attention(model)
+    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules="all-linear"))
+    if how != "stock":
+        assert fuse(model)
+    if how == "recomputed":
+        recompute_activations(model.train())
+    batch = make_batch(rows_of(*[128] * 8), packed=True, pad_id=PAD)
+
+    def step() -> None:
+        summed_loss(model, batch).backward()
+
+    step()  # gradients stand from here on
+    held = most_held(step)
+    through = Pass(2, batch.computed_tokens, batch.supervised, how == "recomputed", how != "stock")
+    memory = estimate_memory(lora.plan(), Shape.of(model), through)
+    assert memory.activations + memory.working == pytest.approx(held, rel=0.15)
+
+
+def most_held(step: Callable[[], object]) -> int:
+    """The most bytes of tensors that `step` holds beyond what stood before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
+
+
 def test_flops_formula() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    shape = Shape(1, 8, 16, 8, 50)
+    shape = replace(SHAPE, hidden=8, vocabulary=50)
     frozen, adapter = 64 + 128, 2 * 16 + 2 * 24
     assert step_flops(plan, shape, 10, 3, recompute=False) == 10 * (4 * frozen + 6 * adapter) + 4 * 3 * 8 * 50
     assert step_flops(plan, shape, 10, 3, recompute=True) == 10 * (6 * frozen + 6 * adapter) + 4 * 3 * 8 * 50
@@ -93,7 +161,7 @@ def test_flops_against_a_counted_step() -> None:
     with FlopCounterMode(display=False) as counter:
         summed_loss(model, batch).backward()
     tokens, scored = batch.computed_tokens, batch.supervised
-    estimated = step_flops(lora.plan(), Shape.of(model.config), tokens, scored, recompute=False)
+    estimated = step_flops(lora.plan(), Shape.of(model), tokens, scored, recompute=False)
     assert estimated == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 

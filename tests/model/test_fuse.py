@@ -17,7 +17,7 @@ from tests.models import FAMILIES, PAD, exact, rows_of, tiny
 from tests.training.loops import assert_close
 
 # Family → modules of a two-layer model that can be fused: norms (those of heads too), and the gated blocks.
-FUSED = {"llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mixtral": 5, "phi3": 5, "gpt2": 0}
+FUSED = {"llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mixtral": 5, "phi3": 7, "gpt2": 0}
 ROWS = rows_of(9, 14, 2, 11, 20)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import loratune as lt
 from loratune.adapt import Adapters
-from loratune.data.pack import Order
+from loratune.data.order import Order
+from loratune.data.pack import Layout
 from loratune.data.render import Rendered
 from loratune.model import use_packed_attention
 from loratune.training.loop import Hooks, Loop, Progress, Work
@@ -29,8 +30,7 @@ class Training:
     rows: Sequence[Rendered]
     family: str = "llama"
     optimizer: str = "adamw"
-    packed: bool = True
-    share_prefixes: bool = False
+    layout: Layout = Layout.PACKED
     limit: int = 2048
     steps: int = 5
     dropout: float = 0.0
@@ -47,7 +47,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.model = tiny(self.family, **self.changes)
-        if self.packed:
+        if self.layout is not Layout.PADDED:
             use_packed_attention(self.model)
         torch.manual_seed(self.seed)
         config = lt.LoraConfig(r=4, lora_alpha=8, lora_dropout=self.dropout, target_modules="all-linear")
@@ -65,8 +65,7 @@ class Training:
         work = Work(
             rows=self.rows,
             order=self.order,
-            packed=self.packed,
-            share_prefixes=self.share_prefixes,
+            layout=self.layout,
             pad_id=PAD,
             seed=self.seed,
             clip=self.clip,

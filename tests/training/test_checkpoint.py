@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratune.data.pack import Layout
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
 from tests.models import rows_of
 from tests.training.loops import Training, assert_same
@@ -34,10 +35,11 @@ def resumed(folder: Path, **settings: Any) -> Training:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize(("family", "packed"), [("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False)])
-def test_resumed_is_uninterrupted(family: str, packed: bool, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PADDED])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_resumed_is_uninterrupted(family: str, layout: Layout, optimizer: str, tmp_path: Path) -> None:
     """GPT-2 has dropout of its own (0.1) beside the adapter's."""
-    settings = {"family": family, "packed": packed, "optimizer": optimizer, "dropout": 0.2, "limit": 30, "lr": 3e-3}
+    settings = {"family": family, "layout": layout, "optimizer": optimizer, "dropout": 0.2, "limit": 30, "lr": 3e-3}
     whole = Training(ROWS, weight_decay=0.1, **settings).run()
     assert whole.model.config.model_type == family
     again = resumed(tmp_path, weight_decay=0.1, **settings)

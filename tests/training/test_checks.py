@@ -11,7 +11,7 @@ import torch
 
 from loratune.adapt import Adapters
 from loratune.adapter import Factors, SavedAdapter
-from loratune.data.batch import make_batch
+from loratune.data.pack import Layout, batches
 from loratune.errors import AdapterFileError, AdapterStateError, CheckError
 from loratune.lora import LowRank
 from loratune.model import fingerprint
@@ -29,8 +29,7 @@ class Case:
     def __init__(self, *, trained: bool = True, **settings: Any) -> None:
         self.training = Training(ROWS, **settings)
         self.model, self.lora = self.training.model, self.training.lora
-        packed = self.training.packed
-        self.batch = make_batch(ROWS[:4], packed=packed, pad_id=PAD)
+        (self.batch,) = batches(ROWS[:4], self.training.layout, limit=2048, pad_id=PAD)
         with self.lora.disabled():
             self.base_logits = checks.eval_logits(self.model, self.batch)
         self.start = {path: low_rank.B.detach().clone() for path, low_rank in self.lora.factors().items()}
@@ -58,9 +57,11 @@ class Case:
 # -- sound -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "packed"), [("llama", True), ("llama", False), ("gpt2", True), ("gemma2", False)])
-def test_sound_run_passes_everything(family: str, packed: bool) -> None:
-    case = Case(trained=False, family=family, packed=packed)
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", "packed"), ("llama", "padded"), ("gpt2", "packed"), ("gemma2", "padded")]
+)
+def test_sound_run_passes_everything(family: str, layout: str) -> None:
+    case = Case(trained=False, family=family, layout=Layout(layout))
     found = [
         checks.step0_is_base(case.model, case.batch, case.base_logits),
         checks.gradients_only_in_adapter(case.model, case.lora, case.batch),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from loratune.data.pack import Layout
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.training import loop
 from loratune.training.events import Noticed, Validated
@@ -18,12 +19,12 @@ from tests.training.loops import Training, assert_close, assert_same
 ROWS = rows_of(9, 14, 6, 11, 20, 8, 5, 17, 12, 7)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PADDED])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_against_the_textbook(family: str, packed: bool) -> None:
+def test_against_the_textbook(family: str, layout: Layout) -> None:
     """Losses, norms and weights after several clipped steps with weight decay; float64 against our fp32."""
     changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
-    ours = Training(ROWS, family, packed=packed, clip=0.5, weight_decay=0.1, limit=30, changes=changes)
+    ours = Training(ROWS, family, layout=layout, clip=0.5, weight_decay=0.1, limit=30, changes=changes)
     pairs = {path: (x.A.detach().double(), x.B.detach().double()) for path, x in ours.lora.factors().items()}
     base = tiny(family, **changes).double()
     steps = [[ROWS[i] for i in ours.order.step(number)] for number in range(5)]
@@ -39,9 +40,9 @@ def test_against_the_textbook(family: str, packed: bool) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_packed_and_padded_agree(family: str) -> None:
     if family == "gemma2":  # cannot be packed: another split of the padded rows instead
-        one, other = Training(ROWS, family, packed=False), Training(ROWS, family, packed=False, limit=25)
+        one, other = (Training(ROWS, family, layout=Layout.PADDED, limit=limit) for limit in (2048, 25))
     else:
-        one, other = Training(ROWS, family), Training(ROWS, family, packed=False)
+        one, other = Training(ROWS, family), Training(ROWS, family, layout=Layout.PADDED)
     if family == "gpt2":
         for training in (one, other):
             training.model.apply(lambda module: setattr(module, "p", 0.0) if hasattr(module, "p") else None)
@@ -51,10 +52,10 @@ def test_packed_and_padded_agree(family: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("packed", [True, False])
-def test_micro_batches_change_nothing(dropout: float, packed: bool) -> None:
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.PADDED])
+def test_micro_batches_change_nothing(dropout: float, layout: Layout) -> None:
     """With dropout too: masks are counted by token, not drawn in the order of computation."""
-    whole, split, rows = (Training(ROWS, packed=packed, dropout=dropout, limit=x).run() for x in (2048, 30, 1))
+    whole, split, rows = (Training(ROWS, layout=layout, dropout=dropout, limit=x).run() for x in (2048, 30, 1))
     for other in (split, rows):
         assert [e.loss for e in whole.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
         assert_close(whole.weights(), other.weights(), rel=2e-4)
@@ -65,7 +66,7 @@ SHARED = branching_rows()
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_shared_prefixes_train_the_same_adapter(family: str) -> None:
-    one, other = Training(SHARED, family, share_prefixes=True), Training(SHARED, family)
+    one, other = Training(SHARED, family, layout=Layout.TREE), Training(SHARED, family)
     one.run(), other.run()
     assert [e.loss for e in one.steps_heard()] == pytest.approx([e.loss for e in other.steps_heard()], rel=1e-5)
     assert_close(one.weights(), other.weights(), rel=2e-4)
@@ -79,7 +80,7 @@ def test_shared_prefixes_train_the_same_adapter(family: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_split_of_a_step_with_shared_prefixes_changes_nothing(dropout: float) -> None:
     """A shared token has one mask, whichever of its rows are computed together."""
-    splits = [Training(SHARED, share_prefixes=True, dropout=dropout, limit=x).run() for x in (2048, 60, 1)]
+    splits = [Training(SHARED, layout=Layout.TREE, dropout=dropout, limit=x).run() for x in (2048, 45, 1)]
     for other in splits[1:]:
         assert [e.loss for e in splits[0].steps_heard()] == pytest.approx(
             [e.loss for e in other.steps_heard()], rel=1e-5
@@ -87,6 +88,28 @@ def test_the_split_of_a_step_with_shared_prefixes_changes_nothing(dropout: float
         assert_close(splits[0].weights(), other.weights(), rel=2e-4)
     computed = [sum(e.computed_tokens for e in split.steps_heard()) for split in splits]
     assert computed[0] < computed[1] < computed[2], "the splits differ"
+
+
+@pytest.mark.parametrize("limit", [2048, 45, 1])
+@pytest.mark.parametrize("layout", Layout)
+def test_gradients_of_a_step_do_not_depend_on_its_layout(layout: Layout, limit: int) -> None:
+    """Against each row alone, padded; before clipping and the optimizer could hide a factor."""
+
+    def gradients(layout: Layout, limit: int) -> tuple[list[torch.Tensor], float]:
+        training = Training(SHARED, layout=layout, limit=limit, steps=1, clip=0.0)
+        found: list[torch.Tensor] = []
+        with torch.no_grad():
+            for low_rank in training.lora.factors().values():
+                low_rank.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        training.updater.register_step_pre_hook(
+            lambda *_: found.extend(parameter.grad.clone() for parameter in training.lora.parameters())
+        )
+        (event,) = training.run().steps_heard()
+        return found, event.loss
+
+    (found, loss), (alone, expected) = gradients(layout, limit), gradients(Layout.PADDED, 1)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_close(found, alone, rel=1e-5)
 
 
 def test_dropout_does_something() -> None:
@@ -97,7 +120,7 @@ def test_dropout_does_something() -> None:
 
 
 def test_counts_of_a_step() -> None:
-    training = Training(ROWS, packed=False, steps=1).run()
+    training = Training(ROWS, layout=Layout.PADDED, steps=1).run()
     rows = [ROWS[i] for i in training.order.step(0)]
     (event,) = training.steps_heard()
     assert event.examples == 4

@@ -13,7 +13,7 @@ from loratune.adapt.plan import inside_compiled
 from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, ConfigError
-from loratune.lora import Mixin, base_modules
+from loratune.lora import Adapting, base_modules
 
 
 def attach(
@@ -46,7 +46,7 @@ def attach(
     if not isinstance(given, LoraConfig | str | os.PathLike | SavedAdapter):
         kind = type(given).__name__
         raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
-    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Mixin) for _, m in base_modules(model)):
+    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Adapting) for _, m in base_modules(model)):
         raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
     model = inside_compiled(model)
     handle = Adapters(model)

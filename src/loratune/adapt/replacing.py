@@ -12,7 +12,7 @@ from loratune.adapter.keys import HEADS_OF_TASK
 from loratune.config import LoraConfig
 from loratune.config.lora import name_matches
 from loratune.errors import nearest
-from loratune.lora import Mixin, has_own, names_by_parameter
+from loratune.lora import Adapting, has_own, names_by_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def plan_replacements(
     names |= {path: ["bias"] for path in biased}
     ordered = [(path, tuple(names[path])) for path in modules if names.get(path)]
     for path, _ in ordered:
-        if has_own(modules[path], "lora_replaced") and not isinstance(modules[path], Mixin):
+        if has_own(modules[path], "lora_replaced") and not isinstance(modules[path], Adapting):
             problems.append(f"{path}: it has an attribute called 'lora_replaced' already")
     _note_tied(modules, ordered, notes)
     if config.ensure_weight_tying:

@@ -290,7 +290,7 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
         [m["name"], m["count"], "its own", "", "", f"{m['parameters']:,}"] for m in found["adapter"]["replaced"]
     ]
     memory = found["memory"]
-    sizes = [[name, gigabytes(memory[name])] for name in ("base", "adapter", "activations", "logits", "total")]
+    sizes = [[name, gigabytes(memory[name])] for name in ("base", "adapter", "activations", "working", "total")]
     text = [
         *([found["data"]] if "data" in found else []),
         found["line"] + (f" · lr {found['lr']:g} · {found['steps']} steps" if "steps" in found else ""),

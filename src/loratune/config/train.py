@@ -61,6 +61,9 @@ class TrainConfig(Settings):
     share_prefixes: bool | None = setting(
         None, "what rows of a step begin with in common goes through the model once", group=_DATA
     )
+    group_prefixes: bool | None = setting(
+        None, "rows that begin alike are drawn into the same step, a few of several groups at random", group=_DATA
+    )
 
     method: Literal["lora", "rslora", "dora", "pissa"] = setting(
         "lora", "preset of the adapter's settings", group=_ADAPTER
@@ -94,6 +97,9 @@ class TrainConfig(Settings):
     )
     recompute: Literal["auto", "on", "off"] = setting(
         "auto", "recompute activations in the backward pass; auto only where memory asks for it", group=_MACHINE
+    )
+    fused: bool | None = setting(
+        None, "norms and gated blocks that compute the same with less kept for the backward pass", group=_MACHINE
     )
     dtype: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE
@@ -135,4 +141,6 @@ class TrainConfig(Settings):
                     f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}"
                 )
             found[name] = implied
+        if found.get("group_prefixes") is True and found.get("share_prefixes") is False:
+            problems.append("group_prefixes=True contradicts share_prefixes=False: only shared prefixes gain by groups")
         return found

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune.data.render import Rendered
 from loratune.data.tree import Node, prefix_tree
+
+_Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Batch:
 
 def needed(row: Rendered) -> int:
     """How many of a row's tokens must go through the model: what follows the last scored position predicts nothing."""
-    return max(i for i, supervised in enumerate(row.supervised) if supervised)
+    return len(row.supervised) - 1 - row.supervised[::-1].index(True)
 
 
 def make_batch(
@@ -93,64 +97,78 @@ def computed(row: Rendered) -> tuple[int, ...]:
 
 def _packed(rows: Sequence[Rendered], nodes: Sequence[Node], starts: Sequence[int]) -> Batch:
     """Nodes side by side in one row of tokens."""
-    ids = [token for node in nodes for token in rows[node.rows[0]].ids[node.start : node.stop]]
-    positions = [position for node in nodes for position in range(node.start, node.stop)]
-    counters = [starts[node.owner] + position for node in nodes for position in range(node.start, node.stop)]
-    scored, targets, times = [], [], []
-    place = 0
-    for node in nodes:
-        for position in range(node.start, node.stop):
-            for target, count in _targets(rows, node, position).items():
-                scored.append(place)
-                targets.append(target)
-                times.append(count)
-            place += 1
+    ids = _numbers(rows[node.rows[0]].ids[node.start : node.stop] for node in nodes)
+    positions = np.concatenate([np.arange(node.start, node.stop) for node in nodes])
+    counters = np.concatenate([np.arange(node.start, node.stop) + starts[node.owner] for node in nodes])
+    places = np.cumsum([0, *(node.length for node in nodes)])
+    scored, targets, times = zip(*(_targets(rows, node) for node in nodes), strict=True)
+    often = np.concatenate(times)
     return Batch(
-        torch.tensor([ids]),
-        torch.tensor([positions]),
+        torch.from_numpy(ids)[None],
+        torch.from_numpy(positions)[None],
         tuple(node.length for node in nodes),
         None,
-        torch.tensor(scored, dtype=torch.int64),
-        torch.tensor(targets, dtype=torch.int64),
-        torch.tensor([counters]),
+        torch.from_numpy(np.concatenate([place + there for place, there in zip(places[:-1], scored, strict=True)])),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(counters)[None],
         len(rows),
         len(ids),
         tuple(node.above for node in nodes) if any(node.above for node in nodes) else None,
-        torch.tensor(times, dtype=torch.float32) if any(count > 1 for count in times) else None,
+        torch.from_numpy(often.astype(np.float32)) if (often > 1).any() else None,
     )
 
 
-def _targets(rows: Sequence[Rendered], node: Node, position: int) -> Counter[int]:
-    """What the position predicts in the rows that go through it, and in how many."""
-    here = (rows[i] for i in node.rows)
-    return Counter(row.ids[position + 1] for row in here if row.supervised[position + 1])
+def _targets(rows: Sequence[Rendered], node: Node) -> tuple[_Ints, _Ints, _Ints]:
+    """What the node's positions predict: positions in it, targets, and in how many of its rows."""
+    pairs = [_supervised(rows[i], node.start, node.stop) for i in node.rows]
+    if len(pairs) == 1:
+        ((here, targets),) = pairs
+        return here, targets, np.ones_like(here)
+    # A position may predict several tokens: each pair of the two is one number.
+    both = np.concatenate([here << 32 | targets for here, targets in pairs])
+    different, times = np.unique(both, return_counts=True)
+    return different >> 32, different & 0xFFFFFFFF, times
+
+
+def _supervised(row: Rendered, start: int, stop: int) -> tuple[_Ints, _Ints]:
+    """The positions from `start` to `stop` that predict a supervised token, counted from `start`, and these tokens."""
+    following = slice(start + 1, stop + 1)
+    here = np.flatnonzero(np.frombuffer(bytes(row.supervised[following]), np.bool_))
+    return here, _numbers([row.ids[following]])[here]
+
+
+def _numbers(parts: Iterable[Sequence[int]]) -> _Ints:
+    """Token ids one after the other; through an `array`, which reads tuples twice as fast as numpy does."""
+    numbers = array("I")
+    for part in parts:
+        numbers.extend(part)
+    return np.frombuffer(numbers, np.uintc).astype(np.int64)
 
 
 def _padded(rows: Sequence[Rendered], pad_id: int, starts: Sequence[int]) -> Batch:
     lengths = [needed(row) for row in rows]
     shape = (len(rows), max(lengths))
-    ids = torch.full(shape, pad_id)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    counters = torch.zeros(shape, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.bool)
+    ids = np.full(shape, pad_id, np.int64)
+    positions = np.zeros(shape, np.int64)
+    counters = np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.bool_)
     scored, targets = [], []
     for number, (row, length, start) in enumerate(zip(rows, lengths, starts, strict=True)):
-        ids[number, :length] = torch.tensor(row.ids[:length])
-        positions[number, :length] = torch.arange(length)
-        counters[number, :length] = torch.arange(start, start + length)
+        ids[number, :length] = _numbers([row.ids[:length]])
+        positions[number, :length] = np.arange(length)
+        counters[number, :length] = np.arange(start, start + length)
         mask[number, :length] = True
-        for i in range(length):
-            if row.supervised[i + 1]:
-                scored.append(number * shape[1] + i)
-                targets.append(row.ids[i + 1])
+        here, predicted = _supervised(row, 0, length)
+        scored.append(number * shape[1] + here)
+        targets.append(predicted)
     return Batch(
-        ids,
-        positions,
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
         None,
-        mask,
-        torch.tensor(scored, dtype=torch.int64),
-        torch.tensor(targets, dtype=torch.int64),
-        counters,
+        torch.from_numpy(mask),
+        torch.from_numpy(np.concatenate(scored)),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(counters),
         len(rows),
         sum(lengths),
     )

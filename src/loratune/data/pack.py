@@ -1,44 +1,54 @@
-"""Which rows make a step, and how a step's rows go through the model: in micro-batches that never change the result."""
+"""How a step's rows go through the model: laid out in one of three ways, in micro-batches that change no result."""
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from enum import Enum
+from itertools import pairwise
 
-from loratune.data.tree import LEAST_SHARED, Tokens, common_prefix, prefix_tree, sorted_rows, tree_tokens
+from loratune.data.batch import Batch, make_batch, needed, offsets, tree_of
+from loratune.data.render import Rendered
+from loratune.data.tree import Node, Tokens, prefix_tree, subtree, tree_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """The rows of each optimizer step, a function of (seed, step) alone.
+class Layout(Enum):
+    """How rows that go through the model at once are laid out.
 
-    Every epoch is a permutation of its own; its last step takes what is left.
+    Attributes:
+        PADDED: below each other, with pads behind the shorter ones.
+        PACKED: side by side, each attending to itself alone.
+        TREE: side by side, and what several rows begin with is there once.
     """
 
-    rows: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.rows / self.batch_size)
-
-    def step(self, number: int) -> tuple[int, ...]:
-        """Row indices of step `number`, counted from 0."""
-        epoch, within = divmod(number, self.steps_per_epoch)
-        order = _permutation(self.rows, self.seed, epoch)
-        return order[within * self.batch_size : (within + 1) * self.batch_size]
+    PADDED = "padded"
+    PACKED = "packed"
+    TREE = "tree"
 
 
-@lru_cache(maxsize=2)
-def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(rows))
-    # Not secret, only the same everywhere: Python keeps this generator's numbers from version to version.
-    random.Random(f"order {seed} {epoch}").shuffle(order)  # noqa: S311
-    return tuple(order)
+def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int) -> list[Batch]:
+    """The rows of a step, or of an evaluation, as micro-batches.
+
+    Args:
+        limit: tokens of a micro-batch, pads included and shared ones counted once. A longer row goes alone.
+    """
+    starts = offsets(rows)
+    if layout is not Layout.TREE:
+        groups = micro_batches([needed(row) for row in rows], limit, packed=layout is Layout.PACKED)
+        return [
+            make_batch(
+                [rows[i] for i in group],
+                packed=layout is Layout.PACKED,
+                pad_id=pad_id,
+                starts=[starts[i] for i in group],
+            )
+            for group in groups
+        ]
+    # One tree for all micro-batches: which row a shared token belongs to must not depend on the split.
+    tree = tree_of(rows)
+    return [
+        make_batch([rows[i] for i in group], packed=True, pad_id=pad_id, starts=starts, tree=subtree(tree, group))
+        for group in tree_micro_batches(tree, limit)
+    ]
 
 
 def micro_batches(lengths: Sequence[int], limit: int, *, packed: bool) -> list[list[int]]:
@@ -64,31 +74,49 @@ def micro_batches(lengths: Sequence[int], limit: int, *, packed: bool) -> list[l
     return groups
 
 
-def shared_micro_batches(rows: Sequence[Tokens], limit: int) -> list[list[int]]:
-    """Split rows that share prefixes into groups of at most about `limit` tokens, a shared one counted once.
+def tree_micro_batches(tree: Sequence[Node], limit: int) -> list[list[int]]:
+    """Split the rows of a tree where they have least in common, so that the fewest tokens are computed twice.
 
-    Rows with a common prefix come into one group where it has room, so that the prefix is computed once for them.
+    Args:
+        limit: tokens of a group, a shared one counted once. A longer row goes alone.
 
     Returns:
-        Indices into `rows`, ascending in each group; a row that is too long alone goes alone.
+        Indices of rows, ascending in each group; of the splits that compute the fewest tokens, one into fewest groups.
     """
+    paths = {row: (*node.above, i) for i, node in enumerate(tree) for row in node.rows}
+    order = sorted(paths, key=paths.__getitem__)
+    lengths = [tree[paths[row][-1]].stop for row in order]
+    shared = [0, *(_shared(tree, paths[a], paths[b]) for a, b in pairwise(order))]
+    # Of the first rows, 0 of them, 1, …: tokens computed again, groups, and where the last group begins.
+    best = [(0, 0, 0)]
+    for end in range(1, len(order) + 1):
+        choices = []
+        tokens = 0
+        for begin in range(end - 1, -1, -1):
+            tokens += lengths[begin] - (shared[begin + 1] if begin + 1 < end else 0)
+            if tokens > limit and begin + 1 < end:
+                break
+            again, count, _ = best[begin]
+            choices.append((again + shared[begin], count + 1, begin))
+        best.append(min(choices))
     groups: list[list[int]] = []
-    cost = 0
-    for i in sorted_rows(rows):
-        before = groups[-1][-1] if groups else None
-        shared = 0 if before is None else common_prefix(rows[before], rows[i])
-        more = len(rows[i]) - (shared if shared >= LEAST_SHARED else 0)
-        if before is None or cost + more > limit:
-            groups.append([])
-            cost, more = 0, len(rows[i])
-        groups[-1].append(i)
-        cost += more
-    return [sorted(group) for group in groups]
+    end = len(order)
+    while end:
+        begin = best[end][2]
+        groups.append(sorted(order[begin:end]))
+        end = begin
+    return groups[::-1]
 
 
 def sharing(rows: Sequence[Tokens]) -> tuple[int, int]:
     """Tokens of the rows of one step, and those of their tree."""
     return sum(len(row) for row in rows), tree_tokens(prefix_tree(rows))
+
+
+def _shared(tree: Sequence[Node], a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two rows share, given by their paths."""
+    common = [i for i, j in zip(a, b, strict=False) if i == j]
+    return tree[common[-1]].stop if common else 0
 
 
 def _cost(lengths: Sequence[int], packed: bool) -> int:

@@ -6,7 +6,9 @@ node's ancestors stand before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,15 +38,63 @@ class Node:
         return self.stop - self.start
 
 
-def prefix_tree(rows: Sequence[Tokens], *, least: int = LEAST_SHARED) -> list[Node]:
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Rows in the order of their tokens, where those with a common prefix stand side by side.
+
+    Attributes:
+        order: indices of the rows, in that order.
+        common: for each place in the order, how many tokens its row shares with the one before; 0 for the first.
+        lengths: tokens of each row, by index.
+    """
+
+    order: list[int]
+    common: list[int]
+    lengths: list[int]
+
+
+def neighbours(rows: Iterable[Tokens]) -> Neighbours:
+    """Sort rows by their tokens; equal ones keep their order."""
+    # Bytes compare a hundred times faster than tuples of integers: what counts where a whole data set is sorted.
+    keys = [_key(row) for row in rows]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    common = [common_prefix(keys[a], keys[b]) // _WIDTH for a, b in pairwise(order)]
+    return Neighbours(order, [0, *common], [len(key) // _WIDTH for key in keys])
+
+
+def prefix_tree(rows: Iterable[Tokens], *, least: int = LEAST_SHARED) -> list[Node]:
     """The rows as a tree; every token of a row stands in one of the nodes on its path.
 
     Args:
         least: shortest prefix that gets a node of its own; shorter ones are repeated.
     """
-    order = sorted_rows(rows)
-    common = [0, *(common_prefix(rows[a], rows[b]) for a, b in pairwise(order))]
-    return _Tree(rows, order, common, least).nodes
+    return tree_of_neighbours(neighbours(rows), least=least)
+
+
+def tree_of_neighbours(found: Neighbours, *, least: int) -> list[Node]:
+    """The tree of rows that are sorted already."""
+    order, common, lengths = found.order, found.common, found.lengths
+    nodes: list[Node] = []
+    # Ranges of the order that still become nodes: first, last, tokens above, indices of the nodes that hold these.
+    todo: list[tuple[int, int, int, tuple[int, ...]]] = [(0, len(order), 0, ())]
+    while todo:
+        first, last, depth, above = todo.pop()
+        alone = last - first == 1
+        shared = lengths[order[first]] if alone else min(common[first + 1 : last])
+        if alone or shared - depth >= least:
+            if shared > depth:
+                rows = tuple(sorted(order[first:last]))
+                nodes.append(Node(depth, shared, rows, rows[0], above))
+                above = (*above, len(nodes) - 1)
+            # Rows that end here come first in the order and need no node below.
+            while first < last and lengths[order[first]] == shared:
+                first += 1
+            depth, at_least = shared, shared + 1
+        else:
+            at_least = depth + least
+        runs = [(begin, end, depth, above) for begin, end in _runs(common, first, last, at_least)]
+        todo += reversed(runs)
+    return nodes
 
 
 def subtree(nodes: Sequence[Node], chosen: Sequence[int]) -> list[Node]:
@@ -60,12 +110,7 @@ def subtree(nodes: Sequence[Node], chosen: Sequence[int]) -> list[Node]:
     return kept
 
 
-def sorted_rows(rows: Sequence[Tokens]) -> list[int]:
-    """Indices in the order of the rows' tokens: rows with a common prefix are neighbours."""
-    return sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
-
-
-def common_prefix(a: Tokens, b: Tokens) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two rows begin with in common."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
@@ -85,38 +130,21 @@ def tree_tokens(nodes: Sequence[Node]) -> int:
     return sum(node.length for node in nodes)
 
 
-class _Tree:
-    """Built from the rows in sorted order, where `common[i]` tokens are shared with the row before."""
+_WIDTH = array("I").itemsize
 
-    def __init__(self, rows: Sequence[Tokens], order: list[int], common: list[int], least: int) -> None:
-        self.rows, self.order, self.common, self.least = rows, order, common, least
-        self.nodes: list[Node] = []
-        self._grow(0, len(order), 0, ())
 
-    def _grow(self, first: int, last: int, depth: int, above: tuple[int, ...]) -> None:
-        """Nodes for the rows `first` to `last` of the order, which have their first `depth` tokens in `above`."""
-        if first == last:
-            return
-        shared = min(self.common[first + 1 : last], default=len(self.rows[self.order[first]]))
-        if shared - depth >= self.least or last - first == 1:
-            self._node(first, last, depth, shared, above)
-        else:
-            self._split(first, last, depth, depth + self.least, above)
+def _key(row: Tokens) -> bytes:
+    """A row's tokens as bytes that sort as the tokens do: most significant first."""
+    numbers = array("I", row)
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers.tobytes()
 
-    def _node(self, first: int, last: int, depth: int, stop: int, above: tuple[int, ...]) -> None:
-        if stop > depth:
-            rows = tuple(sorted(self.order[first:last]))
-            self.nodes.append(Node(depth, stop, rows, rows[0], above))
-            above = (*above, len(self.nodes) - 1)
-        # Rows that end here come first in the order and need no node below.
-        while first < last and len(self.rows[self.order[first]]) == stop:
-            first += 1
-        self._split(first, last, stop, stop + 1, above)
 
-    def _split(self, first: int, last: int, depth: int, least: int, above: tuple[int, ...]) -> None:
-        """Grow each run of rows that share at least `least` tokens."""
-        begin = first
-        for i in range(first + 1, last + 1):
-            if i == last or self.common[i] < least:
-                self._grow(begin, i, depth, above)
-                begin = i
+def _runs(common: Sequence[int], first: int, last: int, least: int) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbours that share at least `least` tokens."""
+    begin = first
+    for i in range(first + 1, last + 1):
+        if i == last or common[i] < least:
+            yield begin, i
+            begin = i

@@ -2,8 +2,9 @@
 
 from loratune.estimation.memory import (
     MemoryEstimate,
+    Pass,
     Shape,
-    activation_bytes_per_token,
+    bytes_per_token,
     estimate_memory,
     step_flops,
 )
@@ -13,8 +14,9 @@ __all__ = [
     "RECOMPUTED_FORWARDS",
     "STEP_FORWARDS",
     "MemoryEstimate",
+    "Pass",
     "Shape",
-    "activation_bytes_per_token",
+    "bytes_per_token",
     "estimate_memory",
     "forward_rate",
     "matmul_rate",

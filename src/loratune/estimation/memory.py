@@ -5,68 +5,128 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from loratune.adapt import TargetPlan
 
-# Stock transformer blocks keep more than the inputs of their products (normalised copies, rotated heads, gates).
-# Measured on Llama-family models; the factor multiplies the activations that the products alone need.
-_STOCK_BLOCKS = 2.2
 _ADAM_BYTES = 16  # fp32 master, gradient and two moments
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The widths that decide a decoder's memory and arithmetic."""
+    """The widths that decide a decoder's memory and arithmetic.
+
+    Attributes:
+        query, kv: widths of all query heads together, and of all key heads.
+        intermediate: width of the feed-forward block; of all experts that a token goes through.
+        normed: widths of all that a layer's norms give.
+    """
 
     layers: int
     hidden: int
     intermediate: int
+    query: int
     kv: int
+    heads: int
+    normed: int
     vocabulary: int
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
-        """From a transformers config; missing fields take the usual ratios."""
-        text = config.get_text_config()
+    def of(cls, model: nn.Module) -> Shape:
+        """From a transformers model, which may be on the meta device; missing fields take the usual ratios."""
+        text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
         hidden = text.hidden_size
         heads = getattr(text, "num_attention_heads", 1)
         dim = getattr(text, "head_dim", None) or hidden // heads
         intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        intermediate *= getattr(text, "num_experts_per_tok", None) or 1
         kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
-        return cls(text.num_hidden_layers, hidden, intermediate, kv, text.vocab_size)
+        layers = text.num_hidden_layers
+        normed = _normed(model, {"q": heads * dim, "k": kv}) // layers
+        return cls(layers, hidden, intermediate, heads * dim, kv, heads, normed, text.vocab_size)
+
+
+def _normed(model: nn.Module, of_heads: dict[str, int]) -> int:
+    """Widths of what the model's norms give; those of heads give all of these at once."""
+    found = 0
+    for path, module in model.named_modules():
+        name, weight = path.rpartition(".")[2], module._parameters.get("weight")
+        if weight is not None and weight.ndim == 1 and ("norm" in name or "ln_" in name):
+            found += of_heads.get(name[:1], weight.numel()) if name[1:2] == "_" else weight.numel()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What goes through the model at once, and how.
+
+    Attributes:
+        itemsize: bytes of a value of the base's dtype. tokens: of a micro-batch; scored: those that get logits.
+        recompute: whether only each layer's input is kept. fused: whether norms and gated blocks keep less.
+        chunk: positions whose logits exist at once.
+    """
+
+    itemsize: int
+    tokens: int
+    scored: int
+    recompute: bool = False
+    fused: bool = True
+    chunk: int = 256
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes at the peak of a step."""
+    """Bytes at the peak of a step.
+
+    Attributes:
+        adapter: masters, gradients and both moments of Adam. activations: kept for the backward pass.
+        working: what stands beside them for a moment, of logits or of one layer's gradients.
+    """
 
     base: int
     adapter: int
     activations: int
-    logits: int
+    working: int
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.activations + self.logits
+        return self.base + self.adapter + self.activations + self.working
 
 
-def activation_bytes_per_token(shape: Shape, itemsize: int, *, recompute: bool) -> int:
-    """Kept for the backward pass, for each token: 6H + 2·kv + 2I values a layer in the products alone."""
-    block = (6 * shape.hidden + 2 * shape.kv + 2 * shape.intermediate) * itemsize * _STOCK_BLOCKS
-    kept = shape.hidden * itemsize * shape.layers + block if recompute else block * shape.layers
-    return int(kept)
+def bytes_per_token(shape: Shape, plan: TargetPlan, itemsize: int, *, recompute: bool, fused: bool) -> tuple[int, int]:
+    """Of each token: what is kept until the backward pass, and what stands beside it while a layer's is computed."""
+    ranks = sum(target.r for target in plan.targets) / shape.layers
+    layer = _layer_bytes(shape, itemsize, fused) + ranks * itemsize
+    # The activation, the gradients of its product and of both halves; those of the input and output of a block.
+    gradients = (4 * shape.intermediate + 2 * shape.hidden) * itemsize
+    if recompute:
+        return shape.hidden * itemsize * shape.layers, int(layer + gradients)
+    return int(layer * shape.layers), gradients
 
 
-def estimate_memory(
-    plan: TargetPlan, shape: Shape, *, itemsize: int, tokens: int, scored: int, recompute: bool
-) -> MemoryEstimate:
-    """A step over micro-batches of `tokens` tokens, `scored` of which get logits."""
-    # Logits in the base's dtype with their gradient, and one chunk of 256 in fp32 with its own.
-    logits = 2 * scored * shape.vocabulary * itemsize + 3 * 256 * shape.vocabulary * 4
+def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
+    """What one layer keeps of a token: the inputs of its projections, and what its attention and activation need."""
+    fine = max(itemsize, 4)
+    attention = (2 * shape.query + 2 * shape.kv) * itemsize + shape.heads * (itemsize + fine)
+    norms, gated = shape.normed * itemsize, 2 * shape.intermediate * itemsize
+    if not fused:  # fp32 copies of the norms' inputs; the activation and its product with the other half
+        norms, gated = norms + shape.normed * fine, 2 * gated
+    return attention + norms + gated
+
+
+def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEstimate:
+    """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it."""
+    size = through.itemsize
+    kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
+    chunk = min(through.chunk, through.scored)
+    # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
+    # the head, with its gradient.
+    logits = (2 * chunk * size + min(chunk, 32) * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
     return MemoryEstimate(
-        plan.base_parameters * itemsize,
+        plan.base_parameters * size,
         plan.trainable * _ADAM_BYTES,
-        tokens * activation_bytes_per_token(shape, itemsize, recompute=recompute),
-        logits,
+        through.tokens * kept,
+        max(logits, through.tokens * layer),
     )
 
 

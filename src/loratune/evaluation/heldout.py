@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from loratune.data.batch import Batch, computed, make_batch, needed, tree_of
-from loratune.data.pack import micro_batches, shared_micro_batches
+from loratune.data.batch import Batch
+from loratune.data.pack import Layout, batches
 from loratune.data.render import Rendered
 from loratune.loss import summed_loss
 from loratune.model import evaluating
@@ -29,15 +29,9 @@ class HeldOut:
         return math.exp(min(self.loss, 700.0))
 
 
-def held_out_batches(
-    rows: Sequence[Rendered], *, packed: bool, limit: int, pad_id: int, share_prefixes: bool = False
-) -> list[Batch]:
+def held_out_batches(rows: Sequence[Rendered], *, packed: bool, limit: int, pad_id: int) -> list[Batch]:
     """The rows as micro-batches of at most `limit` tokens."""
-    if not share_prefixes:
-        groups = micro_batches([needed(row) for row in rows], limit, packed=packed)
-        return [make_batch([rows[i] for i in group], packed=packed, pad_id=pad_id) for group in groups]
-    chosen = [[rows[i] for i in group] for group in shared_micro_batches([computed(row) for row in rows], limit)]
-    return [make_batch(group, packed=True, pad_id=pad_id, tree=tree_of(group)) for group in chosen]
+    return batches(rows, Layout.PACKED if packed else Layout.PADDED, limit=limit, pad_id=pad_id)
 
 
 @torch.no_grad()

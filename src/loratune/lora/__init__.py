@@ -9,6 +9,7 @@ from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.rows import Bank, Rows, bank_of
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
+    Adapting,
     Mixin,
     adapter_prefixes,
     base_modules,
@@ -24,6 +25,7 @@ from loratune.lora.swap import (
 
 __all__ = [
     "AdapterState",
+    "Adapting",
     "Bank",
     "LoraLayer",
     "LowRank",

@@ -14,10 +14,10 @@ from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Linear, Weight, lora_linear
 from loratune.lora.state import AdapterState, View
-from loratune.lora.swap import Mixin, base_of, put_on, take_off
+from loratune.lora.swap import Adapting, base_of, put_on, take_off
 
 
-class LoraLayer(Mixin):
+class LoraLayer(Adapting):
     """Mixed in before the class of an adapted module. The forward pass is the equation and assigns nothing."""
 
     order = 0
@@ -122,5 +122,5 @@ def release(layer: LoraLayer) -> None:
     module: nn.Module = layer
     take_off(module, LoraLayer.order)
     del module.lora, module.lora_index, module.lora_weight
-    if not isinstance(module, Mixin):
+    if not isinstance(module, Adapting):
         del module.lora_state

@@ -12,12 +12,12 @@ from typing import Any, cast
 from torch import nn
 
 from loratune.lora.state import AdapterState
-from loratune.lora.swap import Mixin, put_on, take_off
+from loratune.lora.swap import Adapting, put_on, take_off
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
-class Recomputed(Mixin):
+class Recomputed(Adapting):
     order = 2
 
     @property
@@ -40,11 +40,11 @@ def can_be_recomputed(module: nn.Module) -> bool:
 
 
 def bind_recomputation(module: nn.Module, state: AdapterState) -> None:
-    cast(Mixin, module).lora_state = state
+    cast(Adapting, module).lora_state = state
     put_on(module, Recomputed)
 
 
 def unbind_recomputation(module: nn.Module) -> None:
     take_off(module, Recomputed.order)
-    if not isinstance(module, Mixin):
+    if not isinstance(module, Adapting):
         del module.lora_state

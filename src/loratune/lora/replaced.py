@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from loratune.lora.state import AdapterState
-from loratune.lora.swap import Mixin, put_on, take_off, wears
+from loratune.lora.swap import Adapting, put_on, take_off, wears
 
 
 class Tensors(nn.Module):
@@ -29,7 +29,7 @@ class Tensors(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Replacing(Mixin):
+class Replacing(Adapting):
     """Mixed in where some adapter has tensors of its own."""
 
     order = 1
@@ -63,7 +63,7 @@ def replace_in(module: nn.Module, state: AdapterState, adapter: str, tensors: di
     added = Tensors(tensors)
     if not wears(module, Replacing.order):
         module.lora_replaced = nn.ModuleDict()
-        cast(Mixin, module).lora_state = state
+        cast(Adapting, module).lora_state = state
     holder = cast(nn.ModuleDict, module.lora_replaced)
     holder[adapter] = added
     _show(module, holder)
@@ -79,7 +79,7 @@ def give_back(module: nn.Module, adapter: str) -> None:
         return
     take_off(module, Replacing.order)
     del module.lora_replaced
-    if not isinstance(module, Mixin):
+    if not isinstance(module, Adapting):
         del module.lora_state
 
 

@@ -18,7 +18,6 @@ from loratune.lora.state import AdapterState
 class Mixin(nn.Module):
     """What can be mixed in. Subclasses are listed in the order in which their `forward` comes."""
 
-    lora_state: AdapterState
     # Mixed in by those that are made on demand, to make them again after pickling: a function and its argument.
     made_by: tuple[Any, Any] | None = None
     order = 0
@@ -30,6 +29,12 @@ class Mixin(nn.Module):
         mixins, base = _parts(type(self))
         state = self.__getstate__()  # type: ignore[no-untyped-call]  # a module may leave things out
         return _rebuild, (base, tuple(mixin.made_by or mixin for mixin in mixins)), state
+
+
+class Adapting(Mixin):
+    """What is mixed in for adapters' sake; it looks up in a state which of them count."""
+
+    lora_state: AdapterState
 
 
 def put_on(module: nn.Module, mixin: type[Mixin]) -> None:

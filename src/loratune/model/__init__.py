@@ -1,5 +1,6 @@
 """Base models: where they come from, on what they run, and the attention that packed rows need."""
 
+from loratune.model.allocator import freed_memory_kept
 from loratune.model.attention import packed_inputs, use_packed_attention, why_no_shared_prefixes, why_not_packed
 from loratune.model.device import (
     available_memory,
@@ -11,7 +12,7 @@ from loratune.model.device import (
     total_memory,
 )
 from loratune.model.fingerprint import fingerprint
-from loratune.model.fuse import fuse, unfuse
+from loratune.model.fuse import fuse, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
 from loratune.model.load import (
@@ -41,6 +42,7 @@ __all__ = [
     "evaluating",
     "find_base",
     "fingerprint",
+    "freed_memory_kept",
     "fuse",
     "given_back",
     "has_separate_head",
@@ -48,6 +50,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "logits_from",
+    "may_be_fused",
     "only_positions",
     "packed_inputs",
     "peak_memory",
@@ -63,5 +66,6 @@ __all__ = [
     "unfuse",
     "use_packed_attention",
     "why_no_shared_prefixes",
+    "why_not_fused",
     "why_not_packed",
 ]

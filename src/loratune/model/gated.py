@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from loratune.lora import Mixin, put_on
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
 # Activation → itself and its gradient, which is given the output's gradient and the input.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -64,7 +62,7 @@ class _Gated(torch.autograd.Function):
 
 
 class FusedGated(Mixin):
-    """Mixed in before a family's feed-forward block with `gate_proj`, `up_proj` and `down_proj`."""
+    """Mixed in before a family's feed-forward block."""
 
     order = 3
     prefix = "Fused"
@@ -73,8 +71,8 @@ class FusedGated(Mixin):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return cast(Tensor, super().forward(x))
-        gate_proj, up_proj, down_proj = (cast(nn.Module, getattr(self, name)) for name in PROJECTIONS)
-        gate, up, halves = gate_proj(x), up_proj(x), _Halves(self.gated_activation)
+        gate, up = _gate_and_up(self, x)
+        halves, down_proj = _Halves(self.gated_activation), cast(nn.Module, self.down_proj)
         product: Tensor = _Gated.apply(gate, up, halves)  # type: ignore[no-untyped-call]
         if not product.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             # Somebody else decides what is kept: recomputation of the whole layer, say.
@@ -97,19 +95,31 @@ def _made_again(product: Tensor, halves: _Halves) -> tuple[Any, Any]:
     return pack, unpack
 
 
+def is_gated(module: nn.Module) -> bool:
+    """Whether the module has the parts of such a block, by the names that families give them."""
+    parts = module._modules
+    return "down_proj" in parts and ("gate_up_proj" in parts or {"gate_proj", "up_proj"} <= parts.keys())
+
+
+def _gate_and_up(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    if "gate_up_proj" in module._modules:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up
+    return module.gate_proj(x), module.up_proj(x)
+
+
 def fuse_gated(module: nn.Module) -> bool:
     """Mix `FusedGated` in where the module is such a block; says whether. Tried on the module at hand."""
-    gate, up, down, act = (module._modules.get(name) for name in (*PROJECTIONS, "act_fn"))
-    weight = getattr(gate, "weight", None)
-    if up is None or down is None or act is None or gate is None or not isinstance(weight, Tensor):
+    if not is_gated(module):
         return False
-    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
+    weight = cast(nn.Module, module._modules.get("gate_proj", module._modules.get("gate_up_proj"))).weight
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
         return False
     x = torch.linspace(-2, 2, weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 1, -1)
     with torch.no_grad():
-        y, g, u = module(x), gate(x), up(x)
+        y, (gate, up) = module(x), _gate_and_up(module, x)
         for name in _ACTIVATIONS:
-            if torch.equal(y, down(_Halves(name).product(g, u))):
+            if torch.allclose(y, cast(nn.Module, module.down_proj)(_Halves(name).product(gate, up)), rtol=1e-5):
                 vars(module)["gated_activation"] = name
                 put_on(module, FusedGated)
                 return True

@@ -56,7 +56,8 @@ class FusedNorm(Mixin):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self.weight)
-        if weight.requires_grad or torch.compiler.is_compiling():
+        # An adapter's own weight takes one way whether it is being trained or not, so that its results are the same.
+        if weight is not self._parameters["weight"] or weight.requires_grad or torch.compiler.is_compiling():
             return cast(Tensor, super().forward(input))
         return rms_norm(input, weight + self.norm_offset if self.norm_offset else weight, self.norm_eps)
 

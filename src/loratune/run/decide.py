@@ -9,6 +9,7 @@ from typing import Any
 
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.fit import Fit
+from loratune.data.pack import Layout
 from loratune.errors import ConfigError
 
 GIVEN, DEFAULT = "given", "default"
@@ -23,6 +24,7 @@ class Decisions:
 
     Attributes:
         shared: the share of a step's tokens that shared prefixes save.
+        shared_at_random: the same if rows met in random order.
         step_tokens: tokens of the largest step that was looked at for shared prefixes; 0 where they are not used.
     """
 
@@ -30,6 +32,7 @@ class Decisions:
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     shared: float = 0.0
+    shared_at_random: float = 0.0
     step_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -41,6 +44,13 @@ class Decisions:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
+
+    @property
+    def layout(self) -> Layout:
+        """How rows go through the model, once `pack` and `share_prefixes` are decided."""
+        if not self["pack"]:
+            return Layout.PADDED
+        return Layout.TREE if self["share_prefixes"] else Layout.PACKED
 
     def decide(self, name: str, value: Any, reason: str) -> Any:
         """Take `value` unless the user gave one; returns what holds."""

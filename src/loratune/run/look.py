@@ -10,8 +10,8 @@ from loratune.adapt import share_line
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import needed
 from loratune.data.fit import show_mask
-from loratune.estimation import Shape, estimate_memory, step_flops
-from loratune.model import context_of, empty_model, load_tokenizer
+from loratune.estimation import Pass, Shape, estimate_memory, step_flops
+from loratune.model import context_of, empty_model, load_tokenizer, may_be_fused
 from loratune.run.decide import Decisions, describe, lora_config
 from loratune.run.prepare import Prepared, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
@@ -41,7 +41,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     config = TrainConfig(**settings)
     decisions = Decisions(config)
     empty = empty_model(model)
-    shape = Shape.of(empty.config)
+    shape = Shape.of(empty)
     itemsize = _ITEMSIZE[config.dtype]
     if data is None:
         lora = _lora_without_data(config)
@@ -58,7 +58,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         share = min(1.0, decisions["micro_batch_tokens"] / tokens)
         tokens, scored = int(tokens * share), int(scored * share)
     recompute = decisions["recompute"] == "on"
-    memory = estimate_memory(targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute)
+    fused = may_be_fused(empty) if config.fused is None else config.fused
+    memory = estimate_memory(targets, shape, Pass(itemsize, tokens, scored, recompute, fused))
     return {
         **found,
         "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import computed, needed
-from loratune.data.pack import Order, sharing
+from loratune.data.order import Order, bundle_size, groups_of
+from loratune.data.pack import sharing
+from loratune.data.render import Rendered
 from loratune.errors import ConfigError
 from loratune.estimation import (
     RECOMPUTED_FORWARDS,
     STEP_FORWARDS,
     MemoryEstimate,
+    Pass,
     Shape,
-    activation_bytes_per_token,
+    bytes_per_token,
     estimate_memory,
     forward_rate,
 )
@@ -25,6 +30,7 @@ from loratune.model import (
     context_of,
     total_memory,
     why_no_shared_prefixes,
+    why_not_fused,
     why_not_packed,
 )
 from loratune.run.decide import Decisions, decide_training, lora_config
@@ -33,9 +39,9 @@ from loratune.run.prepare import Prepared, prepare
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 _MEMORY_SHARE = 0.6
-# Steps whose rows are looked at for common prefixes, and the share of tokens that is worth a tree.
+# Steps whose rows are looked at for common prefixes, and the share of tokens that is worth a tree, or groups.
 _LOOKED_AT = 32
-_WORTH_SHARING = 0.1
+_WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Setup:
     targets: TargetPlan
     memory: MemoryEstimate
     seconds: float
+    order: Order
 
     @property
     def model(self) -> Any:
@@ -54,7 +61,7 @@ class Setup:
 
 
 def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
-    """Read the data, look at the model, decide what was left open. Nothing is changed but the base's attention kernel.
+    """Read the data, look at the model, decide what was left open. Nothing is changed but the base's kernels.
 
     Raises:
         ConfigError, DataError: every refusal of a run that can be known before it starts.
@@ -63,15 +70,16 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     decisions.decide("device", str(base.device), "the best one here")
     decisions.values["dtype"] = "bf16" if base.precision.dtype.itemsize == 2 else "fp32"
     decisions.reasons["dtype"] = base.precision.reason
-    shape = Shape.of(base.model.config)
+    shape = Shape.of(base.model)
     prepared = prepare(data, decisions, base.tokenizer, context_of(base.model))
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
     _decide_packing(base.model, decisions)
-    _decide_sharing(base.model, decisions, prepared)
+    order = _decide_sharing(base.model, decisions, prepared.rows)
+    _decide_fused(base.model, decisions)
     memory = _decide_memory(base, decisions, prepared, targets, shape)
     _decide_rhythm(decisions, prepared)
     seconds = _seconds(base, decisions, prepared)
-    return Setup(base, prepared, decisions, lora, targets, memory, seconds)
+    return Setup(base, prepared, decisions, lora, targets, memory, seconds, order)
 
 
 def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: Shape) -> tuple[LoraConfig, TargetPlan]:
@@ -100,6 +108,8 @@ def plan_line(setup: Setup) -> str:
     minutes = f"~{setup.seconds / 60:.0f} min" if setup.seconds > 90 else f"~{setup.seconds:.0f} s"
     total = total_memory(setup.base.device)
     shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
+    if d["group_prefixes"]:
+        shared += f", {d.shared_at_random:.0%} without groups"
     return (
         f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
@@ -119,39 +129,87 @@ def _decide_packing(model: Any, decisions: Decisions) -> None:
         decisions.decide("pack", False, f"rows are padded: {why_not}")
 
 
-def _decide_sharing(model: Any, decisions: Decisions, prepared: Prepared) -> None:
-    """Shared prefixes where they save a tenth of the tokens of a step, and the model computes the same with them."""
-    wanted = decisions.values.get("share_prefixes")
+def _decide_sharing(model: Any, decisions: Decisions, rows: Sequence[Rendered]) -> Order:
+    """Shared prefixes, and the order of the rows: in groups where that saves a tenth of the tokens that are left.
+
+    Both only where they save a tenth of the tokens of a step, and the model computes the same with them.
+    """
+    order = Order(len(rows), decisions["batch_size"], decisions["seed"])
+    names = ("share_prefixes", "group_prefixes")
+    wanted = [name for name in names if decisions.values.get(name)]
+    why_not = "rows are padded" if not decisions["pack"] else None
+    if why_not is not None and wanted:
+        raise ConfigError(f"{wanted[0]}: rows are padded ({decisions.reasons['pack']})", hint="leave it out")
+    if decisions.values.get("share_prefixes") is False:
+        why_not = "prefixes are not shared"
+    if why_not is not None:
+        for name in names:
+            decisions.decide(name, False, why_not)
+        return order
+    share, largest = _shared(rows, order)
+    decisions.shared_at_random = share
+    grouped = _decide_groups(decisions, rows, order, share)
+    if grouped is not order:
+        share, largest = _shared(rows, grouped)
+    why_not = why_no_shared_prefixes(model) if wanted or share >= _WORTH else None
+    if why_not is not None and wanted:
+        flag = wanted[0].replace("_", "-")
+        raise ConfigError(f"{wanted[0]}: this model cannot: {why_not}", hint=f"leave --{flag} out")
+    why = f"the rows of a step begin alike in {share:.0%} of their tokens"
+    decisions.decide("share_prefixes", why_not is None and (bool(wanted) or share >= _WORTH), why_not or why)
+    if not decisions["share_prefixes"]:
+        decisions.decide("group_prefixes", False, why_not or "prefixes are not shared")
+        return order
+    decisions.shared, decisions.step_tokens = share, largest
+    return grouped
+
+
+def _decide_groups(decisions: Decisions, rows: Sequence[Rendered], order: Order, at_random: float) -> Order:
+    """The order in groups, where these are asked for or worth it; else the one given."""
+    batch_size, wanted = decisions["batch_size"], decisions.values.get("group_prefixes")
+    if wanted is False:
+        return order
+    if bundle_size(batch_size) < 2:
+        why_not = f"a step of {batch_size} rows has no room for several groups"
+        if wanted:
+            raise ConfigError(f"group_prefixes: {why_not}", hint="--batch-size 4 is the least")
+        decisions.decide("group_prefixes", False, why_not)
+        return order
+    grouped = replace(order, groups=groups_of(computed(row) for row in rows))
+    share, _ = _shared(rows, grouped)
+    saved = 1 - (1 - share) / (1 - at_random)
+    why = f"the rows of a step begin alike in {share:.0%} of their tokens, {at_random:.0%} in random order"
+    decisions.decide("group_prefixes", saved > _WORTH, why)
+    return grouped if decisions["group_prefixes"] else order
+
+
+def _shared(rows: Sequence[Rendered], order: Order) -> tuple[float, int]:
+    """The share of tokens that steps of the first epoch compute once for several rows, and their largest tree's."""
+    steps = range(0, order.steps_per_epoch, math.ceil(order.steps_per_epoch / _LOOKED_AT))
+    counts = [sharing([computed(rows[i]) for i in order.step(step)]) for step in steps]
+    return 1 - sum(tree for _, tree in counts) / sum(total for total, _ in counts), max(tree for _, tree in counts)
+
+
+def _decide_fused(model: Any, decisions: Decisions) -> None:
+    wanted = decisions.values.get("fused")
     if wanted is False:
         return
-    if not decisions["pack"]:
-        if wanted:
-            raise ConfigError(f"share_prefixes: rows are padded ({decisions.reasons['pack']})", hint="leave it out")
-        decisions.decide("share_prefixes", False, "rows are padded")
-        return
-    order = Order(len(prepared.rows), decisions["batch_size"], decisions["seed"])
-    steps = range(min(order.steps_per_epoch, _LOOKED_AT))
-    counts = [sharing([computed(prepared.rows[i]) for i in order.step(step)]) for step in steps]
-    share = 1 - sum(tree for _, tree in counts) / sum(total for total, _ in counts)
-    why_not = why_no_shared_prefixes(model) if wanted or share >= _WORTH_SHARING else None
+    why_not = why_not_fused(model)
     if why_not is not None and wanted:
-        raise ConfigError(f"share_prefixes: this model cannot: {why_not}", hint="leave --share-prefixes out")
-    why = f"the rows of a step begin alike in {share:.0%} of their tokens"
-    decisions.decide("share_prefixes", why_not is None and share >= _WORTH_SHARING, why_not or why)
-    if decisions["share_prefixes"]:
-        decisions.shared, decisions.step_tokens = share, max(tree for _, tree in counts)
+        raise ConfigError(f"fused: {why_not}", hint="leave --fused out")
+    decisions.decide("fused", why_not is None, why_not or "tried: the fused blocks give what the stock ones give")
 
 
 def _decide_memory(
     base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape
 ) -> MemoryEstimate:
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
-    itemsize = base.precision.dtype.itemsize
+    itemsize, fused = base.precision.dtype.itemsize, decisions["fused"]
     longest = max(needed(row) for row in prepared.rows)
     budget = int(available_memory(base.device) * _MEMORY_SHARE)
 
     def fits(recompute: bool) -> int:
-        return budget // activation_bytes_per_token(shape, itemsize, recompute=recompute)
+        return budget // sum(bytes_per_token(shape, targets, itemsize, recompute=recompute, fused=fused))
 
     recompute = decisions["recompute"] == "on" or (decisions["recompute"] == "auto" and fits(False) < longest)
     if decisions["recompute"] == "auto":
@@ -165,7 +223,7 @@ def _decide_memory(
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
-    return estimate_memory(targets, shape, itemsize=itemsize, tokens=tokens, scored=scored, recompute=recompute)
+    return estimate_memory(targets, shape, Pass(itemsize, tokens, scored, recompute, fused))
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:

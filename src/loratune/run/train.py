@@ -13,10 +13,10 @@ import torch
 
 from loratune.adapt import Adapters, attach
 from loratune.config import TrainConfig
-from loratune.data.pack import Order
+from loratune.data.pack import batches
 from loratune.errors import ConfigError, DivergedError, LoratuneError, RunInterrupted
-from loratune.evaluation import held_out_batches, held_out_loss
-from loratune.model import adapter_training, find_base, given_back, recompute_activations
+from loratune.evaluation import held_out_loss
+from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, recompute_activations
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
 from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
@@ -95,7 +95,7 @@ def _recorded(setup: Setup, folder: RunFolder, journal: Journal, before: dict[st
     """Train; whatever happens, the record says how it ended."""
     journal.open(before)
     try:
-        with memory_errors():
+        with freed_memory_kept(setup.base.device), memory_errors():
             _train(setup, folder, journal, resume=before is not None)
     except LoratuneError as error:
         journal.close("interrupted" if isinstance(error, RunInterrupted) else "failed", str(error))
@@ -188,12 +188,11 @@ def _start(
 
 
 def _work(setup: Setup) -> Work:
-    decisions, rows = setup.decisions, setup.prepared.rows
+    decisions = setup.decisions
     return Work(
-        rows=rows,
-        order=Order(len(rows), decisions["batch_size"], decisions["seed"]),
-        packed=decisions["pack"],
-        share_prefixes=decisions["share_prefixes"],
+        rows=setup.prepared.rows,
+        order=setup.order,
+        layout=decisions.layout,
         pad_id=setup.base.pad_id,
         seed=decisions["seed"],
         clip=decisions["clip"],
@@ -207,15 +206,10 @@ def _work(setup: Setup) -> Work:
 def _evaluation(setup: Setup) -> Callable[[], float] | None:
     if setup.prepared.val is None:
         return None
-    decisions = setup.decisions
-    batches = held_out_batches(
-        setup.prepared.val.rows,
-        packed=decisions["pack"],
-        share_prefixes=decisions["share_prefixes"],
-        limit=decisions["micro_batch_tokens"],
-        pad_id=setup.base.pad_id,
-    )
-    return lambda: held_out_loss(setup.model, batches, setup.base.device).loss
+    decisions, rows = setup.decisions, setup.prepared.val.rows
+    limit, pad_id = decisions["micro_batch_tokens"], setup.base.pad_id
+    held_out = batches(rows, decisions.layout, limit=limit, pad_id=pad_id)
+    return lambda: held_out_loss(setup.model, held_out, setup.base.device).loss
 
 
 def _save(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, progress: Progress) -> None:

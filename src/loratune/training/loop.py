@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loratune.adapt import Adapters
-from loratune.data.batch import Batch, computed, make_batch, needed, offsets, tree_of
-from loratune.data.pack import Order, micro_batches, shared_micro_batches
+from loratune.data.batch import Batch
+from loratune.data.order import Order
+from loratune.data.pack import Layout, batches
 from loratune.data.render import Rendered
-from loratune.data.tree import Node, subtree
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.lora import TokenCounter
 from loratune.loss import summed_loss
@@ -30,12 +30,11 @@ from loratune.training.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run goes through: its rows, their order, and how a step is split."""
+    """What a run goes through: its rows, their order, and how a step is laid out."""
 
     rows: Sequence[Rendered]
     order: Order
-    packed: bool
-    share_prefixes: bool
+    layout: Layout
     pad_id: int
     seed: int
     clip: float
@@ -165,17 +164,19 @@ class Loop:
 
     def _gradients_within_memory(self, rows: Sequence[Rendered]) -> tuple[float, int]:
         """The step's gradients; where memory runs out the micro-batch halves and the step is done again."""
-        progress = self.progress
+        work, progress = self.work, self.progress
+        supervised = sum(sum(row.supervised) for row in rows)
         while True:
+            step = batches(rows, work.layout, limit=progress.micro_batch_tokens, pad_id=work.pad_id)
             try:
-                return self._gradients(rows)
+                return self._gradients(step, supervised)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the except block, so that the traceback no longer holds the failed step's tensors.
             self.model.zero_grad()
             release_memory()
-            if progress.micro_batch_tokens <= 1 or len(self._groups(rows)) == len(rows):
+            if progress.micro_batch_tokens <= 1 or len(step) == len(rows):
                 raise OutOfMemoryError(
                     f"step {progress.step + 1}: out of memory with one row at a time",
                     hint="lower --max-length, or use --recompute on",
@@ -184,40 +185,19 @@ class Loop:
             text = f"micro-batch halved to {progress.micro_batch_tokens} tokens"
             self.hooks.emit(Noticed(progress.step, "out of memory", text))
 
-    def _gradients(self, rows: Sequence[Rendered]) -> tuple[float, int]:
+    def _gradients(self, micro_batches: Sequence[Batch], supervised: int) -> tuple[float, int]:
         """Accumulate the gradients of one step; returns its loss and the tokens that went through the model."""
         work, step, device = self.work, self.progress.step, self.work.device
-        supervised = sum(sum(row.supervised) for row in rows)
-        starts = offsets(rows)
-        # Of the whole step, so that dropout masks do not depend on its split.
-        tree = tree_of(rows) if work.share_prefixes else None
         total = torch.zeros((), device=device)
-        computed = 0
-        for number, group in enumerate(self._groups(rows)):
-            batch = self._batch(rows, group, starts, tree).to(device)
+        for number, here in enumerate(micro_batches):
+            batch = here.to(device)
             # Whatever a family still draws by itself (its dropout is off) is drawn the same after a resume.
             torch.manual_seed(_seed_of(work.seed, step, number))
             with self.lora.counting(TokenCounter(work.seed, step, batch.tokens)):
                 loss = summed_loss(self.model, batch) / supervised
                 self.accelerator.backward(loss)
             total += loss.detach()
-            computed += batch.computed_tokens
-        return float(total), computed
-
-    def _batch(
-        self, rows: Sequence[Rendered], group: Sequence[int], starts: Sequence[int], tree: Sequence[Node] | None
-    ) -> Batch:
-        """Some of a step's rows as tensors."""
-        work, chosen = self.work, [rows[i] for i in group]
-        if tree is not None:
-            return make_batch(chosen, packed=True, pad_id=work.pad_id, starts=starts, tree=subtree(tree, group))
-        return make_batch(chosen, packed=work.packed, pad_id=work.pad_id, starts=[starts[i] for i in group])
-
-    def _groups(self, rows: Sequence[Rendered]) -> list[list[int]]:
-        if self.work.share_prefixes:
-            return shared_micro_batches([computed(row) for row in rows], self.progress.micro_batch_tokens)
-        lengths = [needed(row) for row in rows]
-        return micro_batches(lengths, self.progress.micro_batch_tokens, packed=self.work.packed)
+        return float(total), sum(batch.computed_tokens for batch in micro_batches)
 
     def _diverged(self, what: str) -> NoReturn:
         raise DivergedError(what, hint="lower --lr; the last checkpoint is kept")

@@ -1,0 +1,116 @@
+"""Are both sides' gradients those of the plain formula? `python parity.py JOB RESULT`; fails when they are not.
+
+The reference: fp32, row by row, no padding, logits of every position, cross-entropy over the supervised ones.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import side_ours
+import side_peft
+import torch
+import torch.nn.functional as F
+from job import Job, Row, Workload
+from torch import Tensor
+from weights import load_model
+
+LARGEST = 1e-4
+SIDES = {"ours": side_ours.gradients, "peft-best": side_peft.gradients}
+
+
+class NoParityError(Exception):
+    """A side computes something else: its speed is no result."""
+
+
+def deviation(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """Norms of the differences by those of the reference: `whole` of all gradients, `worst` of one tensor."""
+    if found.keys() != reference.keys():
+        odd = sorted(found.keys() ^ reference.keys())
+        raise NoParityError(f"gradients of other tensors: {', '.join(odd[:4])}")
+    parts = {name: (float((found[name] - right).norm()), float(right.norm())) for name, right in reference.items()}
+    flat = sum(norm == 0 for _, norm in parts.values())
+    if flat:
+        raise NoParityError(f"{flat} tensors have no gradient: nothing is compared")
+    whole = (sum(d * d for d, _ in parts.values()) / sum(n * n for _, n in parts.values())) ** 0.5
+    return {"whole": whole, "worst": max(d / n for d, n in parts.values())}
+
+
+def check(deviations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Raise unless every side's fp32 gradients are the reference's."""
+    for side, by_dtype in deviations.items():
+        worst = by_dtype["fp32"]["worst"]
+        if not worst <= LARGEST:  # also of NaN
+            raise NoParityError(f"{side}: an fp32 gradient is {worst:.1e} off the reference: no speed counts")
+
+
+def reference(job: Job, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The plain formula's gradients in fp32."""
+    plain = replace(job, side="peft", dtype="fp32")
+    model = side_peft.adapted(plain, load_model(job.base, "fp32", job.device))
+    supervised = sum(row.targets for row in rows)
+    for row in rows:
+        ids = torch.tensor([row.ids], device=job.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        targets = torch.tensor(row.labels[1:], device=job.device)
+        (F.cross_entropy(logits, targets, reduction="sum") / supervised).backward()
+    return side_peft.named_gradients(model)
+
+
+def deviations(job: Job, workload: Workload) -> dict[str, dict[str, dict[str, float]]]:
+    """Side → dtype → deviation of its step-one gradients."""
+    right = reference(job, workload.rows)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for side, gradients in SIDES.items():
+        for dtype in dict.fromkeys(("fp32", job.dtype)):
+            got = gradients(replace(job, side=side, dtype=dtype), workload)
+            found.setdefault(side, {})[dtype] = deviation(got, right)
+    return found
+
+
+def parity_rows(rows: Sequence[Row], count: int = 3) -> list[Row]:
+    """Few rows to compare: the two that begin alike for longest, so that sharing is compared too, and the shortest."""
+    ordered = sorted(rows, key=lambda row: row.ids)
+    pairs = list(pairwise(ordered))
+    if not pairs:
+        return list(rows)
+    alike = max(pairs, key=lambda pair: _alike(*pair) / (len(pair[0].ids) + len(pair[1].ids)))
+    others = [row for row in sorted(rows, key=lambda row: len(row.ids)) if all(row is not one for one in alike)]
+    return [*alike, *others[: count - 2]]
+
+
+def _alike(one: Row, other: Row) -> int:
+    length = 0
+    for a, b in zip(one.ids, other.ids, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    """`fp32: ours 1e-06, peft-best 2e-06; bf16: …`: of all gradients, and of the worst tensor."""
+    by_dtype: dict[str, list[str]] = {}
+    for side, dtypes in found.items():
+        for dtype, values in dtypes.items():
+            by_dtype.setdefault(dtype, []).append(f"{side} {values['whole']:.1e} (worst {values['worst']:.1e})")
+    return "; ".join(f"{dtype}: {', '.join(sides)}" for dtype, sides in by_dtype.items())
+
+
+def main() -> None:
+    job = Job.read(sys.argv[1])
+    found = deviations(job, Workload.read(job.workload))
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+    check(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The README's rows come from the results that exist, and from nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks.test_measuring import BENCHMARKS
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("tables")
+
+
+def result(workload: str, **sides: float) -> dict[str, Any]:
+    names = {"ours": "loratune", "best": "strongest peft loop", "trl": "TRL, defaults"}
+    keys = {"ours": "ours", "best": "peft-best", "trl": "trl"}
+    return {
+        "date": "2026-01-02",
+        "hardware": {"device": "cpu", "processor": "a processor"},
+        "threads": 2,
+        "rounds": 3,
+        "model": {"shape": "smollm2-135m", "weights": "SmolLM2-135M-Instruct"},
+        "workload": {"name": workload},
+        "sides": {
+            keys[side]: {
+                "label": names[side],
+                "tokens_per_second": {"median": rate},
+                "versions": {"peft": "1.2"} if side == "best" else {"torch": "3"},
+            }
+            for side, rate in sides.items()
+        },
+        "ratios": {keys[side]: {"median": sides["ours"] / rate} for side, rate in sides.items() if side != "ours"},
+    }
+
+
+def test_a_row_for_each_workload_and_a_column_for_each_side(tables: Any) -> None:
+    rows = tables.training_table([result("dense", ours=1200, best=400), result("chats", ours=600, best=300, trl=100)])
+    lines = rows.splitlines()
+    assert lines[0] == "| training, tokens/s | loratune | strongest peft loop | TRL, defaults |"
+    assert lines[2] == "| rows of 256 tokens, all supervised | 1,200 | 400 (3.0×) |  |"
+    assert lines[3] == "| short function-calling chats | 600 | 300 (2.0×) | 100 (6.0×) |"
+    assert "peft 1.2" in lines[-1]
+    assert "2026-01-02" in lines[-1]
+
+
+def test_another_model_and_an_accelerator_are_named(tables: Any) -> None:
+    other = result("dense", ours=10, best=5)
+    other["model"] = {"shape": "llama-8b", "weights": "random"}
+    other["hardware"] = {"device": "cuda", "processor": "an accelerator"}
+    assert "| rows of 256 tokens, all supervised, shape of llama-8b, an accelerator | 10 |" in tables.training_table(
+        [other]
+    )
+
+
+def test_only_what_was_measured_is_shown(tables: Any, tmp_path: Path) -> None:
+    shutil.copy(BENCHMARKS / "results" / "demo.json", tmp_path)
+    assert tables.measured(tmp_path) == tables.demo_table(json.loads((tmp_path / "demo.json").read_text()))
+    for name in ("shared_prefix", "dense", "dense_cuda"):
+        made = result(name.removesuffix("_cuda"), ours=2, best=1)
+        (tmp_path / f"train_{name}.json").write_text(json.dumps(made))
+    shown = tables.measured(tmp_path)
+    assert shown.index("all supervised") < shown.index("long system prompt")
+
+
+def test_lines_of_memory_and_startup(tables: Any) -> None:
+    memory = {
+        "step": {"ours": {"live": {"median": 2**20}}, "peft-best": {"live": {"median": 3 * 2**20}}},
+        "factors": {"layers ×2": {"ours": 1.5, "peft-best": 2.0}},
+    }
+    assert "1 MiB against 3 of" in tables.memory_line(memory)
+    assert "layers ×2: ×1.50" in tables.memory_line(memory)
+    names = ("loratune --help", "first step, loratune, unchecked", "first step, loratune, checked", "first step, TRL")
+    seconds = {name: {"median": float(number)} for number, name in enumerate(names, 1)}
+    assert "takes 1.0 s" in tables.startup_line({"seconds": seconds})
+    assert "4.0 s in TRL" in tables.startup_line({"seconds": seconds})

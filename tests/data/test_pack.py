@@ -1,0 +1,79 @@
+"""How the rows of a step are split into micro-batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratune.data.pack import Layout, batches, micro_batches, sharing, tree_micro_batches
+from loratune.data.tree import Node, prefix_tree, subtree, tree_tokens
+from tests.models import PAD, branching_rows
+
+Row = tuple[int, ...]
+
+ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), min_size=1, max_size=8)
+QUICK = settings(derandomize=True, deadline=None, database=None, max_examples=300)
+
+
+def tokens_of(tree: list[Node], groups: list[list[int]]) -> int:
+    return sum(tree_tokens(subtree(tree, group)) for group in groups)
+
+
+def all_cuts(order: list[int]) -> list[list[list[int]]]:
+    """Every way to cut a list into runs."""
+    found = []
+    for mask in range(2 ** (len(order) - 1)):
+        places = [0, *(i for i in range(1, len(order)) if mask >> (i - 1) & 1), len(order)]
+        found.append([order[a:b] for a, b in pairwise(places)])
+    return found
+
+
+@QUICK
+@given(rows=ROWS, least=st.integers(1, 4), limit=st.integers(1, 40))
+def test_no_cut_of_the_tree_computes_fewer_tokens(rows: list[Row], least: int, limit: int) -> None:
+    tree = prefix_tree(rows, least=least)
+    groups = tree_micro_batches(tree, limit)
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    assert all(group == sorted(group) for group in groups)
+    assert all(len(group) == 1 or tree_tokens(subtree(tree, group)) <= limit for group in groups)
+
+    def fits(cut: list[list[int]]) -> bool:
+        return all(len(group) == 1 or tree_tokens(subtree(tree, group)) <= limit for group in cut)
+
+    # Depth first: by the nodes on the way to each row.
+    order = sorted(range(len(rows)), key=lambda row: [i for i, node in enumerate(tree) if row in node.rows])
+    allowed = [(tokens_of(tree, cut), len(cut)) for cut in all_cuts(order) if fits(cut)]
+    assert (tokens_of(tree, groups), len(groups)) == min(allowed)
+
+
+def test_rows_of_one_subtree_stay_together() -> None:
+    """Filled from the left, the second group would be torn apart."""
+    one, two, three = (tuple(range(k, k + 20)) for k in (100, 200, 300))
+    rows = [(*one, 1), (*one, 2), (*two, 1), (*two, 2), (*two, 3), (*three, 1)]
+    assert tree_micro_batches(prefix_tree(rows), 44) == [[0, 1], [2, 3, 4, 5]]
+    # Where it must be cut, it is cut where the least is computed again.
+    assert tree_micro_batches(prefix_tree([(*one, *two, 1), (*one, *two, 2), (*one, 3)]), 42) == [[2], [0, 1]]
+
+
+def test_padded_rows_of_like_length_meet() -> None:
+    assert micro_batches([3, 9, 4, 8], 18, packed=False) == [[1, 3], [2, 0]]
+    assert micro_batches([3, 9, 4, 8], 18, packed=True) == [[0, 1, 2], [3]]
+    assert micro_batches([30, 2], 10, packed=True) == [[0], [1]]
+
+
+def test_each_layout_computes_what_it_says() -> None:
+    rows = branching_rows()
+    whole = sum(batch.computed_tokens for batch in batches(rows, Layout.PACKED, limit=10_000, pad_id=PAD))
+    padded = batches(rows, Layout.PADDED, limit=10_000, pad_id=PAD)
+    (tree,) = batches(rows, Layout.TREE, limit=10_000, pad_id=PAD)
+    assert sum(batch.computed_tokens for batch in padded) == whole
+    assert all(batch.attention_mask is not None for batch in padded)
+    assert (whole, tree.computed_tokens) == sharing([row.ids[: max_target(row.supervised)] for row in rows])
+    assert tree.computed_tokens < whole
+    assert tree.above is not None
+
+
+def max_target(supervised: tuple[bool, ...]) -> int:
+    return max(i for i, is_target in enumerate(supervised) if is_target)
