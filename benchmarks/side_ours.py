@@ -21,7 +21,7 @@ from loratune.data.example import Corpus, Place
 from loratune.data.fit import fit
 from loratune.data.render import Rendered, RenderedCorpus
 from loratune.data.split import Split
-from loratune.model import adapter_training, find_base, load_tokenizer, recompute_activations
+from loratune.model import adapter_training, find_base, freed_memory_kept, load_tokenizer, recompute_activations
 from loratune.run import setup as run_setup
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup, set_up
@@ -76,7 +76,9 @@ class Run:
 
         hooks = Hooks(emit, None, lambda _: None, lambda: False)
         progress = Progress(0, decisions["micro_batch_tokens"])
-        Loop(self.setup.model, self.lora, work, optimizer, schedule, accelerator, progress, hooks).run()
+        loop = Loop(self.setup.model, self.lora, work, optimizer, schedule, accelerator, progress, hooks)
+        with freed_memory_kept(self.setup.base.device):
+            loop.run()
 
     def optimizer(self) -> torch.optim.Optimizer:
         decisions = self.setup.decisions
@@ -170,7 +172,7 @@ def standing(lora: Adapters, optimizer: torch.optim.Optimizer) -> int:
 
 def told(setup: Setup) -> dict[str, Any]:
     """The decisions that speed and memory depend on, those there are: their names are the product's."""
-    names = ("pack", "share_prefixes", "group_prefixes", "micro_batch_tokens", "recompute", "dtype")
+    names = ("pack", "share_prefixes", "group_prefixes", "micro_batch_tokens", "recompute", "fused", "dtype")
     return {name: setup.decisions.values[name] for name in names if name in setup.decisions.values}
 
 
