@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # Keys of one product: shorter ones compute less of what causality forbids, longer ones make better products.
-_KEYS = 128
+_KEYS = 256
 # Queries of one product, at least as many as keys; bounds the memory of the scores.
 _ROWS = 1024
 
