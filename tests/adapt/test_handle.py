@@ -370,3 +370,10 @@ def test_while_merged_reading_is_allowed(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
     assert (handle.merged, handle.active, handle.names) == (True, ("default",), ("default", "second"))
     assert "default (active)" in handle.summary()
+
+
+def test_a_list_in_place_of_names_is_refused() -> None:
+    handle = lt.attach(net(), lt.LoraConfig(r=2, target_modules=["q"]))
+    with pytest.raises(AdapterStateError, match="is a string"):
+        handle.activate(["default"])  # type: ignore[arg-type]
+    assert handle.active == ("default",)

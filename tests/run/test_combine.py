@@ -199,3 +199,14 @@ def test_attach_reads_the_sum(values: tuple[SavedAdapter, SavedAdapter], tmp_pat
     model = tiny()
     lt.attach(model, tmp_path / "sum")
     assert close_to(logits(model), logits(with_weighted_sum(values, WEIGHTS)))
+
+
+@pytest.mark.parametrize("adapters", [5, "folder", None])
+def test_what_is_no_list_of_adapters(adapters: Any) -> None:
+    with pytest.raises(ConfigError, match="is no list"):
+        lt.combine(adapters)
+
+
+def test_what_names_no_adapter() -> None:
+    with pytest.raises(AdapterFileError, match="a int names no adapter"):
+        lt.diff(5, 6)  # type: ignore[arg-type]

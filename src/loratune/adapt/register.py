@@ -34,6 +34,11 @@ class Register:
 
     def all_known(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names without repeats, if there is such an adapter for each."""
+        given: tuple[object, ...] = tuple(names)
+        if not all(isinstance(name, str) for name in given):
+            raise AdapterStateError(
+                "an adapter's name is a string", hint=f'one argument each: "{next(iter(self.names), "name")}", …'
+            )
         wanted = tuple(dict.fromkeys(names))
         unknown = [
             f"no adapter {name!r}{nearest(str(name), self.names)}" for name in wanted if name not in self.entries

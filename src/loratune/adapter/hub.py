@@ -9,6 +9,7 @@ from pathlib import Path
 from loratune.errors import AdapterFileError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HINT = "an adapter is a folder or a hub id like owner/name"
 # Nothing else is fetched: other files in such a repository may be pickles or gigabytes.
 _FILES = ["adapter_config.json", "adapter_model.safetensors", "loratune.json", "README.md"]
 _TOKENIZER = [
@@ -23,6 +24,9 @@ def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None)
     Raises:
         AdapterFileError: no such folder, and the hub does not have it or cannot be reached.
     """
+    given: object = name
+    if not isinstance(given, str | os.PathLike):
+        raise AdapterFileError(f"a {type(given).__name__} names no adapter", hint=_HINT)
     path = Path(name).expanduser()
     if path.exists() or not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         return path
@@ -35,5 +39,5 @@ def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterFileError(
             f"{name}: no such folder, and no adapter of this name could be fetched ({reason})",
-            hint="an adapter is a folder or a hub id like owner/name",
+            hint=_HINT,
         ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loratune.adapter import Combined, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.adapter import combine as combine_adapters
-from loratune.errors import AdapterFileError, RunFolderError
+from loratune.errors import AdapterFileError, ConfigError, RunFolderError
 
 Source = str | Path | SavedAdapter
 
@@ -38,6 +38,9 @@ def combine(
         ConfigError: arguments that cannot be. AdapterFileError: adapters that are damaged or do not fit together.
         RunFolderError: `out` holds something already. Each lists every problem; nothing is written then.
     """
+    given: object = adapters
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise ConfigError(f"adapters: a {type(given).__name__} is no list", hint="combine([first, second])")
     target = None if out is None else Path(out).expanduser()
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} exists already", hint="name another folder with --out")
