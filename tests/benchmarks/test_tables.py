@@ -51,6 +51,12 @@ def test_a_row_for_each_workload_and_a_column_for_each_side(tables: Any) -> None
     assert "2026-01-02" in lines[-1]
 
 
+def test_says_of_how_many_rounds_the_medians_are(tables: Any) -> None:
+    once, often = {**result("dense", ours=2, best=1), "rounds": 1}, result("chats", ours=2, best=1)
+    assert "medians of 1 to 3 rounds" in tables.training_table([once, often])
+    assert "medians of 3 rounds" in tables.training_table([often])
+
+
 def test_another_model_and_an_accelerator_are_named(tables: Any) -> None:
     other = result("dense", ours=10, best=5)
     other["model"] = {"shape": "llama-8b", "weights": "random"}
