@@ -86,7 +86,7 @@ class _SummedLoss(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         gradients: list[Tensor | None] = [torch.empty_like(hidden) if wanted[0] else None, *(None for _ in trained)]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        size = _CHUNK.get(hidden.device.type, _WIDE_CHUNK)
+        size, _ = positions_at_once(hidden.device.type)
         for begin in range(0, len(targets), size):
             part = slice(begin, begin + size)
             with torch.set_grad_enabled(any(wanted)):
@@ -120,9 +120,14 @@ def _gather(gradients: list[Tensor | None], part: slice, found: list[Tensor | No
             gradients[number] = some if before is None else before.add_(some)
 
 
+def positions_at_once(device_type: str) -> tuple[int, int]:
+    """How many positions have logits at the same time, and how many of them probabilities in fp32."""
+    return _CHUNK.get(device_type, _WIDE_CHUNK), _CACHED.get(device_type, _WIDE_CHUNK)
+
+
 def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
     """Σ −times · log p(target); puts its derivative by the logits, times · (p - [target]), into `slope`."""
-    size = _CACHED.get(logits.device.type, _WIDE_CHUNK)
+    _, size = positions_at_once(logits.device.type)
     wide = torch.promote_types(logits.dtype, torch.float32)
     buffer = torch.empty(min(size, len(logits)), logits.shape[-1], dtype=wide, device=logits.device)
     lost = []

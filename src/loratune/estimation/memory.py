@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from loratune.adapt import TargetPlan
+from loratune.loss import positions_at_once
 
 _ADAM_BYTES = 16  # fp32 master, gradient and two moments
 
@@ -63,7 +64,7 @@ class Pass:
     Attributes:
         itemsize: bytes of a value of the base's dtype. tokens: of a micro-batch; scored: those that get logits.
         recompute: whether only each layer's input is kept. fused: whether norms and gated blocks keep less.
-        chunk: positions whose logits exist at once.
+        device_type: decides how many positions have logits at once.
     """
 
     itemsize: int
@@ -71,7 +72,7 @@ class Pass:
     scored: int
     recompute: bool = False
     fused: bool = True
-    chunk: int = 256
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +119,10 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEsti
     """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it."""
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
-    chunk = min(through.chunk, through.scored)
+    chunk, fine = (min(number, through.scored) for number in positions_at_once(through.device_type))
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
     # the head, with its gradient.
-    logits = (2 * chunk * size + min(chunk, 32) * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
+    logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
     return MemoryEstimate(
         plan.base_parameters * size,
         plan.trainable * _ADAM_BYTES,

@@ -70,10 +70,9 @@ class LoraLayer(Adapting):
         )
 
     def _dropping(self, low_rank: LowRank, counter: TokenCounter | None) -> Linear | None:
+        """What A sees of its input, where that is not all of it."""
         p = low_rank.dropout
-        if not self.training or p == 0.0 or counter is None:
-            return None
-        return lambda x: drop(x, p, counter, self.lora_index)
+        return (lambda x: self._dropped(x, p, counter)) if self.training and p > 0 else None
 
     def _stretched(self, low_rank: LowRank, base: Tensor, update: Tensor) -> Tensor:
         """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
