@@ -12,7 +12,7 @@ from loratune.model.device import (
     total_memory,
 )
 from loratune.model.fingerprint import fingerprint
-from loratune.model.fuse import fuse, may_be_fused, unfuse, why_not_fused
+from loratune.model.fuse import fuse, fused, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
 from loratune.model.load import (
@@ -44,6 +44,7 @@ __all__ = [
     "fingerprint",
     "freed_memory_kept",
     "fuse",
+    "fused",
     "given_back",
     "has_separate_head",
     "hidden_at",
