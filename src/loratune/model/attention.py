@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from loratune.model.tree_attention import blocks_of, tree_attention
+from loratune.model.tree_attention import plan_of, tree_attention
 
 NAME = "loratune_packed"
 
@@ -61,9 +61,9 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True):
         raise CannotPackError("its attention uses no causal mask")
-    blocks = blocks_of(segments, above, sliding_window) if query.device.type == "cpu" and dropout == 0.0 else None
-    if blocks is not None:
-        return tree_attention(query[0], key[0], value[0], blocks, scaling)[None], None
+    if query.device.type == "cpu" and dropout == 0.0:
+        plan = plan_of(segments, above, sliding_window)
+        return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
     grouped = query.shape[1] != key.shape[1]
     keys, values = key.split(segments, 2), value.split(segments, 2)
     pieces = []

@@ -1,92 +1,153 @@
 """Attention over a tree of segments as plain matrix products, for training on a CPU.
 
-Nodes stand depth first, so that a node's descendants follow it directly: the queries of a node and of all below it meet
-the node's keys in one product, whatever the number of branches. A long node is cut into a chain of short ones, which
-leaves out what causality forbids. Partial results of a path are merged as in Milakov and Gimelshein, "Online normalizer
-calculation for softmax" (arXiv:1805.02867); the backward pass computes the probabilities again (Dao et al.,
-FlashAttention, arXiv:2205.14135, algorithm 4), so that nothing quadratic is kept.
+Queries stand in lanes: some tokens of one segment, which meet each other and all that comes before them on their path
+from the root. Lanes with as many tokens before them (rows that start afresh, branches of one prefix, later parts of
+long rows) are computed side by side, padded to the longest: few large products instead of many small ones, and each
+row of scores stands there whole, so that its softmax and the gradient of that are one operation each. Pads come last,
+where causality hides them. Long segments are cut into lanes, which leaves out most of what causality forbids. The
+backward pass computes the probabilities again (Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so that
+nothing quadratic is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Keys of one product: shorter ones compute less of what causality forbids, longer ones make better products.
-_KEYS = 256
-# Queries of one product, at least as many as keys; bounds the memory of the scores.
-_ROWS = 1024
+# Queries of a lane, about: with fewer, less is computed of what causality forbids, with more, products are better.
+_QUERIES = 192
+# Pairs of query and key that are computed at once: what a processor's cache holds of their scores.
+_PAIRS = 1 << 19
+# A lane shorter than this share of the longest beside it goes elsewhere: pads cost as much as tokens.
+_LEAST_FULL = 0.75
+
+Range = tuple[int, int]
 
 
-class Block(NamedTuple):
-    """Queries `rows` meet keys `keys`, both ranges of tokens.
+class Lane(NamedTuple):
+    """Tokens `own`, after the tokens of `path` (ranges in order) that its queries can see."""
+
+    path: tuple[Range, ...]
+    own: Range
+
+    @property
+    def length(self) -> int:
+        return self.own[1] - self.own[0]
+
+    @property
+    def known(self) -> int:
+        return sum(stop - start for start, stop in self.path)
+
+
+class Lanes(NamedTuple):
+    """Lanes side by side, each of `queries` places, behind as many keys of their paths as `known` says.
 
     Attributes:
-        own: how many of the first queries are the keys' own tokens, under a causal mask.
-        first: whether these queries have met no keys before.
-        mask: (queries, keys), True where a window forbids, or None.
+        number: how many.
+        tokens: (lanes · queries,), the token in each place; in a pad some token of the lane.
+        pads: the places without a token.
+        keys: (lanes · (known + queries),), those tokens behind those of the lane's path.
+        paths: of neighbouring lanes with one path: the first, the one after the last, and the path.
     """
 
-    rows: slice
-    keys: slice
-    own: int
-    first: bool
-    mask: Tensor | None
+    number: int
+    queries: int
+    known: int
+    tokens: Tensor
+    pads: Tensor
+    keys: Tensor
+    paths: tuple[tuple[int, int, tuple[Range, ...]], ...]
+
+
+class Plan(NamedTuple):
+    """All lanes of a forward pass.
+
+    Attributes:
+        places: (tokens,), where each token stands among the places of all lanes; None where they are in order.
+    """
+
+    batches: tuple[Lanes, ...]
+    places: Tensor | None
+    window: int | None
 
 
 @lru_cache(maxsize=64)
-def blocks_of(
-    segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None
-) -> tuple[Block, ...] | None:
-    """The products of one attention call, ancestors first; None where a segment's descendants do not follow it."""
-    above = above or ((),) * len(segments)
+def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> Plan:
+    """How the attention of a packed row is computed, by the lengths of its segments and what stands above each."""
+    lanes = _lanes(segments, above or ((),) * len(segments), window)
+    batches = tuple(_side_by_side(batch) for batch in _batches(lanes))
+    tokens = torch.cat([batch.tokens for batch in batches])
+    real = torch.ones(len(tokens), dtype=torch.bool)
+    begin = 0
+    for batch in batches:
+        real[begin + batch.pads] = False
+        begin += len(batch.tokens)
+    places = torch.empty(sum(segments), dtype=torch.int64)
+    places[tokens[real]] = torch.arange(len(tokens))[real]
+    return Plan(batches, None if torch.equal(places, torch.arange(len(tokens))) else places, window)
+
+
+def _lanes(segments: Sequence[int], above: Sequence[tuple[int, ...]], window: int | None) -> Iterator[Lane]:
     starts = [0]
     for length in segments:
         starts.append(starts[-1] + length)
-    ends = [_end(above, i) for i in range(len(segments))]
-    if any(i in path for i, end in enumerate(ends) for path in above[end:]):
-        return None
-    depth = [sum(segments[a] for a in path) for path in above]
-    positions = torch.cat([torch.arange(d, d + n) for d, n in zip(depth, segments, strict=True)])
-    blocks: list[Block] = []
-    for i, (length, end) in enumerate(zip(segments, ends, strict=True)):
-        for begin in range(0, length, _KEYS):
-            keys = slice(starts[i] + begin, starts[i] + min(begin + _KEYS, length))
-            blocks += _blocks(keys, starts[end], not above[i] and begin == 0, window, positions)
-    return tuple(blocks)
+    for start, stop, path in zip(starts[:-1], starts[1:], above, strict=True):
+        before = [(starts[a], starts[a + 1]) for a in path]
+        parts = max(1, round((stop - start) / _QUERIES))
+        cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
+        for begin, end in pairwise(cuts):
+            yield Lane(_in_sight([*before, (start, begin)], window), (begin, end))
 
 
-def _end(above: Sequence[tuple[int, ...]], node: int) -> int:
-    """The first segment after `node` that does not stand below it."""
-    end = node + 1
-    while end < len(above) and node in above[end]:
-        end += 1
-    return end
+def _in_sight(path: Sequence[Range], window: int | None) -> tuple[Range, ...]:
+    """The last tokens of a path, as far as the window of the next one reaches back; adjoining ranges are one."""
+    room = math.inf if window is None else window - 1
+    found: list[Range] = []
+    for start, stop in reversed(path):
+        begin = int(max(start, stop - room))
+        if begin < stop:
+            if found and found[-1][0] == stop:
+                found[-1] = (begin, found[-1][1])
+            else:
+                found.append((begin, stop))
+            room -= stop - begin
+    return tuple(reversed(found))
 
 
-def _blocks(keys: slice, stop: int, first: bool, window: int | None, positions: Tensor) -> list[Block]:
-    """The products of some keys with all queries up to `stop`."""
-    blocks = []
-    for begin in range(keys.start, stop, _ROWS):
-        rows = slice(begin, min(begin + _ROWS, stop))
-        own = max(0, keys.stop - begin)
-        mask = None
-        if window is not None:
-            far = positions[rows, None] - positions[None, keys] >= window
-            if far.all() and not first:
-                continue
-            mask = far if far.any() else None
-        blocks.append(Block(rows, keys, own, first, mask))
-    return blocks
+def _batches(lanes: Iterator[Lane]) -> Iterator[list[Lane]]:
+    """Lanes with as many keys before their own and similar lengths; those of one path are neighbours."""
+    for known, alike in groupby(sorted(lanes, key=lambda lane: (lane.known, -lane.length)), lambda lane: lane.known):
+        batch: list[Lane] = []
+        for lane in alike:
+            longest = batch[0].length if batch else lane.length
+            pairs = (len(batch) + 1) * longest * (known + longest)
+            if batch and (pairs > _PAIRS or lane.length < _LEAST_FULL * longest):
+                yield batch
+                batch = []
+            batch.append(lane)
+        yield batch
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float | None) -> Tensor:
-    """softmax(s · Q Kᵀ + mask) V over the paths that `blocks` were made of.
+def _side_by_side(lanes: list[Lane]) -> Lanes:
+    lanes = sorted(lanes)
+    queries, known = max(lane.length for lane in lanes), lanes[0].known
+    own = torch.stack([torch.arange(lane.own[0], lane.own[0] + queries).clamp_(max=lane.own[1] - 1) for lane in lanes])
+    before = torch.stack([torch.cat([torch.arange(0), *(torch.arange(*part) for part in lane.path)]) for lane in lanes])
+    empty = torch.arange(queries) >= torch.tensor([[lane.length] for lane in lanes])
+    firsts = [i for i, lane in enumerate(lanes) if i == 0 or lane.path != lanes[i - 1].path]
+    paths = tuple((i, j, lanes[i].path) for i, j in pairwise([*firsts, len(lanes)]))
+    pads = empty.flatten().nonzero()[:, 0]
+    return Lanes(len(lanes), queries, known, own.flatten(), pads, torch.cat([before, own], 1).flatten(), paths)
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
+    """softmax(s · Q Kᵀ + mask) V over the paths that `plan` was made of.
 
     Args:
         query: (heads, tokens, dim); key and value: (kv heads, tokens, dim), each kv head for heads // kv heads in turn.
@@ -96,10 +157,9 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Bloc
         (tokens, heads, value's dim).
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    # Token by token, with the heads that share a key head beside each other: a range of tokens is then one matrix.
-    groups = query.shape[0] // key.shape[0]
-    grouped = query.unflatten(0, (key.shape[0], groups)).transpose(1, 2)
-    output: Tensor = _TreeAttention.apply(grouped, key, value, blocks, scale)  # type: ignore[no-untyped-call]
+    # Token by token, with the heads that share a key head beside each other: a lane's queries are then one matrix.
+    grouped = query.unflatten(0, (key.shape[0], query.shape[0] // key.shape[0])).transpose(1, 2)
+    output: Tensor = _TreeAttention.apply(grouped, key, value, plan, scale)  # type: ignore[no-untyped-call]
     return output.flatten(1, 2)
 
 
@@ -107,110 +167,95 @@ class _TreeAttention(torch.autograd.Function):
     """Of (kv heads, tokens, groups, dim) queries; gives (tokens, kv heads, groups, dim)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
         # The copy that sorts the heads scales as well: once here instead of with every product.
-        query, key, value = (query * scale).contiguous(), key.contiguous(), value.contiguous()
-        output, largest, total = _forward(query, key, value, blocks)
-        ctx.save_for_backward(query, key, value, output, largest, total)
-        ctx.blocks, ctx.scale = blocks, scale
-        return output
+        scaled = torch.mul(query, scale, out=torch.empty(query.shape, dtype=query.dtype, device=query.device))
+        key, value = key.contiguous(), value.contiguous()
+        ctx.save_for_backward(scaled, key, value)
+        ctx.plan, ctx.scale = plan, scale
+        parts = []
+        for lanes in plan.batches:
+            q, k, v = _met(scaled, key, value, lanes, plan)
+            part = torch.bmm(_probabilities(q, k, lanes, plan.window), v)
+            parts.append(part.view(len(key), len(lanes.tokens), -1))
+        output = _by_token(parts, plan).view(*query.shape[:3], value.shape[-1])
+        return output.transpose(0, 1).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, largest, total = ctx.saved_tensors
-        weighted = (grad / total.permute(1, 0, 2)[..., None]).to(grad.dtype)
-        inner = (grad * output).sum(-1, dtype=total.dtype) / total.permute(1, 0, 2)
-        weighted, inner = weighted.transpose(0, 1).contiguous(), inner.transpose(0, 1).contiguous()
-        gq, gk, gv = _backward(query, key, value, weighted, inner, largest, ctx.blocks)
-        return gq.mul_(ctx.scale).to(grad.dtype), gk.to(grad.dtype), gv.to(grad.dtype), None, None
+        query, key, value = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        grad = grad.transpose(0, 1).contiguous()
+        queries, keys, values = [], [], []
+        for lanes in plan.batches:
+            q, k, v = _met(query, key, value, lanes, plan)
+            g = _picked(grad, lanes.tokens, plan)
+            if len(lanes.pads):
+                g.index_fill_(1, lanes.pads, 0.0)
+            g = g.view(len(q), -1, grad.shape[-1])
+            p = _probabilities(q, k, lanes, plan.window)
+            values.append(torch.bmm(p.mT, g))
+            dp = torch.bmm(g, v.mT)
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+            queries.append(torch.bmm(ds, k).view(len(key), len(lanes.tokens), -1))
+            keys.append(torch.bmm(ds.mT, q))
+        gq = _by_token(queries, plan).mul_(ctx.scale).view(query.shape)
+        return gq, _by_key(keys, key, plan), _by_key(values, value, plan), None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and of each query the largest score (in the query's dtype) and the sum of exp(score - largest)."""
-    heads, tokens, groups, _ = query.shape
-    dim = value.shape[-1]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    largest = query.new_empty(heads, tokens, groups)
-    total = query.new_empty(heads, tokens, groups, dtype=wide)
-    once = all(block.first for block in blocks)
-    sums = query.new_empty(heads, tokens, groups, dim, dtype=query.dtype if once else wide)
-    for block in blocks:
-        scores = torch.bmm(query[:, block.rows].flatten(1, 2), key[:, block.keys].mT)
-        _forbid(scores, block, groups, lower=True)
-        top = scores.amax(-1)
-        weights = scores.sub_(top[..., None]).exp_()
-        here = weights.sum(-1, dtype=wide).unflatten(1, (-1, groups))
-        part = torch.bmm(weights, value[:, block.keys]).unflatten(1, (-1, groups))
-        top, at = top.unflatten(1, (-1, groups)), (slice(None), block.rows)
-        if block.first:
-            largest[at], total[at], sums[at] = top, here, part
-            continue
-        most = torch.maximum(largest[at], top)
-        old, new = (largest[at] - most).to(wide).exp_(), (top - most).to(wide).exp_()
-        total[at] = total[at] * old + here * new
-        sums[at] = sums[at].mul_(old[..., None]).addcmul_(part.to(wide), new[..., None])
-        largest[at] = most
-    output = query.new_empty(tokens, heads, groups, dim)
-    torch.div(sums, total[..., None], out=output.transpose(0, 1))
-    return output, largest, total
+def _met(query: Tensor, key: Tensor, value: Tensor, lanes: Lanes, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of some lanes: (kv heads · lanes, places or places · groups, dim)."""
+    found = (_picked(query, lanes.tokens, plan), _picked(key, lanes.keys, plan), _picked(value, lanes.keys, plan))
+    q, k, v = (x.view(len(x) * lanes.number, -1, t.shape[-1]) for x, t in zip(found, (query, key, value), strict=True))
+    return q, k, v
 
 
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    inner: Tensor,
-    largest: Tensor,
-    blocks: tuple[Block, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the scaled query, of key and of value, in fp32 at least.
+def _picked(tensor: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
+    """(kv heads, tokens, ..., dim) at some tokens, the heads of one key head as one feature."""
+    flat = tensor.flatten(2) if tensor.ndim > 3 else tensor
+    return flat if plan.places is None and len(plan.batches) == 1 else flat.index_select(1, tokens)
 
-    Args:
-        grad: the output's, with 1 / total in it. inner: its product with the output.
+
+def _probabilities(q: Tensor, k: Tensor, lanes: Lanes, window: int | None) -> Tensor:
+    """(batch, queries · groups, keys) of (batch, queries · groups, dim) and (batch, keys, dim); none of what is later.
+
+    Rounded in the forward and the backward pass alike.
     """
-    groups = query.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    gq, gk, gv = (torch.zeros_like(tensor, dtype=wide) for tensor in (query, key, value))
-    for block in blocks:
-        q, g = query[:, block.rows].flatten(1, 2), grad[:, block.rows].flatten(1, 2)
-        k, v = key[:, block.keys], value[:, block.keys]
-        top = largest[:, block.rows].flatten(1, 2)[..., None]
-        # Rounded as in the forward pass, or these weights would not add up to the total of those.
-        weights = torch.bmm(q, k.mT).sub_(top).exp_()
-        _forbid(weights, block, groups, lower=False)
-        gv[:, block.keys] += torch.bmm(weights.mT, g)
-        # In two parts, because what is rounded here is wrong for a whole row alike.
-        mean = inner[:, block.rows].flatten(1, 2)[..., None]
-        coarse = mean.to(g.dtype)
-        ds = torch.baddbmm(coarse, g, v.mT, beta=-1).sub_((mean - coarse).to(g.dtype)).mul_(weights)
-        gq[:, block.rows] += torch.bmm(ds, k).unflatten(1, (-1, groups))
-        gk[:, block.keys] += torch.bmm(ds.mT, q)
-    return gq, gk, gv
-
-
-def _forbid(scores: Tensor, block: Block, groups: int, *, lower: bool) -> None:
-    """What a query must not see gets a score that counts as nothing, or else (of weights) zero.
-
-    `scores` are (heads, queries · groups, keys). By arithmetic, because filling by a mask runs scalar on a CPU.
-    """
-    by_query = scores.unflatten(1, (-1, groups))
-    if block.own:
-        allowed = _allowed(block.own, scores.shape[-1], scores.dtype, scores.device, lower)[None, :, None]
-        own = by_query[:, : block.own]
-        own.add_(allowed) if lower else own.mul_(allowed)
-    if block.mask is not None:
-        by_query.masked_fill_(block.mask.to(scores.device)[None, :, None], _nothing(scores.dtype) if lower else 0.0)
+    scores = torch.bmm(q, k.mT)
+    mask = _mask(lanes.queries, lanes.known, window, scores.shape[1] // lanes.queries, scores.dtype)
+    scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
+    return torch.softmax(scores, -1, out=scores)
 
 
 @lru_cache(maxsize=64)
-def _allowed(own: int, keys: int, dtype: torch.dtype, device: torch.device, lower: bool) -> Tensor:
-    """(own, keys): 1 where a key is not later than a query, else 0; as what is added to a score, 0 and a low number."""
-    seen = torch.ones(own, keys, dtype=dtype, device=device).tril_(keys - own)
-    return (1 - seen) * _nothing(dtype) if lower else seen
+def _mask(queries: int, known: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """(queries · groups, keys): 0 where a key may be seen, else a low number; of the last keys if no window is near."""
+    first = 0 if window is not None and known + queries > window else known
+    age = torch.arange(known, known + queries)[:, None] - torch.arange(first, known + queries)
+    hidden = age < 0 if window is None else (age < 0) | (age >= window)
+    # Finite, and of half the range: scores are added to it.
+    return (hidden.to(dtype) * (torch.finfo(dtype).min / 2)).repeat_interleave(groups, 0)
 
 
-def _nothing(dtype: torch.dtype) -> float:
-    # Finite, so that a query which sees none of some keys has no NaN there; what it sees elsewhere outweighs it.
-    return torch.finfo(dtype).min / 2
+def _by_token(parts: Sequence[Tensor], plan: Plan) -> Tensor:
+    """(kv heads, tokens, features) from those in the places of all lanes."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+    return joined if plan.places is None else joined.index_select(1, plan.places)
+
+
+def _by_key(parts: Sequence[Tensor], like: Tensor, plan: Plan) -> Tensor:
+    """(kv heads, tokens, dim): what came to each token in its own lane, and where it stands above others."""
+    shapes = [(len(like), lanes.number, lanes.known + lanes.queries, like.shape[-1]) for lanes in plan.batches]
+    apart = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    own = [part[:, :, lanes.known :].flatten(1, 2) for part, lanes in zip(apart, plan.batches, strict=True)]
+    total = _by_token(own, plan)
+    if not any(lanes.known for lanes in plan.batches):
+        return total
+    total = total.to(torch.promote_types(like.dtype, torch.float32))
+    for part, lanes in zip(apart, plan.batches, strict=True):
+        for first, last, path in lanes.paths:
+            above = part[:, first:last, : lanes.known].sum(1, dtype=total.dtype)
+            for (start, stop), piece in zip(path, above.split([stop - start for start, stop in path], 1), strict=True):
+                total[:, start:stop] += piece
+    return total.to(like.dtype)
