@@ -15,7 +15,7 @@ from itertools import pairwise
 Tokens = Sequence[int]
 
 # A prefix is worth a node of its own from this length: each node costs an attention call in every layer.
-LEAST_SHARED = 16
+LEAST_SHARED = 8
 
 
 @dataclass(frozen=True, slots=True)
