@@ -44,6 +44,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {"sliding_window": 4}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 4}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 4}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
 }

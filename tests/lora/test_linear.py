@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loratune as lt
 from loratune.errors import AdapterStateError
-from loratune.lora import TokenCounter
+from loratune.lora import TokenCounter, together
 from loratune.lora.dropout import drop
 from tests.training.loops import assert_close
 
@@ -146,3 +146,79 @@ def test_autocast_and_several_adapters_take_the_plain_way() -> None:
     handle.add(lt.LoraConfig(r=2, target_modules=["q"]), name="second")
     handle.activate("default", "second")
     assert "LoraLinear" not in str(net(x).grad_fn)
+
+
+class Three(nn.Module):
+    """Projections of one input, of different widths."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(5, width, bias=bias) for width in (7, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(together([self.q, self.k, self.v], x), -1)
+
+
+def three(*, base_bias: bool = True, **config: Any) -> tuple[Three, lt.Adapters]:
+    torch.manual_seed(0)
+    net = Three(base_bias).double()
+    targets = config.pop("target_modules", ["q", "k", "v"])
+    handle = lt.attach(net, lt.LoraConfig(r=2, lora_alpha=3, target_modules=targets, **config), dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return net, handle
+
+
+ONE_STEP: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"base_bias": False},
+    "trained biases": {"bias": "all"},
+    "other ranks and scales": {"rank_pattern": {"k": 3}, "alpha_pattern": {"v": 1}},
+    "counted from its start": {"init_lora_weights": "pissa"},
+    "biases behind B": {"lora_bias": True},
+}
+APART: dict[str, dict[str, Any]] = {
+    "one has no adapter": {"target_modules": ["q", "v"]},
+    "dropout": {"lora_dropout": 0.5},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("case", [*ONE_STEP, *APART])
+def test_together_they_give_what_each_gives(case: str) -> None:
+    net, handle = three(**(ONE_STEP | APART)[case])
+    net.train()
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *handle.parameters()]
+    with handle.counting(TokenCounter(0, 3, torch.arange(8).view(2, 4))):
+        found, expected = net(x), torch.cat([net.q(x), net.k(x), net.v(x)], -1)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+        grad = torch.randn_like(expected)
+        mine, theirs = (torch.autograd.grad(y, inputs, grad) for y in (found, expected))
+    assert_close(list(mine), list(theirs), rel=1e-12)
+    steps = {node for node, _ in found.grad_fn.next_functions}
+    assert (len(steps) == 1) == (case in ONE_STEP and case != "biases behind B")
+
+
+def test_gradients_gradient_of_several() -> None:
+    net, handle = three()
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *_: net(x), (x, *handle.parameters()))
+
+
+def test_whoever_listens_to_a_projection_hears_it() -> None:
+    net, _ = three()
+    heard: list[str] = []
+    net.k.register_forward_hook(lambda *_: heard.append("k"))
+    net(torch.randn(3, 5, dtype=torch.float64))
+    assert heard == ["k"]
+
+
+def test_frozen_ones_get_no_gradient() -> None:
+    net, handle = three()
+    handle.freeze("default")
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    net(x).sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in handle.parameters())

@@ -17,8 +17,10 @@ from loratune.model import norm as norms
 from tests.models import FAMILIES, PAD, exact, rows_of, tiny
 from tests.training.loops import assert_close
 
-# Family → modules of a two-layer model that can be fused: norms (those of heads too), and the gated blocks.
-FUSED = {"llama": 7, "qwen3": 11, "gemma2": 11, "gemma3": 15, "mixtral": 5, "phi3": 7, "gpt2": 0}
+# Family → modules of a two-layer model that can be fused: norms (those of heads too), gated blocks, and attention where
+# it takes packed rows and has q, k and v apart.
+FUSED = {"llama": 9, "qwen3": 13, "gemma2": 11, "gemma3": 17, "mistral": 9, "mixtral": 7}
+FUSED |= {"smollm3": 8, "phi3": 7, "gpt2": 0}
 ROWS = rows_of(9, 14, 2, 11, 20)
 
 
@@ -126,6 +128,7 @@ def test_a_trained_norm_or_a_weight_of_zero_keeps_the_stock_way() -> None:
     model.model.norm.requires_grad_(True)
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[3] = 0
+    use_packed_attention(model)
     assert fuse(model) == FUSED["llama"] - 2
     model, handle = attached("llama")
     fuse(model)
@@ -174,3 +177,40 @@ def test_exact_in_float64() -> None:
     again, found = loss_and_gradients(model, handle)
     assert again == pytest.approx(loss, rel=1e-12)
     assert_close(found, gradients, rel=1e-10)
+
+
+def test_attention_keeps_the_window_that_the_family_takes_from_its_config() -> None:
+    """Mistral's attention has no window of its own: what it gives to its kernel is what counts, on rows beyond it."""
+    model = tiny("mistral")
+    handle = lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear"))
+    loss, gradients = loss_and_gradients(model, handle)
+    assert fuse(model) == FUSED["mistral"]
+    again, found = loss_and_gradients(model, handle)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients, rel=1e-5)
+
+
+def test_attention_of_another_formula_keeps_its_own_way() -> None:
+    """SmolLM3 turns no heads in every fourth layer (here in the second); a query twice as long is another formula."""
+    model = tiny("smollm3")
+    use_packed_attention(model)
+    fuse(model)
+    kinds = [type(layer.self_attn).__name__ for layer in model.model.layers]
+    assert kinds == ["FusedSmolLM3Attention", "SmolLM3Attention"]
+    assert all("attention_asks" not in vars(layer.self_attn) for layer in model.model.layers[1:])
+
+
+def test_attention_of_padded_rows_and_of_generation_is_the_familys_own() -> None:
+    stock, ours = tiny("llama"), tiny("llama")
+    use_packed_attention(ours)
+    fuse(ours)
+    ids = torch.arange(3, 33).view(2, 15)
+    mask = torch.ones(2, 15, dtype=torch.bool)
+    mask[0, 9:] = False
+    with torch.no_grad():
+        kept = {name: m for name, m in ours.named_modules() if "Attention" not in type(m).__name__}
+        assert kept
+        for inputs in ({}, {"attention_mask": mask}):
+            found, right = ours(input_ids=ids, **inputs).logits, stock(input_ids=ids, **inputs).logits
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+        assert ours.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 19)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
-from loratune.lora.linear import Linear, Weight, lora_linear
+from loratune.lora.linear import Linear, Projection, Weight, lora_linears
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import Adapting, base_of, put_on, take_off
 
@@ -33,12 +33,9 @@ class LoraLayer(Adapting):
         view = self.lora_state.view
         alone = self._alone(x, view)
         if alone is not None:
-            forward, weight = cast(Linear, super().forward), self.lora_weight(self)
-            dropped = self._dropping(alone, view.counter)
-            bias = cast("Tensor | None", self.bias)
-            y: Tensor = lora_linear(x, forward, weight, bias, *alone.factors(), alone.scale, dropped)
-            return y if alone.bias is None else y + (alone.bias * alone.scale).to(y.dtype)
-        y = super().forward(x, *args, **kwargs)
+            (found,) = lora_linears(x, [self._projection(alone)], self._dropping(alone, view.counter))
+            return self._shifted(found, alone)
+        y: Tensor = super().forward(x, *args, **kwargs)
         if view.rows is not None:
             update = view.rows.update(self, x)
             return y if update is None else y + update.to(y.dtype)
@@ -51,7 +48,7 @@ class LoraLayer(Adapting):
         return y
 
     def _alone(self, x: Tensor, view: View) -> LowRank | None:
-        """The active adapter where it is the only one, and `lora_linear` says what the plain formula says."""
+        """The active adapter where it is the only one, and `lora_linears` says what the plain formula says."""
         if _transformed(x) or view.rows is not None or not self._affine():
             return None
         active = [name for name in view.active if name in self.lora]
@@ -61,6 +58,14 @@ class LoraLayer(Adapting):
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
         drawn = self.training and low_rank.dropout > 0 and view.counter is None
         return None if drawn or cast(Tensor, self.weight).requires_grad or low_rank.magnitude is not None else low_rank
+
+    def _projection(self, low_rank: LowRank) -> Projection:
+        bias = cast("Tensor | None", self.bias)
+        return Projection(super().forward, self.lora_weight(self), bias, *low_rank.factors(), low_rank.scale)
+
+    @staticmethod
+    def _shifted(y: Tensor, low_rank: LowRank) -> Tensor:
+        return y if low_rank.bias is None else y + (low_rank.bias * low_rank.scale).to(y.dtype)
 
     def _affine(self) -> bool:
         """Whether the adapted class computes W x + b and nothing else."""
@@ -86,6 +91,25 @@ class LoraLayer(Adapting):
             return x
         # In somebody else's loop no counter is set: then torch's own generator is what its users expect.
         return F.dropout(x, p) if counter is None else drop(x, p, counter, self.lora_index)
+
+
+def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each of some modules gives for the same x, in one step where nothing else happens when they are called."""
+    layers = [module for module in modules if isinstance(module, LoraLayer) and not _overheard(module)]
+    alone = [layer._alone(x, layer.lora_state.view) for layer in layers]
+    found = [low_rank for low_rank in alone if low_rank is not None]
+    # Each layer drops an input of its own, so that there is no common one.
+    dropping = any(layer.training and low_rank.dropout > 0 for layer, low_rank in zip(layers, found, strict=False))
+    if len(found) < len(modules) or dropping:
+        return [module(x) for module in modules]
+    ys = lora_linears(x, [layer._projection(low_rank) for layer, low_rank in zip(layers, found, strict=True)])
+    return [layer._shifted(y, low_rank) for layer, y, low_rank in zip(layers, ys, found, strict=True)]
+
+
+def _overheard(module: nn.Module) -> bool:
+    """Whether somebody wants to know when the module is called, or calls something else in its place."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(vars(module).get(name) for name in hooks)
 
 
 def _transformed(x: Tensor) -> bool:

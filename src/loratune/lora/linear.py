@@ -1,14 +1,15 @@
-"""W x + s · B A x as one step of autograd: three products forward and five backward, keeping x and the rank-r product.
+"""W x + s · B A x as one step of autograd, of one projection or of several that see the same x.
 
 Autograd's own way through the same formula keeps a second copy of x where A and B are finer than it, adds what it could
-accumulate, and writes every intermediate result. The frozen weight is read again in the backward pass, so that nothing
-of it is kept, however it is stored.
+accumulate, and writes every intermediate result. Here a projection takes three products forward and five backward, and
+keeps x and the rank-r product; several together have one product with all of their As, and accumulate the gradient of x
+in place. The frozen weight is read again in the backward pass, so that nothing of it is kept, however it is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,37 +32,65 @@ class Weight(Protocol):
         ...
 
 
-def lora_linear(
-    x: Tensor,
-    base: Linear,
-    weight: Weight,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropped: Linear | None = None,
-) -> Tensor:
-    """base(x) + s · B A dropped(x), computed in x's dtype with A and B rounded to it.
+class Projection(NamedTuple):
+    """base(x) + s · B A x.
 
-    Args:
-        x: (..., in_features), of the dtype that `base` computes in.
+    Attributes:
         base: x ↦ W x + b, of which b is `bias` and W is `weight`, which gets no gradient.
         A: (r, in_features), B: (out_features, r), in their masters' dtype.
-        dropped: what A sees instead of x; linear, and the same whenever it is called.
+        scale: s.
+    """
+
+    base: Linear
+    weight: Weight
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def lora_linears(x: Tensor, projections: Sequence[Projection], dropped: Linear | None = None) -> tuple[Tensor, ...]:
+    """What each projection gives for x, computed in x's dtype with A and B rounded to it.
+
+    Args:
+        x: (..., in_features), of the dtype that the bases compute in.
+        dropped: what the As see instead of x; linear, and the same whenever it is called.
 
     Raises:
-        AdapterStateError: in the backward pass, if the weight has changed since.
+        AdapterStateError: in the backward pass, if a weight has changed since.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, bias, A, B) if t is not None):
-        y: Tensor = _LoraLinear.apply(x, A, B, bias, base, weight, scale, dropped)  # type: ignore[no-untyped-call]
-        return y
-    return _add(base(x), _inner(x, A, scale, dropped), B)
+    tensors = [tensor for p in projections for tensor in (p.A, p.B, p.bias)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors) if t is not None):
+        found: tuple[Tensor, ...] = _LoraLinears.apply(x, projections, dropped, *tensors)  # type: ignore[no-untyped-call]
+        return found
+    h = _inner(x, projections, dropped)
+    return tuple(_add(p.base(x), part, p.B) for p, part in zip(projections, h, strict=True))
 
 
-def _inner(x: Tensor, A: Tensor, scale: float, dropped: Linear | None) -> Tensor:
-    """s · A x: (tokens, r). Scaling it costs r multiplications a token, scaling the result would cost out_features."""
+def _inner(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> tuple[Tensor, ...]:
+    """s · A x of each: (tokens, r), beside each other in one tensor.
+
+    Scaling it costs r multiplications a token, scaling the result would cost out_features.
+    """
     seen = x if dropped is None else dropped(x)
-    return torch.mm(seen.reshape(-1, x.shape[-1]), A.to(x.dtype).T).mul_(scale)
+    return _scaled(torch.mm(seen.reshape(-1, x.shape[-1]), _stacked(projections, x.dtype).T), projections)
+
+
+def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor:
+    """The As below each other: (Σ r, in_features)."""
+    rounded = [p.A.to(dtype) for p in projections]
+    return rounded[0] if len(rounded) == 1 else torch.cat(rounded)
+
+
+def _scaled(h: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """h (tokens, Σ r) as the part of each projection, multiplied by its scale in place."""
+    parts: tuple[Tensor, ...] = h.split([p.A.shape[0] for p in projections], 1)
+    if len({p.scale for p in projections}) == 1:
+        h.mul_(projections[0].scale)
+    else:
+        for part, p in zip(parts, projections, strict=True):
+            part.mul_(p.scale)
+    return parts
 
 
 def _add(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
@@ -69,60 +98,76 @@ def _add(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return y
 
 
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,  # noqa: ARG004  # `base` adds it; named here for its gradient
-        base: Linear,
-        weight: Weight,
-        scale: float,
-        dropped: Linear | None,
-    ) -> Tensor:
-        h = _inner(x, A, scale, dropped)
-        ctx.save_for_backward(x, A, B, h)
-        ctx.weight, ctx.version, ctx.scale, ctx.dropped = weight, weight.version, scale, dropped
-        return _add(base(x), h, B)
+class _LoraLinears(torch.autograd.Function):
+    """Takes A, B and the bias of each projection one after the other; the biases are added by the bases themselves."""
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, h = ctx.saved_tensors
-        if ctx.weight.version != ctx.version:
+    def forward(
+        ctx: Any, x: Tensor, projections: Sequence[Projection], dropped: Linear | None, *_: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        h = _inner(x, projections, dropped)
+        ctx.save_for_backward(x, *(tensor for p in projections for tensor in (p.A, p.B)), *h)
+        # Parameters are kept by the line above, which also says if they change; what is left knows no graph.
+        ctx.frozen = [p._replace(bias=None, A=p.A.detach(), B=p.B.detach()) for p in projections]
+        ctx.versions, ctx.dropped = [p.weight.version for p in projections], dropped
+        return tuple(_add(p.base(x), part, p.B) for p, part in zip(projections, h, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        if any(p.weight.version != version for p, version in zip(ctx.frozen, ctx.versions, strict=True)):
             raise AdapterStateError(
                 "a weight changed between a forward pass and its backward pass", hint="merge and load between steps"
             )
+        number = len(ctx.frozen)
+        factors, h = kept[: 2 * number], kept[2 * number :]
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
-            return *_differentiable(ctx, x, A, B, gy), None, None, None, None
-        gy = gy.reshape(-1, gy.shape[-1])
-        gx = gA = gB = gb = None
-        if ctx.needs_input_grad[2]:
-            gB = torch.mm(gy.T, h).to(B.dtype)
-        if ctx.needs_input_grad[3]:
-            gb = gy.sum(0)
-        gh = torch.mm(gy, B.to(gy.dtype)).mul_(ctx.scale)
-        if ctx.needs_input_grad[1]:
+            return _differentiable(ctx, x, factors, grads)
+        flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
+        gh = torch.cat([torch.mm(gy, p.B.to(gy.dtype)) for gy, p in zip(flat, ctx.frozen, strict=True)], 1)
+        _scaled(gh, ctx.frozen)
+        gx = _of_input(ctx, x, flat, gh) if ctx.needs_input_grad[0] else None
+        gA: Sequence[Tensor | None] = [None] * number
+        if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
-            gA = torch.mm(gh.T, seen.reshape(-1, x.shape[-1])).to(A.dtype)
-        if ctx.needs_input_grad[0]:
-            gx = torch.mm(gy, ctx.weight.dense(gy.dtype))
-            if ctx.dropped is None:
-                gx.addmm_(gh, A.to(gh.dtype))
-                gx = gx.view(x.shape)
-            else:
-                gx = gx.view(x.shape) + ctx.dropped(torch.mm(gh, A.to(gh.dtype)).view(x.shape))
-        return gx, gA, gB, gb, None, None, None, None
+            whole = torch.mm(gh.T, seen.reshape(-1, x.shape[-1]))
+            gA = whole.to(factors[0].dtype).split([p.A.shape[0] for p in ctx.frozen])
+        found: list[Tensor | None] = []
+        for i, (gy, part) in enumerate(zip(flat, h, strict=True)):
+            wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
+            found.append(gA[i] if wants_A else None)
+            found.append(torch.mm(gy.T, part).to(factors[2 * i + 1].dtype) if wants_B else None)
+            found.append(gy.sum(0) if wants_bias else None)
+        return gx, None, None, *found
 
 
-def _differentiable(ctx: Any, x: Tensor, A: Tensor, B: Tensor, gy: Tensor) -> tuple[Tensor | None, ...]:
+def _of_input(ctx: Any, x: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tensor:
+    """Σ Wᵀ gy + Aᵀ gh, in x's shape."""
+    first, *others = zip(grads, ctx.frozen, strict=True)
+    gx = torch.mm(first[0], first[1].weight.dense(gh.dtype))
+    for gy, p in others:
+        gx.addmm_(gy, p.weight.dense(gy.dtype))
+    A = _stacked(ctx.frozen, gh.dtype)
+    if ctx.dropped is None:
+        return gx.addmm_(gh, A).view(x.shape)
+    update: Tensor = ctx.dropped(torch.mm(gh, A).view(x.shape))
+    return update.add_(gx.view(x.shape))
+
+
+def _differentiable(
+    ctx: Any, x: Tensor, factors: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
     """The same gradients by operations that have gradients themselves."""
     dropped = ctx.dropped or (lambda t: t)
-    A_x, B_x = A.to(x.dtype), B.to(x.dtype)
-    gh = (gy @ B_x) * ctx.scale
-    flat_gy, flat_gh, seen = (t.reshape(-1, t.shape[-1]) for t in (gy, gh, dropped(x)))
-    h = (seen @ A_x.T) * ctx.scale
-    gx = gy @ ctx.weight.dense(gy.dtype) + dropped(gh @ A_x)
-    gradients = (gx, (flat_gh.T @ seen).to(A.dtype), (flat_gy.T @ h).to(B.dtype), flat_gy.sum(0))
-    return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+    seen = dropped(x).reshape(-1, x.shape[-1])
+    gx: Tensor | None = None
+    found: list[Tensor | None] = []
+    for p, A, B, gy in zip(ctx.frozen, factors[::2], factors[1::2], grads, strict=True):
+        A_x, B_x, flat = A.to(x.dtype), B.to(x.dtype), gy.reshape(-1, gy.shape[-1])
+        gh, h = (flat @ B_x) * p.scale, (seen @ A_x.T) * p.scale
+        part = gy @ p.weight.dense(gy.dtype) + dropped((gh @ A_x).view(x.shape))
+        gx = part if gx is None else gx + part
+        found += [(gh.T @ seen).to(A.dtype), (flat.T @ h).to(B.dtype), flat.sum(0)]
+    return tuple(
+        g if wanted else None for g, wanted in zip((gx, None, None, *found), ctx.needs_input_grad, strict=True)
+    )

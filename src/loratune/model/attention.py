@@ -40,6 +40,7 @@ def packed_attention(
     sliding_window: int | None = None,
     segments: tuple[int, ...] | None = None,
     above: tuple[tuple[int, ...], ...] | None = None,
+    asked: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment, and from it to all of the segments above it.
@@ -48,6 +49,7 @@ def packed_attention(
         query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim).
         segments: lengths of the segments, in order; their sum is the number of tokens.
         above: for each segment, those whose tokens come before its own, in order; none without it.
+        asked: here the family's scale and window are noted, for who wants to know them.
 
     Returns:
         (1, tokens, heads, dim), and no attention weights.
@@ -55,6 +57,8 @@ def packed_attention(
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign:
         raise CannotPackError(f"its attention uses {', '.join(foreign)}")
+    if asked is not None:
+        asked.update(scaling=scaling, sliding_window=sliding_window)
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -1,42 +1,50 @@
-"""Fused norms and feed-forward blocks for the Llama family and its relatives, in place of those of `transformers`."""
+"""Fused norms, attention and feed-forward blocks for the Llama family and its relatives, in place of those of
+`transformers`."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from loratune.lora import base_modules, base_of, take_off, wears
+from loratune.model.attention import NAME, packed_inputs
+from loratune.model.fused import Fused, deviation, is_near
 from loratune.model.gated import fuse_gated, is_gated
 from loratune.model.modes import evaluating
-from loratune.model.norm import FusedNorm, fuse_norm
+from loratune.model.norm import fuse_norm
+from loratune.model.self_attention import fuse_attention
 
 
 def fuse(model: nn.Module) -> int:
     """Let what the fused blocks can compute be computed by them; the objects, their tensors and hooks stay.
 
+    Attention only where the model takes packed rows.
+
     Returns:
         How many modules were fused; those whose formula is another stay as they are.
     """
-    return sum(fuse_norm(module) or fuse_gated(module) for _, module in base_modules(model))
+    kinds = (fuse_norm, fuse_gated, fuse_attention)
+    return sum(any(kind(module) for kind in kinds) for _, module in base_modules(model))
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every module its own forward back."""
     for _, module in base_modules(model):
-        if wears(module, FusedNorm.order):
-            take_off(module, FusedNorm.order)
-            for name in ("norm_offset", "norm_eps", "gated_activation"):
+        if wears(module, Fused.order):
+            settings = cast(Fused, module).settings
+            take_off(module, Fused.order)
+            for name in settings:
                 vars(module).pop(name, None)
 
 
 def fused(model: nn.Module) -> bool:
     """Whether something in the model is fused."""
-    return any(wears(module, FusedNorm.order) for _, module in base_modules(model))
+    return any(wears(module, Fused.order) for _, module in base_modules(model))
 
 
 def may_be_fused(model: nn.Module) -> bool:
@@ -52,11 +60,11 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     """
     if not fuse(model):
         return "this family has no blocks that can be fused"
-    deviation, path = _furthest(model)
-    if deviation <= max(4 * torch.finfo(model.dtype).eps, 1e-5):
+    furthest, path = _furthest(model)
+    if is_near(furthest, model.dtype):
         return None
     unfuse(model)
-    return f"the fused {path} deviates from the stock one by {deviation:.1%}"
+    return f"the fused {path} deviates from the stock one by {furthest:.1%}"
 
 
 @torch.no_grad()
@@ -64,20 +72,25 @@ def _furthest(model: PreTrainedModel) -> tuple[float, str]:
     """The largest relative deviation of a fused module from its own class's forward, and its path."""
     embeddings: Any = model.get_input_embeddings()
     ids = torch.arange(16, device=model.device)[None] % embeddings.weight.shape[0]
+    inputs: dict[str, Any] = {"use_cache": False}
+    if model.config._attn_implementation == NAME:
+        positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+        inputs = {"position_ids": positions.to(model.device), **packed_inputs((9, 7))}
     found = [(0.0, "")]
 
-    def compare(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        stock = base_of(type(module)).forward(module, *args, **kwargs).float()
-        found.append((float((output.float() - stock).norm() / stock.norm()), path))
+    def compare(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        stock = base_of(type(module)).forward(module, *args, **kwargs)
+        pair = (output[0], stock[0]) if isinstance(output, tuple) else (output, stock)
+        found.append((deviation(*pair), path))
 
     hooks = [
         module.register_forward_hook(partial(compare, path), with_kwargs=True)
         for path, module in base_modules(model)
-        if wears(module, FusedNorm.order)
+        if wears(module, Fused.order)
     ]
     try:
         with evaluating(model):
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=ids, **inputs)
     finally:
         for hook in hooks:
             hook.remove()

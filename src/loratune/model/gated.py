@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loratune.lora import Mixin, put_on
+from loratune.lora import put_on, together
+from loratune.model.fused import Fused
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -61,11 +62,10 @@ class _Gated(torch.autograd.Function):
         return halves.gradient(gy * up, gate), gu, None
 
 
-class FusedGated(Mixin):
+class FusedGated(Fused):
     """Mixed in before a family's feed-forward block."""
 
-    order = 3
-    prefix = "Fused"
+    settings = ("gated_activation",)
     gated_activation: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ def _gate_and_up(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if "gate_up_proj" in module._modules:
         gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
         return gate, up
-    return module.gate_proj(x), module.up_proj(x)
+    gate, up = together([module.gate_proj, module.up_proj], x)
+    return gate, up
 
 
 def fuse_gated(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import Mixin, put_on
+from loratune.lora import put_on
+from loratune.model.fused import Fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,11 +47,10 @@ class _RMSNorm(torch.autograd.Function):
         return rounded, None, None
 
 
-class FusedNorm(Mixin):
+class FusedNorm(Fused):
     """Mixed in before a family's RMSNorm. `norm_offset` is what it adds to its weight (1 in Gemma)."""
 
-    order = 3
-    prefix = "Fused"
+    settings = ("norm_offset", "norm_eps")
     norm_offset: float
     norm_eps: float
 

@@ -1,0 +1,30 @@
+"""What the fused blocks have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loratune.lora import Mixin
+
+
+class Fused(Mixin):
+    """Mixed in before a module of a family, to compute the same with less kept and copied.
+
+    Attributes:
+        settings: the plain attributes that this puts on a module, found out in a trial.
+    """
+
+    order = 3
+    prefix = "Fused"
+    settings: tuple[str, ...] = ()
+
+
+def deviation(found: Tensor, stock: Tensor) -> float:
+    """How far a fused module's result is from the stock one's, relative; NaN where either has one."""
+    return float((found.float() - stock.float()).norm() / stock.float().norm())
+
+
+def is_near(deviation: float, dtype: torch.dtype) -> bool:
+    """Whether that is no more than two sound ways of computing one module differ by in this dtype; NaN is not."""
+    return deviation <= max(4 * torch.finfo(dtype).eps, 1e-5)

@@ -1,0 +1,44 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864, equation 34), the halves of a head turned together.
+
+Three operations where the families' own code takes six, and only the angles, which all layers share, are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x · cos + (-second half, first half of x) · sin.
+
+    Args:
+        x: (..., heads, dim); cos and sin: (..., 1, dim).
+    """
+    y: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
+        y = x * cos
+        y1, y2 = y.chunk(2, -1)
+        y1.addcmul_(x2, s1, value=-1)
+        y2.addcmul_(x1, s2)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
+        gx = gy * cos
+        gx1, gx2 = gx.chunk(2, -1)
+        gx1.addcmul_(g2, s2)
+        gx2.addcmul_(g1, s1, value=-1)
+        return gx, None, None
