@@ -58,8 +58,8 @@ SHAPE = Shape(layers=2, hidden=10, intermediate=20, query=12, kv=5, heads=3, nor
 
 def test_bytes_of_a_token() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    # Queries and what they give, keys and values, a maximum and a sum for each head; what norms give; both halves.
-    layer = (2 * 12 + 2 * 5) * 2 + 3 * (2 + 4) + 20 * 2 + 2 * 20 * 2
+    # Queries and what they give, keys and values; what norms give; both halves.
+    layer = (2 * 12 + 2 * 5) * 2 + 20 * 2 + 2 * 20 * 2
     ranks = 4 * 2
     beside = (4 * 20 + 2 * 10) * 2
     assert bytes_per_token(SHAPE, plan, 2, recompute=False, fused=True) == (2 * layer + ranks, beside)
@@ -76,7 +76,7 @@ def plan_of(*shapes: tuple[int, int], r: int, base: int) -> TargetPlan:
 
 def test_memory() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10))
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4))
     kept, beside = bytes_per_token(SHAPE, plan, 2, recompute=False, fused=True)
     assert memory.base == 2000
     # r (in + out) parameters: fp32 master, gradient and two moments.
@@ -84,17 +84,23 @@ def test_memory() -> None:
     assert memory.activations == 64 * kept
     assert memory.working == 64 * beside
     assert memory.total == memory.base + memory.adapter + memory.activations + memory.working
+    # With long rows the products of queries and keys outweigh it: three heads' probabilities and their gradient.
+    long = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=64))
+    assert long.working == (2 * 64 * 64 * 3 + 64 * (3 * 12 + 4 * 5)) * 2
+    # At most so many at once, and none where a kernel keeps them to itself.
+    many = estimate_memory(plan, SHAPE, Pass(2, tokens=1 << 16, scored=10, longest=1 << 16))
+    assert many.working == (2 * (1 << 19) * 3 + (1 << 16) * (3 * 12 + 4 * 5)) * 2
     # With a large vocabulary the logits of a chunk outweigh a layer's gradients.
     wide = replace(SHAPE, vocabulary=100_000)
     logits = (2 * 256 * 2 + 32 * 4) * 100_000 + 2 * 600 * 10 * 2
-    assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600)).working == logits
+    assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600, longest=8)).working == logits
 
 
 def test_adam_state_of_the_textbook_example() -> None:
     """16.8 M trainable parameters instead of 7 B: 0.27 GB of optimizer, gradient and master instead of 112 GB."""
     plan = plan_of(*[(4096, 4096)] * 256, r=8, base=7_000_000_000)
     assert plan.trainable == 16_777_216
-    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=0, scored=0))
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=0, scored=0, longest=0))
     assert memory.adapter == 16_777_216 * 16
     assert memory.base == 14_000_000_000
 
@@ -129,7 +135,7 @@ def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
 
     step()  # gradients stand from here on
     held = most_held(step)
-    through = Pass(2, batch.computed_tokens, batch.supervised, how == "recomputed", how != "stock")
+    through = Pass(2, batch.computed_tokens, batch.supervised, 128, how == "recomputed", how != "stock")
     memory = estimate_memory(lora.plan(), Shape.of(model), through)
     assert memory.activations + memory.working == pytest.approx(held, rel=0.15)
 

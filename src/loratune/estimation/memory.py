@@ -9,6 +9,7 @@ from torch import nn
 
 from loratune.adapt import TargetPlan
 from loratune.loss import positions_at_once
+from loratune.model import pairs_at_once
 
 _ADAM_BYTES = 16  # fp32 master, gradient and two moments
 
@@ -63,6 +64,7 @@ class Pass:
 
     Attributes:
         itemsize: bytes of a value of the base's dtype. tokens: of a micro-batch; scored: those that get logits.
+        longest: tokens of its longest row.
         recompute: whether only each layer's input is kept. fused: whether norms and gated blocks keep less.
         device_type: decides how many positions have logits at once.
     """
@@ -70,6 +72,7 @@ class Pass:
     itemsize: int
     tokens: int
     scored: int
+    longest: int
     recompute: bool = False
     fused: bool = True
     device_type: str = "cpu"
@@ -98,17 +101,27 @@ def bytes_per_token(shape: Shape, plan: TargetPlan, itemsize: int, *, recompute:
     """Of each token: what is kept until the backward pass, and what stands beside it while a layer's is computed."""
     ranks = sum(target.r for target in plan.targets) / shape.layers
     layer = _layer_bytes(shape, itemsize, fused) + ranks * itemsize
-    # The activation, the gradients of its product and of both halves; those of the input and output of a block.
-    gradients = (4 * shape.intermediate + 2 * shape.hidden) * itemsize
+    gradients = _block_gradients(shape, itemsize)
     if recompute:
         return shape.hidden * itemsize * shape.layers, int(layer + gradients)
     return int(layer * shape.layers), gradients
 
 
+def _block_gradients(shape: Shape, itemsize: int) -> int:
+    """Of each token: the activation, the gradients of its product and of both halves, of a block's input and output."""
+    return (4 * shape.intermediate + 2 * shape.hidden) * itemsize
+
+
+def _products(shape: Shape, through: Pass) -> int:
+    """What the backward pass of attention holds: probabilities and their gradient, queries, keys, values, gradients."""
+    pairs = min(pairs_at_once(through.device_type), through.tokens * through.longest)
+    return (2 * pairs * shape.heads + through.tokens * (3 * shape.query + 4 * shape.kv)) * through.itemsize
+
+
 def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
     """What one layer keeps of a token: the inputs of its projections, and what its attention and activation need."""
     fine = max(itemsize, 4)
-    attention = (2 * shape.query + 2 * shape.kv) * itemsize + shape.heads * (itemsize + fine)
+    attention = (2 * shape.query + 2 * shape.kv) * itemsize
     norms, gated = shape.normed * itemsize, 2 * shape.intermediate * itemsize
     if not fused:  # fp32 copies of the norms' inputs; the activation and its product with the other half
         norms, gated = norms + shape.normed * fine, 2 * gated
@@ -123,11 +136,12 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEsti
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
     # the head, with its gradient.
     logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
+    beside = through.tokens * (layer - _block_gradients(shape, size)) + _products(shape, through)
     return MemoryEstimate(
         plan.base_parameters * size,
         plan.trainable * _ADAM_BYTES,
         through.tokens * kept,
-        max(logits, through.tokens * layer),
+        max(logits, through.tokens * layer, beside),
     )
 
 

@@ -30,6 +30,7 @@ from loratune.model.modes import adapter_training, evaluating
 from loratune.model.recompute import recompute_activations
 from loratune.model.save import save_plain
 from loratune.model.tiny import tiny_model
+from loratune.model.tree_attention import pairs_at_once
 
 __all__ = [
     "Base",
@@ -54,6 +55,7 @@ __all__ = [
     "may_be_fused",
     "only_positions",
     "packed_inputs",
+    "pairs_at_once",
     "peak_memory",
     "pick_device",
     "pick_dtype",

@@ -22,10 +22,14 @@ from torch import Tensor
 
 # Queries of a lane, about: with fewer, less is computed of what causality forbids, with more, products are better.
 _QUERIES = 192
-# Pairs of query and key that are computed at once: what a processor's cache holds of their scores.
-_PAIRS = 1 << 19
+# Pairs of query and key that are computed at once: what a processor's cache holds of their scores. Lanes that meet many
+# keys are shorter, down to a length that makes poor products.
+_PAIRS, _FEWEST_QUERIES = 1 << 19, 32
 # A lane shorter than this share of the longest beside it goes elsewhere: pads cost as much as tokens.
 _LEAST_FULL = 0.75
+
+# The processor's softmax is nearly twice as fast on rows of whole vectors; worth a few pads, of this share at most.
+_VECTOR, _MOST_PADS = 32, 1 / 16
 
 Range = tuple[int, int]
 
@@ -77,6 +81,11 @@ class Plan(NamedTuple):
     window: int | None
 
 
+def pairs_at_once(device_type: str) -> int:
+    """How many pairs of query and key have scores at the same time; none where one kernel does all."""
+    return _PAIRS if device_type == "cpu" else 0
+
+
 @lru_cache(maxsize=64)
 def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> Plan:
     """How the attention of a packed row is computed, by the lengths of its segments and what stands above each."""
@@ -99,7 +108,8 @@ def _lanes(segments: Sequence[int], above: Sequence[tuple[int, ...]], window: in
         starts.append(starts[-1] + length)
     for start, stop, path in zip(starts[:-1], starts[1:], above, strict=True):
         before = [(starts[a], starts[a + 1]) for a in path]
-        parts = max(1, round((stop - start) / _QUERIES))
+        most = sum(end - begin for begin, end in before) + stop - start if window is None else window + _QUERIES
+        parts = max(1, round((stop - start) / min(_QUERIES, max(_FEWEST_QUERIES, _PAIRS // most))))
         cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
         for begin, end in pairwise(cuts):
             yield Lane(_in_sight([*before, (start, begin)], window), (begin, end))
@@ -136,7 +146,8 @@ def _batches(lanes: Iterator[Lane]) -> Iterator[list[Lane]]:
 
 def _side_by_side(lanes: list[Lane]) -> Lanes:
     lanes = sorted(lanes)
-    queries, known = max(lane.length for lane in lanes), lanes[0].known
+    known = lanes[0].known
+    queries = _whole_vectors(max(lane.length for lane in lanes), known)
     own = torch.stack([torch.arange(lane.own[0], lane.own[0] + queries).clamp_(max=lane.own[1] - 1) for lane in lanes])
     before = torch.stack([torch.cat([torch.arange(0), *(torch.arange(*part) for part in lane.path)]) for lane in lanes])
     empty = torch.arange(queries) >= torch.tensor([[lane.length] for lane in lanes])
@@ -144,6 +155,11 @@ def _side_by_side(lanes: list[Lane]) -> Lanes:
     paths = tuple((i, j, lanes[i].path) for i, j in pairwise([*firsts, len(lanes)]))
     pads = empty.flatten().nonzero()[:, 0]
     return Lanes(len(lanes), queries, known, own.flatten(), pads, torch.cat([before, own], 1).flatten(), paths)
+
+
+def _whole_vectors(queries: int, known: int) -> int:
+    more = -(known + queries) % _VECTOR
+    return queries + more if more <= _MOST_PADS * queries else queries
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:

@@ -48,18 +48,19 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         targets = plan_targets(empty, lora)
         targets.check()
         found: dict[str, Any] = {}
-        tokens, scored = decisions["batch_size"] * 512, decisions["batch_size"] * 512
+        tokens = scored = decisions["batch_size"] * 512
+        longest = 512
     else:
         prepared = prepare(data, decisions, load_tokenizer(model), context_of(empty))
         lora, targets = decide_adapter(empty, decisions, prepared, shape)
-        tokens, scored = _step_tokens(prepared, decisions)
+        tokens, scored, longest = _step_tokens(prepared, decisions)
         found = {"data": data_line(prepared), "steps": decisions["max_steps"], "lr": decisions["lr"]}
     if "micro_batch_tokens" in decisions.values:
         share = min(1.0, decisions["micro_batch_tokens"] / tokens)
         tokens, scored = int(tokens * share), int(scored * share)
     recompute = decisions["recompute"] == "on"
     fused = may_be_fused(empty) if config.fused is None else config.fused
-    memory = estimate_memory(targets, shape, Pass(itemsize, tokens, scored, recompute, fused))
+    memory = estimate_memory(targets, shape, Pass(itemsize, tokens, scored, longest, recompute, fused))
     return {
         **found,
         "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",
@@ -81,7 +82,7 @@ def _lora_without_data(config: TrainConfig) -> LoraConfig:
     return lora_config(decisions)
 
 
-def _step_tokens(prepared: Prepared, decisions: Decisions) -> tuple[int, int]:
-    """Tokens and supervised tokens of the largest step that `batch_size` rows can make."""
+def _step_tokens(prepared: Prepared, decisions: Decisions) -> tuple[int, int, int]:
+    """Tokens and supervised tokens of the largest step that `batch_size` rows can make, and of its longest row."""
     rows = sorted(prepared.rows, key=needed, reverse=True)[: decisions["batch_size"]]
-    return sum(needed(row) for row in rows), sum(sum(row.supervised) for row in rows)
+    return sum(needed(row) for row in rows), sum(sum(row.supervised) for row in rows), needed(rows[0])

@@ -223,7 +223,7 @@ def _decide_memory(
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
-    return estimate_memory(targets, shape, Pass(itemsize, tokens, scored, recompute, fused, base.device.type))
+    return estimate_memory(targets, shape, Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type))
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
