@@ -75,6 +75,7 @@ class Job:
         order: `own`: rows meet as this side has it; `given`: as they stand in the workload.
         adapters: how many are attached; the first one trains.
         trace: also measure live bytes of one step, outside the timed ones.
+        saved: a folder for the trained adapter; none without it.
     """
 
     side: str
@@ -89,6 +90,7 @@ class Job:
     order: Literal["own", "given"] = "own"
     adapters: int = 1
     trace: bool = False
+    saved: str = ""
     r: int = 16
     alpha: int = 32
 

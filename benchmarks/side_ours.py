@@ -151,6 +151,8 @@ def train(job: Job, workload: Workload, clock: Clock) -> None:
     assert seen == len(workload.rows), f"{seen} rows were gone through, not {len(workload.rows)}"
     clock.notes["computed_tokens"] = sum(event.computed_tokens for event in events)
     clock.notes["decisions"] = told(run.setup)
+    if job.saved:
+        run.lora.save(job.saved)
     if job.trace:
         clock.freeze_memory()
         clock.notes["planned"] = planned(run.setup)

@@ -43,6 +43,8 @@ def train(job: Job, workload: Workload, clock: Clock) -> None:
     clock.begin()
     for rows in [*in_batches(workload.warm, workload.batch_size), *steps]:
         clock.step(_step(job, model, optimizer, rows, workload.micro_batch))
+    if job.saved:
+        model.save_pretrained(job.saved)
     if job.trace:
         clock.freeze_memory()
         clock.live(lambda: _step(job, model, optimizer, given[0], workload.micro_batch))

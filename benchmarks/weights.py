@@ -93,8 +93,11 @@ def load_model(base: str, dtype: str, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if (Path(base) / "model.safetensors").exists():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[dtype])
-        return model.to(device)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES[dtype]).to(device)
+        # The file is mapped, and each page comes into memory when it is first read: now, or it would count as a step's.
+        for parameter in model.parameters():
+            parameter.detach().sum()
+        return model
     config = AutoConfig.from_pretrained(base)
     torch.manual_seed(0)
     with torch.device(device):
@@ -103,12 +106,12 @@ def load_model(base: str, dtype: str, device: str) -> Any:
     return model.to(DTYPES[dtype])
 
 
-def write_adapter(base: Path, folder: Path, *, r: int, alpha: int) -> Path:
+def write_adapter(base: Path, folder: Path, *, r: int, alpha: int, seed: int = 1) -> Path:
     """A peft folder over all linears but the head. B is not zero: the gradients of A would be."""
     import peft
     from safetensors.torch import save_file
 
-    dice = torch.Generator().manual_seed(1)
+    dice = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in linears(base).items():
         if name == "lm_head":
