@@ -138,6 +138,41 @@ def test_a_trained_norm_or_a_weight_of_zero_keeps_the_stock_way() -> None:
     handle.detach()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_norm_that_an_adapter_saves_starts_as_the_bases(family: str, dtype: torch.dtype) -> None:
+    """To the bit: a run checks that its first step is the base."""
+    model = tiny(family).to(dtype)
+    use_packed_attention(model)
+    fuse(model)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+    saved = ["input_layernorm", "norm"]
+    handle = lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear", modules_to_save=saved))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+    loss, _ = loss_and_gradients(model, handle)
+    unfuse(model)
+    stock, _ = loss_and_gradients(model, handle)
+    assert loss == pytest.approx(stock, rel=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_gemmas_weights_are_counted_from_one_in_fp32() -> None:
+    """1 + w in bf16 would be off by up to half a hundredth for a whole feature."""
+    model = tiny("gemma3").to(torch.bfloat16)
+    norm = model.model.norm
+    x = torch.randn(1, 50, 32).to(torch.bfloat16)
+    exact = norm.double()(x.double())
+    norm.to(torch.bfloat16)
+    stock = norm(x)
+    fuse(model)
+    fused_norm = norm(x)
+    near, far = ((y.double() - exact).norm() for y in (fused_norm, stock))
+    assert type(norm).__name__.startswith("Fused")
+    assert near <= 1.01 * far
+
+
 def kept_bytes(model: Any) -> int:
     kept: dict[int, int] = {}
 

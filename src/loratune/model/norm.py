@@ -19,19 +19,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w · x / √(mean x² + eps) over the last dimension, computed in fp32 at least and rounded once to x's dtype.
 
     Args:
-        x: (..., features); weight: (features,), without zeros, which gets no gradient.
+        x: (..., features); weight: (features,), which gets no gradient and has no zeros.
     """
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
+def trained_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same to the bit, by operations that have gradients by the weight too, whatever it is."""
+    exact = x.to(_wide(x))
+    return (exact * _inverse_rms(exact, eps)).mul(weight.to(exact.dtype)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _inverse_rms(exact: Tensor, eps: float) -> Tensor:
+    """1 / √(mean x² + eps), (..., 1)."""
+    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    found: Tensor = length.square().div(exact.shape[-1]).add(eps).rsqrt()
+    return found
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        exact = x.to(wide)
-        inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y: Tensor = (exact * inverse).mul_(weight.to(wide)).to(x.dtype)
+        exact = x.to(_wide(x))
+        inverse = _inverse_rms(exact, eps)
+        y: Tensor = (exact * inverse).mul_(weight.to(exact.dtype)).to(x.dtype)
         ctx.save_for_backward(y, weight, inverse)
         return y
 
@@ -56,10 +72,13 @@ class FusedNorm(Fused):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = cast(Tensor, self.weight)
-        # An adapter's own weight takes one way whether it is being trained or not, so that its results are the same.
-        if weight is not self._parameters["weight"] or weight.requires_grad or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return cast(Tensor, super().forward(input))
-        return rms_norm(input, weight + self.norm_offset if self.norm_offset else weight, self.norm_eps)
+        if self.norm_offset:  # in fp32, as the family does: near 1 bf16 has steps of a hundredth
+            weight = weight.to(_wide(weight)) + self.norm_offset
+        # An adapter's own weight takes one way whether it is being trained or not, so that its results are the same.
+        own = self.weight is self._parameters["weight"] and not weight.requires_grad
+        return (rms_norm if own else trained_rms_norm)(input, weight, self.norm_eps)
 
 
 def fuse_norm(module: nn.Module) -> bool:
@@ -76,7 +95,7 @@ def fuse_norm(module: nn.Module) -> bool:
     with torch.no_grad():
         y = module(x)
         for offset in (0.0, 1.0):
-            factor = weight + offset
+            factor = weight.to(_wide(weight)) + offset if offset else weight
             if not bool((factor == 0).any()) and torch.allclose(y, rms_norm(x, factor, eps), rtol=_near(x), atol=0.0):
                 vars(module).update(norm_offset=offset, norm_eps=eps)
                 put_on(module, FusedNorm)
