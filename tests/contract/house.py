@@ -34,6 +34,7 @@ HOUSE = House(
     lines={room: number for number, rooms in enumerate(LINES, start=1) for room in rooms},
     owners={
         "transformers": frozenset({"model", "data.render", "engine"}),
+        "triton": frozenset({"model.triton_blocks"}),
         "bitsandbytes": frozenset({"quant"}),
         "accelerate": frozenset({"training"}),
         "huggingface_hub": frozenset({"adapter"}),

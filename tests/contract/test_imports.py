@@ -24,7 +24,7 @@ def test_third_parties_are_declared() -> None:
     """What src/ imports stands in pyproject.toml itself, not in some dependency's dependencies."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + [line for extra in ("quant", "serve", "eval") for line in extras[extra]]
+    lines = project["dependencies"] + [line for extra in ("quant", "cuda", "serve", "eval") for line in extras[extra]]
     declared = {_normal(re.split(r"[\s<>=!~;\[]", line, maxsplit=1)[0]) for line in lines}
     owners = importlib.metadata.packages_distributions()
     found = []

@@ -87,8 +87,8 @@ def test_the_trial_names_a_module_that_deviates(
     """Planted: a fused norm that is right where it was looked up, and wrong on what really reaches it."""
     honest = norms.rms_norm
 
-    def faulty(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = honest(x, weight, eps)
+    def faulty(x: Tensor, weight: Tensor, eps: float, **how: bool) -> Tensor:
+        y = honest(x, weight, eps, **how)
         return y if x.shape[1] == 2 else y * (1.1 if fault == "a tenth too large" else float("nan"))
 
     monkeypatch.setattr(norms, "rms_norm", faulty)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.model.flex_attention import block_mask_of, can_flex, flex_tree_attention
 from loratune.model.tree_attention import plan_of, tree_attention
 
 NAME = "loratune_packed"
@@ -68,6 +69,10 @@ def packed_attention(
     if query.device.type == "cpu" and dropout == 0.0:
         plan = plan_of(segments, above, sliding_window)
         return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
+    if can_flex(query, value, dropout):
+        blocks = block_mask_of(segments, above, sliding_window, query.device)
+        if blocks is not None:
+            return flex_tree_attention(query, key, value, blocks, scaling), None
     grouped = query.shape[1] != key.shape[1]
     keys, values = key.split(segments, 2), value.split(segments, 2)
     pieces = []

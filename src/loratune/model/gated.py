@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on, together
 from loratune.model.fused import Fused
+from loratune.model.kernels import triton_for
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -31,16 +32,20 @@ class _Halves:
     """What gate and up gave, and act(gate) from where the backward pass first needs it to where it last does."""
 
     def __init__(self, activation: str) -> None:
+        self.activation = activation
         self.act, self.gradient = _ACTIVATIONS[activation]
         self.kept: tuple[Tensor, Tensor] | None = None
         self.active: Tensor | None = None
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.act(gate).mul_(up)
+        kernels = triton_for(gate)
+        return self.act(gate).mul_(up) if kernels is None else kernels.gated(gate, up, self.activation)
 
     def product_again(self) -> Tensor:
         assert self.kept is not None, "the backward pass of a block comes to its last projection first"
         gate, up = self.kept
+        if triton_for(gate) is not None:  # one pass either way: nothing is worth keeping
+            return self.product(gate, up)
         self.active = self.act(gate)
         return self.active * up
 
@@ -56,6 +61,9 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (gate, up), halves = ctx.saved_tensors, ctx.halves
+        kernels = triton_for(gy)
+        if kernels is not None:
+            return *kernels.gated_backward(gy, gate, up, halves.activation), None
         active = halves.act(gate) if halves.active is None else halves.active
         halves.active = None
         gu = active.mul_(gy)

@@ -13,54 +13,64 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on
 from loratune.model.fused import Fused
+from loratune.model.kernels import triton_for
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) -> Tensor:
     """w · x / √(mean x² + eps) over the last dimension, computed in fp32 at least and rounded once to x's dtype.
 
     Args:
-        x: (..., features); weight: (features,), which gets no gradient and has no zeros.
+        x: (..., features); weight: (features,), without zeros unless it is trained.
+        trained: whether the weight gets a gradient; x is kept then.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight, eps, trained)  # type: ignore[no-untyped-call]
     return y
-
-
-def trained_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same to the bit, by operations that have gradients by the weight too, whatever it is."""
-    exact = x.to(_wide(x))
-    return (exact * _inverse_rms(exact, eps)).mul(weight.to(exact.dtype)).to(x.dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _inverse_rms(exact: Tensor, eps: float) -> Tensor:
-    """1 / √(mean x² + eps), (..., 1)."""
-    length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    found: Tensor = length.square().div(exact.shape[-1]).add(eps).rsqrt()
-    return found
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        exact = x.to(_wide(x))
-        inverse = _inverse_rms(exact, eps)
-        y: Tensor = (exact * inverse).mul_(weight.to(exact.dtype)).to(x.dtype)
-        ctx.save_for_backward(y, weight, inverse)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, trained: bool) -> Tensor:
+        kernels = triton_for(x)
+        y, inverse = _normed(x, weight, eps) if kernels is None else kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x if trained else y, weight, inverse)
+        ctx.trained = trained
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, inverse = ctx.saved_tensors
-        # With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy.
-        grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
-        inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])
-        gx = (grad * w).addcmul_(normal * (1 / w), inner).mul_(inverse)
-        rounded: Tensor = gx.to(gy.dtype)
-        return rounded, None, None
+        kept, weight, inverse = ctx.saved_tensors
+        kernels = triton_for(gy)
+        if ctx.trained:
+            return *_both_gradients(gy, kept, weight, inverse), None, None
+        gradient = _gradient if kernels is None else kernels.rms_norm_backward
+        return gradient(gy, kept, weight, inverse), None, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms (..., 1) in fp32 at least."""
+    exact = x.to(_wide(x))
+    inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (exact * inverse).mul_(weight.to(exact.dtype)).to(x.dtype), inverse
+
+
+def _gradient(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy."""
+    grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
+    inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])
+    return (grad * w).addcmul_(normal * (1 / w), inner).mul_(inverse).to(gy.dtype)
+
+
+def _both_gradients(gy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x, and of the weight: Σ z · dy."""
+    grad, z = gy.to(inverse.dtype), x.to(inverse.dtype) * inverse
+    of_z = grad * weight.to(inverse.dtype)
+    gx = (of_z - z * (z * of_z).mean(-1, keepdim=True)).mul_(inverse)
+    return gx.to(gy.dtype), (grad * z).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class FusedNorm(Fused):
@@ -76,9 +86,9 @@ class FusedNorm(Fused):
             return cast(Tensor, super().forward(input))
         if self.norm_offset:  # in fp32, as the family does: near 1 bf16 has steps of a hundredth
             weight = weight.to(_wide(weight)) + self.norm_offset
-        # An adapter's own weight takes one way whether it is being trained or not, so that its results are the same.
-        own = self.weight is self._parameters["weight"] and not weight.requires_grad
-        return (rms_norm if own else trained_rms_norm)(input, weight, self.norm_eps)
+        # An adapter's own weight may have zeros, also while it is not being trained.
+        trained = self.weight is not self._parameters["weight"] or weight.requires_grad
+        return rms_norm(input, weight, self.norm_eps, trained=trained)
 
 
 def fuse_norm(module: nn.Module) -> bool:

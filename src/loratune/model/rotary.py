@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.model.kernels import triton_for
+
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + (-second half, first half of x) · sin.
@@ -25,6 +27,10 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        kernels = triton_for(x)
+        if kernels is not None:
+            y: Tensor = kernels.rotated(x, cos, sin)
+            return y
         (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
         y = x * cos
         y1, y2 = y.chunk(2, -1)
@@ -36,6 +42,9 @@ class _Rotated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        kernels = triton_for(gy)
+        if kernels is not None:
+            return kernels.rotated(gy, cos, sin, backward=True), None, None
         (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
         gx = gy * cos
         gx1, gx2 = gx.chunk(2, -1)
