@@ -121,6 +121,33 @@ def memory_line(result: dict[str, Any]) -> str:
     )
 
 
+def heldout_line(result: dict[str, Any]) -> str:
+    """What is learned in an epoch beside peft's loops, over the seeds."""
+
+    def losses(side: str) -> str:
+        low, high = result["losses"][side]["range"]
+        return f"{result['losses'][side]['median']:.3f} ({low:.3f} to {high:.3f})"
+
+    seeds = len(result["losses"]["ours"]["samples"])
+    return (
+        f"Loss on {result['data']['held_out']} held-out chats after one epoch of {result['data']['trained']}, "
+        f"{seeds} seeds: {losses('ours')}, the strongest peft loop {losses('peft-best')}, peft's plain loop "
+        f"{losses('peft')}, the base {result['base']:.3f} ([all of it](benchmarks/results/heldout.json))."
+    )
+
+
+def grouping_line(result: dict[str, Any]) -> str:
+    """What grouping rows that begin alike saves, and what it does to the held-out loss."""
+    shares = {name: found["median"] / result["tokens"] for name, found in result["computed_tokens"].items()}
+    low, high = result["val_loss_difference"]["range"]
+    return (
+        f"Rows that begin alike in one step: {shares['grouped']:.0%} of the tokens are computed, in random order "
+        f"{shares['random']:.0%}; the held-out loss differs by {result['val_loss_difference']['median']:+.3f} "
+        f"({low:+.3f} to {high:+.3f}, {len(result['runs']['random'])} seeds; base "
+        f"{result['base_val_loss']:.3f}; [all of it](benchmarks/results/grouping.json))."
+    )
+
+
 def startup_line(result: dict[str, Any]) -> str:
     seconds = {name: found["median"] for name, found in result["seconds"].items()}
     return (
@@ -136,7 +163,13 @@ def measured(folder: Path = RESULTS) -> str:
     training = sorted(folder.glob("train_*.json"), key=_place)
     if training:
         parts.append(training_table([_read(path) for path in training]))
-    lines = {"memory.json": memory_line, "startup.json": startup_line, "adapters.json": adapters_line}
+    lines = {
+        "heldout.json": heldout_line,
+        "grouping.json": grouping_line,
+        "memory.json": memory_line,
+        "startup.json": startup_line,
+        "adapters.json": adapters_line,
+    }
     parts += [line(_read(folder / name)) for name, line in lines.items() if (folder / name).exists()]
     return "\n\n".join(parts)
 

@@ -87,3 +87,27 @@ def test_lines_of_memory_and_startup(tables: Any) -> None:
     seconds = {name: {"median": float(number)} for number, name in enumerate(names, 1)}
     assert "takes 1.0 s" in tables.startup_line({"seconds": seconds})
     assert "4.0 s in TRL" in tables.startup_line({"seconds": seconds})
+
+
+def test_lines_of_held_out_losses_and_of_grouping(tables: Any) -> None:
+    def over(*samples: float) -> dict[str, Any]:
+        return {"median": sorted(samples)[1], "range": [min(samples), max(samples)], "samples": list(samples)}
+
+    heldout = {
+        "data": {"trained": 240, "held_out": 93},
+        "base": 1.4,
+        "losses": {"ours": over(0.3, 0.1, 0.2), "peft-best": over(0.4, 0.5, 0.6), "peft": over(0.7, 0.8, 0.9)},
+    }
+    line = tables.heldout_line(heldout)
+    assert "3 seeds: 0.200 (0.100 to 0.300), the strongest peft loop 0.500 (0.400 to 0.600)" in line
+    assert "the base 1.400" in line
+    grouping = {
+        "tokens": 1000,
+        "computed_tokens": {"grouped": {"median": 400.0}, "random": {"median": 900.0}},
+        "val_loss_difference": over(0.01, -0.02, 0.03),
+        "runs": {"random": [{}, {}, {}]},
+        "base_val_loss": 0.8,
+    }
+    line = tables.grouping_line(grouping)
+    assert "40% of the tokens are computed, in random order 90%" in line
+    assert "differs by +0.010 (-0.020 to +0.030, 3 seeds; base 0.800" in line
