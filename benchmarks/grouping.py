@@ -50,7 +50,7 @@ class Size:
     seeds: int
 
 
-FULL, QUICK = Size(120, 40, 1000, 3), Size(16, 4, 350, 1)
+FULL, QUICK = Size(96, 40, 800, 3), Size(16, 4, 350, 1)
 
 
 @dataclass(frozen=True)
