@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import loratune as lt
 from loratune.data.batch import make_batch
 from loratune.loss import summed_loss
-from loratune.model import fuse, fused, recompute_activations, unfuse, use_packed_attention, why_not_fused
+from loratune.model import (
+    fuse,
+    fused,
+    packed_inputs,
+    recompute_activations,
+    unfuse,
+    use_packed_attention,
+    why_not_fused,
+)
 from loratune.model import norm as norms
 from tests.models import FAMILIES, PAD, exact, rows_of, tiny
 from tests.training.loops import assert_close
@@ -249,3 +258,63 @@ def test_attention_of_padded_rows_and_of_generation_is_the_familys_own() -> None
             found, right = ours(input_ids=ids, **inputs).logits, stock(input_ids=ids, **inputs).logits
             torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
         assert ours.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 19)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_fused_twice_keeps_the_window(family: str) -> None:
+    model = tiny(family)
+    handle = lt.attach(model, lt.LoraConfig(r=2, target_modules="all-linear"))
+    loss, _ = loss_and_gradients(model, handle)
+    fuse(model)
+    fuse(model)
+    assert loss_and_gradients(model, handle)[0] == pytest.approx(loss, rel=1e-6)
+    assert {layer.self_attn.attention_asks["sliding_window"] for layer in model.model.layers} >= {4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_sees_whether_heads_are_turned(dtype: torch.dtype) -> None:
+    model = tiny("smollm3").to(dtype)
+    use_packed_attention(model)
+    fuse(model)
+    kinds = [type(layer.self_attn).__name__ for layer in model.model.layers]
+    assert kinds == ["FusedSmolLM3Attention", "SmolLM3Attention"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "clip"), [("olmo", None), ("olmo", 0.5), ("nemotron", None), ("glm4", None)])
+def test_families_with_a_formula_or_angles_of_their_own(family: str, clip: float | None, dtype: torch.dtype) -> None:
+    """OLMo has finer angles and may clip its heads; Nemotron and GLM turn half of a head."""
+    model = other(family, clip_qkv=clip).to(dtype) if family == "olmo" else other(family).to(dtype)
+    use_packed_attention(model)
+    ids = torch.arange(3, 19)[None]
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    with torch.no_grad():
+        before = model(input_ids=ids, position_ids=positions, **packed_inputs((9, 7))).logits.float()
+        why_not = why_not_fused(model)
+        after = model(input_ids=ids, position_ids=positions, **packed_inputs((9, 7))).logits.float()
+    assert why_not is None or not fused(model)
+    assert (after - before).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * before.norm()
+    clipped = any(type(layer.self_attn).__name__.startswith("Fused") for layer in model.model.layers) and clip
+    assert not clipped
+
+
+def other(family: str, **changes: Any) -> Any:
+    """A tiny model of a family that nothing else here needs."""
+    names = {"olmo": "Olmo", "nemotron": "Nemotron", "glm4": "Glm4"}
+    config = getattr(transformers, f"{names[family]}Config")(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=2,
+        **changes,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{names[family]}ForCausalLM")(config).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loratune.model import tree_attention as products
 from loratune.model.tree_attention import plan_of, tree_attention
+from tests.estimation.test_memory import most_held
 from tests.oracle.attention import Above, dense, trees
 
 
@@ -87,3 +88,15 @@ def test_rows_of_similar_length_are_computed_side_by_side() -> None:
 def test_branches_of_one_prefix_are_computed_side_by_side() -> None:
     batches = plan_of((100, 30, 28, 31, 70, 30), ((), (0,), (0,), (0,), (), (4,)), None).batches
     assert sorted((b.known, b.number) for b in batches) == [(0, 1), (0, 1), (70, 1), (100, 3)]
+
+
+def test_the_backward_pass_holds_nothing_quadratic() -> None:
+    """A long row has many lanes, and each of them gives a gradient to its whole path."""
+    held = []
+    for tokens in (2048, 4096):
+        inputs = [torch.randn(2, tokens, 8, requires_grad=True) for _ in range(3)]
+        output = tree_attention(*inputs, plan_of((tokens,), None, None), None)
+        held.append(most_held(output.sum().backward))
+    # Scores of so many pairs at once stand beside what grows with the tokens.
+    assert held[1] < 2.2 * held[0]
+    assert held[1] < 2 * products._PAIRS * 2 * 4 + 30 * 4096 * 2 * 8 * 4

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from loratune.model.kernels import triton_for
+
 _BLOCK = 128
 # What torch's kernel takes; narrower heads than these have no tile.
 _LEAST_DIM = 16
@@ -102,7 +104,8 @@ def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 def can_flex(query: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether the kernel takes these."""
     wide = min(query.shape[-1], value.shape[-1]) >= _LEAST_DIM
-    return query.device.type == "cuda" and dropout == 0.0 and wide and query.dtype in _DTYPES
+    same = query.dtype == value.dtype and query.dtype in _DTYPES
+    return query.is_cuda and dropout == 0.0 and wide and same and triton_for(query) is not None
 
 
 @cache
@@ -124,5 +127,7 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMa
     # Without a compiler the same formula is computed by plain operations: what tests on a CPU see.
     attend = _compiled() if query.is_cuda else cast(Callable[..., Any], flex_attention)
     grouped = query.shape[1] != key.shape[1]
-    output: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    # Of several kernels the one for training: fewer are compiled, and past torch's limit all pairs would be formed.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None
+    output: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return output.transpose(1, 2)

@@ -60,7 +60,11 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     """
     if not fuse(model):
         return "this family has no blocks that can be fused"
-    furthest, path = _furthest(model)
+    try:
+        furthest, path = _furthest(model)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        unfuse(model)
+        return f"a fused block fails in it ({type(error).__name__})"
     if is_near(furthest, model.dtype):
         return None
     unfuse(model)

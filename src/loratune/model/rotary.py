@@ -17,7 +17,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + (-second half, first half of x) · sin.
 
     Args:
-        x: (..., heads, dim); cos and sin: (..., 1, dim).
+        x: (..., heads, dim); cos and sin: (..., 1, dim), perhaps of a finer dtype.
+
+    Returns:
+        Of x's dtype.
     """
     y: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
@@ -36,7 +39,7 @@ class _Rotated(torch.autograd.Function):
         y1, y2 = y.chunk(2, -1)
         y1.addcmul_(x2, s1, value=-1)
         y2.addcmul_(x1, s2)
-        return y
+        return y.to(x.dtype)  # some families have finer angles
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -50,4 +53,4 @@ class _Rotated(torch.autograd.Function):
         gx1, gx2 = gx.chunk(2, -1)
         gx1.addcmul_(g2, s2)
         gx2.addcmul_(g1, s1, value=-1)
-        return gx, None, None
+        return gx.to(gy.dtype), None, None

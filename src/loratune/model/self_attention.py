@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import put_on, take_off, together
+from loratune.lora import put_on, take_off, together, wears
 from loratune.model.attention import NAME, CannotPackError, packed_attention, packed_inputs
 from loratune.model.fused import Fused, deviation, is_near
+from loratune.model.modes import evaluating
 from loratune.model.rotary import rotated
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -27,16 +28,23 @@ class FusedAttention(Fused):
     attention_asks: dict[str, Any]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        turned, segments = kwargs.get("position_embeddings"), kwargs.get("segments")
-        drops = self.training and vars(self).get("attention_dropout")
-        if args or segments is None or turned is None or drops or torch.compiler.is_compiling():
+        if args or not self._takes(kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         q, k, v = self._heads(hidden_states)
-        cos, sin = (angle.unsqueeze(2) for angle in turned)
+        cos, sin = (angle.unsqueeze(2) for angle in kwargs["position_embeddings"])
         turned_q, turned_k = (rotated(x, cos, sin).transpose(1, 2) for x in (q, k))
-        told = {"segments": segments, "above": kwargs.get("above"), **self.attention_asks}
+        told = {"segments": kwargs["segments"], "above": kwargs.get("above"), **self.attention_asks}
         output, _ = packed_attention(self, turned_q, turned_k, v.transpose(1, 2), None, **told)
         return cast(nn.Module, self.o_proj)(output.flatten(2)), None
+
+    def _takes(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this is a call over packed rows, whole heads are turned, and nothing is dropped."""
+        angles = kwargs.get("position_embeddings")
+        if kwargs.get("segments") is None or angles is None or torch.compiler.is_compiling():
+            return False
+        return bool(angles[0].shape[-1] == self.head_dim) and not (
+            self.training and vars(self).get("attention_dropout")
+        )
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (1, tokens, heads, dim), normed where the family norms heads."""
@@ -51,36 +59,51 @@ def fuse_attention(module: nn.Module) -> bool:
 
     Only where the module takes packed rows already: nothing would be gained elsewhere.
     """
+    if wears(module, FusedAttention.order):
+        return True
     config = getattr(module, "config", None)
     if not module._modules.keys() >= {*_PROJECTIONS, "o_proj"} or getattr(config, "_attn_implementation", None) != NAME:
         return False
     weight = cast(nn.Module, module.q_proj).weight
-    if not isinstance(weight, Tensor) or weight.is_meta or not isinstance(getattr(module, "head_dim", None), int):
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
         return False
-    asked: dict[str, Any] = {}
-    inputs = _inputs(module, weight)
-    training, module.training = module.training, False
-    try:
-        with torch.no_grad():
-            stock = module(**inputs, asked=asked)[0]
-            vars(module)["attention_asks"] = asked
-            put_on(module, FusedAttention)
-            found = module(**inputs)[0]
-        fits = is_near(deviation(found, stock), weight.dtype)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, CannotPackError):
-        fits = False
-    finally:
-        module.training = training
+    # What clips its heads computes the same only as long as nothing is large enough to be clipped.
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int) or head_dim % 2 or getattr(config, "clip_qkv", None) is not None:
+        return False
+    fits = _tried(module, weight)
     if not fits:
         take_off(module, FusedAttention.order)
         vars(module).pop("attention_asks", None)
     return fits
 
 
+def _tried(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the module gives the same with `FusedAttention` mixed in, which it then is."""
+    asked: dict[str, Any] = {}
+    inputs = _inputs(module, weight)
+    try:
+        with torch.no_grad(), evaluating(module):
+            stock, _ = module(**inputs, asked=asked)
+            if "scaling" not in asked:
+                return False
+            vars(module)["attention_asks"] = asked
+            put_on(module, FusedAttention)
+            found, _ = module(**inputs)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, UnboundLocalError, CannotPackError):
+        return False
+    return found.shape == stock.shape and is_near(deviation(found, stock), weight.dtype)
+
+
 def _inputs(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """Two short packed rows for one attention module."""
-    segments, dim = (5, 4), cast(int, module.head_dim)
-    x = torch.linspace(-2, 2, 9 * weight.shape[1], device=weight.device).sin().view(1, 9, -1)
-    angles = torch.linspace(0, 3, 9 * dim // 2, device=weight.device).view(1, 9, -1).repeat(1, 1, 2)
+    segments, dim = (9, 7), cast(int, module.head_dim)
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 16, weight.shape[1], generator=dice).to(weight.device)
+    # So large that the scores spread by about two: else every rotation gives the same mean of all values.
+    x = x * (2**0.5 / (x @ weight.float().T).std().clamp(min=1e-3))
+    angles = (torch.rand(1, 16, dim // 2, generator=dice) * 6).repeat(1, 1, 2).to(weight.device)
     turned = (angles.cos().to(weight.dtype), angles.sin().to(weight.dtype))
-    return {"hidden_states": x.to(weight.dtype), "position_embeddings": turned, **packed_inputs(segments)}
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None].to(weight.device)
+    packed = packed_inputs(segments)
+    return {"hidden_states": x.to(weight.dtype), "position_embeddings": turned, "position_ids": positions, **packed}

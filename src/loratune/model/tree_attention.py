@@ -57,6 +57,7 @@ class Lanes(NamedTuple):
         tokens: (lanes · queries,), the token in each place; in a pad some token of the lane.
         pads: the places without a token.
         keys: (lanes · (known + queries),), those tokens behind those of the lane's path.
+        own: of each lane its tokens, as a range.
         paths: of neighbouring lanes with one path: the first, the one after the last, and the path.
     """
 
@@ -66,6 +67,7 @@ class Lanes(NamedTuple):
     tokens: Tensor
     pads: Tensor
     keys: Tensor
+    own: tuple[Range, ...]
     paths: tuple[tuple[int, int, tuple[Range, ...]], ...]
 
 
@@ -86,7 +88,8 @@ def pairs_at_once(device_type: str) -> int:
     return _PAIRS if device_type == "cpu" else 0
 
 
-@lru_cache(maxsize=64)
+# One plan serves all layers of a step, two where some have a window; those of long rows are large.
+@lru_cache(maxsize=4)
 def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> Plan:
     """How the attention of a packed row is computed, by the lengths of its segments and what stands above each."""
     lanes = _lanes(segments, above or ((),) * len(segments), window)
@@ -108,7 +111,8 @@ def _lanes(segments: Sequence[int], above: Sequence[tuple[int, ...]], window: in
         starts.append(starts[-1] + length)
     for start, stop, path in zip(starts[:-1], starts[1:], above, strict=True):
         before = [(starts[a], starts[a + 1]) for a in path]
-        most = sum(end - begin for begin, end in before) + stop - start if window is None else window + _QUERIES
+        whole = sum(end - begin for begin, end in before) + stop - start
+        most = max(1, whole if window is None else min(whole, window + _QUERIES))
         parts = max(1, round((stop - start) / min(_QUERIES, max(_FEWEST_QUERIES, _PAIRS // most))))
         cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
         for begin, end in pairwise(cuts):
@@ -154,7 +158,9 @@ def _side_by_side(lanes: list[Lane]) -> Lanes:
     firsts = [i for i, lane in enumerate(lanes) if i == 0 or lane.path != lanes[i - 1].path]
     paths = tuple((i, j, lanes[i].path) for i, j in pairwise([*firsts, len(lanes)]))
     pads = empty.flatten().nonzero()[:, 0]
-    return Lanes(len(lanes), queries, known, own.flatten(), pads, torch.cat([before, own], 1).flatten(), paths)
+    ranges = tuple(lane.own for lane in lanes)
+    keys = torch.cat([before, own], 1).flatten()
+    return Lanes(len(lanes), queries, known, own.flatten(), pads, keys, ranges, paths)
 
 
 def _whole_vectors(queries: int, known: int) -> int:
@@ -203,7 +209,10 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         plan: Plan = ctx.plan
         grad = grad.transpose(0, 1).contiguous()
-        queries, keys, values = [], [], []
+        wide = torch.promote_types(query.dtype, torch.float32)
+        # One sum by token: what each lane gives its whole path would be quadratic in a long row.
+        gk, gv = (torch.zeros_like(tensor, dtype=wide) for tensor in (key, value))
+        queries = []
         for lanes in plan.batches:
             q, k, v = _met(query, key, value, lanes, plan)
             g = _picked(grad, lanes.tokens, plan)
@@ -211,13 +220,13 @@ class _TreeAttention(torch.autograd.Function):
                 g.index_fill_(1, lanes.pads, 0.0)
             g = g.view(len(q), -1, grad.shape[-1])
             p = _probabilities(q, k, lanes, plan.window)
-            values.append(torch.bmm(p.mT, g))
+            _add_by_key(gv, torch.bmm(p.mT, g), lanes)
             dp = torch.bmm(g, v.mT)
             ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             queries.append(torch.bmm(ds, k).view(len(key), len(lanes.tokens), -1))
-            keys.append(torch.bmm(ds.mT, q))
+            _add_by_key(gk, torch.bmm(ds.mT, q), lanes)
         gq = _by_token(queries, plan).mul_(ctx.scale).view(query.shape)
-        return gq, _by_key(keys, key, plan), _by_key(values, value, plan), None, None
+        return gq, gk.to(key.dtype), gv.to(value.dtype), None, None
 
 
 def _met(query: Tensor, key: Tensor, value: Tensor, lanes: Lanes, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +253,7 @@ def _probabilities(q: Tensor, k: Tensor, lanes: Lanes, window: int | None) -> Te
     return torch.softmax(scores, -1, out=scores)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _mask(queries: int, known: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
     """(queries · groups, keys): 0 where a key may be seen, else a low number; of the last keys if no window is near."""
     first = 0 if window is not None and known + queries > window else known
@@ -260,18 +269,14 @@ def _by_token(parts: Sequence[Tensor], plan: Plan) -> Tensor:
     return joined if plan.places is None else joined.index_select(1, plan.places)
 
 
-def _by_key(parts: Sequence[Tensor], like: Tensor, plan: Plan) -> Tensor:
-    """(kv heads, tokens, dim): what came to each token in its own lane, and where it stands above others."""
-    shapes = [(len(like), lanes.number, lanes.known + lanes.queries, like.shape[-1]) for lanes in plan.batches]
-    apart = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    own = [part[:, :, lanes.known :].flatten(1, 2) for part, lanes in zip(apart, plan.batches, strict=True)]
-    total = _by_token(own, plan)
-    if not any(lanes.known for lanes in plan.batches):
-        return total
-    total = total.to(torch.promote_types(like.dtype, torch.float32))
-    for part, lanes in zip(apart, plan.batches, strict=True):
-        for first, last, path in lanes.paths:
-            above = part[:, first:last, : lanes.known].sum(1, dtype=total.dtype)
-            for (start, stop), piece in zip(path, above.split([stop - start for start, stop in path], 1), strict=True):
-                total[:, start:stop] += piece
-    return total.to(like.dtype)
+def _add_by_key(total: Tensor, part: Tensor, lanes: Lanes) -> None:
+    """Add what some lanes give their keys (kv heads · lanes, keys, dim) to the sum by token (kv heads, tokens, dim)."""
+    apart = part.view(len(total), lanes.number, lanes.known + lanes.queries, -1)
+    for i, (start, stop) in enumerate(lanes.own):
+        total[:, start:stop] += apart[:, i, lanes.known : lanes.known + stop - start]
+    for first, last, path in lanes.paths:
+        above = apart[:, first] if last - first == 1 else apart[:, first:last, : lanes.known].sum(1, dtype=total.dtype)
+        begin = 0
+        for start, stop in path:
+            total[:, start:stop] += above[:, begin : begin + stop - start]
+            begin += stop - start

@@ -107,7 +107,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     features = x.shape[-1]
-    _rms_norm[(inverse.numel(),)](x, weight, y, inverse, features, eps, BLOCK=triton.next_power_of_2(features))
+    with torch.cuda.device_of(x):
+        _rms_norm[(inverse.numel(),)](x, weight, y, inverse, features, eps, BLOCK=triton.next_power_of_2(features))
     return y, inverse
 
 
@@ -115,7 +116,8 @@ def rms_norm_backward(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) ->
     """The gradient of x, from that of y and what the forward pass gave."""
     gy, gx, features = gy.contiguous(), torch.empty_like(y), y.shape[-1]
     block = triton.next_power_of_2(features)
-    _rms_norm_backward[(inverse.numel(),)](gy, y, weight, inverse, gx, features, BLOCK=block)
+    with torch.cuda.device_of(gy):
+        _rms_norm_backward[(inverse.numel(),)](gy, y, weight, inverse, gx, features, BLOCK=block)
     return gx
 
 
@@ -123,7 +125,8 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) · up."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    _gated[_grid(y)](gate, up, y, y.numel(), ACTIVATION=activation, BLOCK=_ELEMENTS)
+    with torch.cuda.device_of(gate):
+        _gated[_grid(y)](gate, up, y, y.numel(), ACTIVATION=activation, BLOCK=_ELEMENTS)
     return y
 
 
@@ -131,7 +134,8 @@ def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tup
     """The gradients of gate and up."""
     gy, gate, up = gy.contiguous(), gate.contiguous(), up.contiguous()
     ggate, gup = torch.empty_like(gate), torch.empty_like(up)
-    _gated_backward[_grid(gy)](gy, gate, up, ggate, gup, gy.numel(), ACTIVATION=activation, BLOCK=_ELEMENTS)
+    with torch.cuda.device_of(gy):
+        _gated_backward[_grid(gy)](gy, gate, up, ggate, gup, gy.numel(), ACTIVATION=activation, BLOCK=_ELEMENTS)
     return ggate, gup
 
 
@@ -142,7 +146,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> T
     y, half = torch.empty_like(x), x.shape[-1] // 2
     rows = x.numel() // x.shape[-1]
     block = triton.next_power_of_2(half)
-    _rotated[(rows,)](x, cos, sin, y, x.shape[-2], half, BACKWARD=backward, BLOCK=block)
+    with torch.cuda.device_of(x):
+        _rotated[(rows,)](x, cos, sin, y, x.shape[-2], half, BACKWARD=backward, BLOCK=block)
     return y
 
 
