@@ -222,3 +222,21 @@ def test_frozen_ones_get_no_gradient() -> None:
     net(x).sum().backward()
     assert x.grad is not None
     assert all(parameter.grad is None for parameter in handle.parameters())
+
+
+def test_gradients_of_several_are_tensors_of_their_own() -> None:
+    net, handle = three()
+    net(torch.randn(3, 5, dtype=torch.float64)).sum().backward()
+    storages = {p.grad.untyped_storage().data_ptr() for p in handle.parameters() if p.grad is not None}
+    assert len(storages) == len(list(handle.parameters()))
+
+
+def test_whoever_listens_to_all_modules_hears_each_projection() -> None:
+    net, _ = three()
+    heard: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    try:
+        net(torch.randn(3, 5, dtype=torch.float64))
+    finally:
+        handle.remove()
+    assert {id(net.q), id(net.k), id(net.v)} <= {id(module) for module in heard}

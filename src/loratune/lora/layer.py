@@ -96,11 +96,11 @@ class LoraLayer(Adapting):
 def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """What each of some modules gives for the same x, in one step where nothing else happens when they are called."""
     layers = [module for module in modules if isinstance(module, LoraLayer) and not _overheard(module)]
-    alone = [layer._alone(x, layer.lora_state.view) for layer in layers]
-    found = [low_rank for low_rank in alone if low_rank is not None]
+    found = [low_rank for low_rank in (layer._alone(x, layer.lora_state.view) for layer in layers) if low_rank]
+    if len(found) < len(modules):
+        return [module(x) for module in modules]
     # Each layer drops an input of its own, so that there is no common one.
-    dropping = any(layer.training and low_rank.dropout > 0 for layer, low_rank in zip(layers, found, strict=False))
-    if len(found) < len(modules) or dropping:
+    if any(layer.training and low_rank.dropout > 0 for layer, low_rank in zip(layers, found, strict=True)):
         return [module(x) for module in modules]
     ys = lora_linears(x, [layer._projection(low_rank) for layer, low_rank in zip(layers, found, strict=True)])
     return [layer._shifted(y, low_rank) for layer, y, low_rank in zip(layers, ys, found, strict=True)]
@@ -109,7 +109,8 @@ def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 def _overheard(module: nn.Module) -> bool:
     """Whether somebody wants to know when the module is called, or calls something else in its place."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(vars(module).get(name) for name in hooks)
+    own = any(vars(module).get(name) for name in ("forward", "_compiled_call_impl", *hooks))
+    return own or torch.nn.modules.module._has_any_global_hook()
 
 
 def _transformed(x: Tensor) -> bool:

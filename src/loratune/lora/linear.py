@@ -131,7 +131,9 @@ class _LoraLinears(torch.autograd.Function):
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
             whole = torch.mm(gh.T, seen.reshape(-1, x.shape[-1]))
-            gA = whole.to(factors[0].dtype).split([p.A.shape[0] for p in ctx.frozen])
+            parts = whole.split([p.A.shape[0] for p in ctx.frozen])
+            # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
+            gA = [part.to(A.dtype, copy=number > 1) for part, A in zip(parts, factors[::2], strict=True)]
         found: list[Tensor | None] = []
         for i, (gy, part) in enumerate(zip(flat, h, strict=True)):
             wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]

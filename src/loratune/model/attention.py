@@ -66,6 +66,8 @@ def packed_attention(
         )
     if not getattr(module, "is_causal", True):
         raise CannotPackError("its attention uses no causal mask")
+    # Under autocast a rotation leaves queries and keys in fp32; products in the backward pass refuse two dtypes.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu" and dropout == 0.0:
         plan = plan_of(segments, above, sliding_window)
         return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
