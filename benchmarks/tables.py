@@ -87,7 +87,9 @@ def training_table(results: Sequence[dict[str, Any]]) -> str:
     for side in (side for result in results for side in result["sides"].values()):
         versions |= side["versions"]
     peers = ", ".join(f"{name} {versions[name]}" for name in ("peft", "trl") if name in versions)
-    rounds = sorted({result["rounds"] for result in results})
+    # A slow peer may have run in the first round only.
+    rates = [side["tokens_per_second"] for result in results for side in result["sides"].values()]
+    rounds = sorted({len(rate["samples"]) for rate in rates})
     times = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     how = f"medians of {times} rounds, ratios within a round; {first['threads']} threads, {first['date']}"
     how += f"; {peers}"
