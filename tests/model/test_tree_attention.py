@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,35 +10,7 @@ from torch import Tensor
 
 from loratune.model import tree_attention as products
 from loratune.model.tree_attention import plan_of, tree_attention
-
-Above = tuple[tuple[int, ...], ...]
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
-    """The plain formula over all pairs of tokens: (tokens, heads, dim)."""
-    node = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
-    depth = [sum(segments[a] for a in path) for path in above]
-    position = torch.cat([torch.arange(d, d + n) for d, n in zip(depth, segments, strict=True)])
-    seen = torch.zeros(len(node), len(node), dtype=torch.bool)
-    for i in range(len(node)):
-        for j in range(len(node)):
-            related = node[j] == node[i] or int(node[j]) in above[int(node[i])]
-            age = int(position[i] - position[j])
-            seen[i, j] = related and age >= 0 and (window is None or age < window)
-    repeat = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
-
-
-@st.composite
-def trees(draw: Any) -> tuple[tuple[int, ...], Above]:
-    """Segments depth first, each below the last one or one of its ancestors, or a root."""
-    above: list[tuple[int, ...]] = [()]
-    for i in range(1, draw(st.integers(1, 6))):
-        path = (*above[-1], i - 1)
-        above.append(path[: draw(st.integers(0, len(path)))])
-    return tuple(draw(st.integers(1, 9)) for _ in above), tuple(above)
+from tests.oracle.attention import Above, dense, trees
 
 
 def tensors(tokens: int, dtype: torch.dtype) -> list[Tensor]:
