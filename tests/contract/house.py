@@ -36,6 +36,7 @@ HOUSE = House(
         "transformers": frozenset({"model", "data.render", "engine"}),
         "bitsandbytes": frozenset({"quant"}),
         "accelerate": frozenset({"training"}),
+        "triton": frozenset({"model.triton_blocks"}),
         "huggingface_hub": frozenset({"adapter"}),
         "datasets": frozenset({"data.read"}),
         "fastapi": _HTTP,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on
 from loratune.model.fused import Fused
+from loratune.model.triton_trial import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,23 +29,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        exact = x.to(wide)
-        inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y: Tensor = (exact * inverse).mul_(weight.to(wide)).to(x.dtype)
+        kernels = kernels_for(x)
+        y, inverse = _forward(x, weight, eps) if kernels is None else kernels.norm_forward(x, weight, eps)
         ctx.save_for_backward(y, weight, inverse)
-        return y
+        ctx.kernels = kernels
+        return cast(Tensor, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, inverse = ctx.saved_tensors
-        # With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy.
-        grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
-        inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])
-        gx = (grad * w).addcmul_(normal * (1 / w), inner).mul_(inverse)
-        rounded: Tensor = gx.to(gy.dtype)
-        return rounded, None, None
+        backward = _backward if ctx.kernels is None else ctx.kernels.norm_backward
+        return backward(gy, *ctx.saved_tensors), None, None
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms of each row in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    exact = x.to(wide)
+    inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (exact * inverse).mul_(weight.to(wide)).to(x.dtype), inverse
+
+
+def _backward(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    # With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy.
+    grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
+    inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])
+    gx = (grad * w).addcmul_(normal * (1 / w), inner).mul_(inverse)
+    return gx.to(gy.dtype)
 
 
 class FusedNorm(Fused):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.model.triton_trial import kernels_for
+
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + (-second half, first half of x) · sin.
@@ -25,20 +27,31 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
-        y = x * cos
-        y1, y2 = y.chunk(2, -1)
-        y1.addcmul_(x2, s1, value=-1)
-        y2.addcmul_(x1, s2)
-        return y
+        ctx.kernels = kernels_for(x)
+        turned: Tensor = _turned(x, cos, sin) if ctx.kernels is None else ctx.kernels.rotate(x, cos, sin)
+        return turned
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
-        gx = gy * cos
-        gx1, gx2 = gx.chunk(2, -1)
-        gx1.addcmul_(g2, s2)
-        gx2.addcmul_(g1, s1, value=-1)
-        return gx, None, None
+        if ctx.kernels is None:
+            return _turned_back(gy, *ctx.saved_tensors), None, None
+        return ctx.kernels.rotate(gy, *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
+    y = x * cos
+    y1, y2 = y.chunk(2, -1)
+    y1.addcmul_(x2, s1, value=-1)
+    y2.addcmul_(x1, s2)
+    return y
+
+
+def _turned_back(gy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
+    gx = gy * cos
+    gx1, gx2 = gx.chunk(2, -1)
+    gx1.addcmul_(g2, s2)
+    gx2.addcmul_(g1, s1, value=-1)
+    return gx
