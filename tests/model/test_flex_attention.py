@@ -106,7 +106,8 @@ def test_compiled_kernel_goes_by_the_blocks(window: int | None, monkeypatch: pyt
     for segments, above in (LONG, ((70,), ((),)), ((128, 128), ((), ())), ((40, 50), ((), (0,)))):
         q, k, v = tensors(sum(segments), 16)
         with torch.no_grad():
-            found = flex._compiled()(q, k, v, block_mask=mask_of(segments, above, window), enable_gqa=True)
+            mask = mask_of(segments, above, window)
+            found = flex._compiled()(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=flex._OPTIONS)
         expected = dense(q[0], k[0], v[0], segments, above, window)
         torch.testing.assert_close(found[0].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)
 

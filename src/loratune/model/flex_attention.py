@@ -35,6 +35,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TOLERANCE = 5e-2
 # Heads, dimensions, dtypes and which tensors want gradients are each compiled for themselves.
 _VARIANTS = 64
+# One kernel for all lengths: below 128 tokens torch would take one that is made for decoding.
+_OPTIONS = {"BACKEND": "TRITON"}
 
 _log = logging.getLogger("loratune")
 
@@ -75,7 +77,8 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMa
     if scale is not None and math.isclose(scale, query.shape[-1] ** -0.5, rel_tol=1e-9):
         scale = None
     attend = _compiled() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
-    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    grouped = query.shape[1] != key.shape[1]
+    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=_OPTIONS)
     return output.transpose(1, 2)
 
 
