@@ -101,7 +101,7 @@ def test_output_is_that_of_the_dense_formula(tree: Tree, window: int | None, sca
 
 
 @pytest.mark.parametrize("window", [None, 100])
-def test_compiled_kernel_goes_by_the_blocks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernel_goes_by_the_blocks(window: int | None) -> None:
     """Run without compiling, flex reads the mask's function only; the compiled kernel visits the blocks listed."""
     for segments, above in (LONG, ((70,), ((),)), ((128, 128), ((), ())), ((40, 50), ((), (0,)))):
         q, k, v = tensors(sum(segments), 16)

@@ -83,6 +83,18 @@ def test_a_cpu_takes_torchs_own_kernels() -> None:
         assert triton_trial.kernels_for(x) is None
 
 
+@pytest.mark.parametrize(
+    ("device", "installed", "capability", "available"),
+    [("cuda", True, 8, True), ("cuda", True, 6, False), ("cuda", False, 8, False), ("cpu", True, 8, False)],
+)
+def test_where_triton_is(
+    device: str, installed: bool, capability: int, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    assert triton_available(torch.device(device)) == available
+
+
 def plain_kernels(**faults: Any) -> Any:
     """In the place of `triton_blocks`: the same by torch's own kernels, some of them at fault."""
     halves = {name: gated._Halves(name) for name in triton_trial._ACTIVATIONS}
@@ -144,3 +156,13 @@ def test_kernels_are_tried_before_they_are_used(
             assert (found is None) == (says is not None)
     assert len(caplog.messages) == (says is not None)
     assert all(says in message for message in caplog.messages if says)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "used"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.float64, False)]
+)
+def test_kernels_are_not_used_in_float64(dtype: torch.dtype, used: bool, planted: Any) -> None:
+    """They compute in fp32."""
+    planted(plain_kernels())
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cpu"))
+    assert (triton_trial.kernels_for(tensor) is not None) == used

@@ -232,7 +232,7 @@ def a_models_loss_and_gradients_are_the_same(device: torch.device) -> None:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
         use_packed_attention(model)
         fuse(model)
-        batch = make_batch(rows_of(9, 14, 2), packed=True, pad_id=PAD)
+        batch = make_batch(rows_of(9, 14, 2), packed=True, pad_id=PAD).to(device)
         results = []
         called.clear()
         for chosen in (lambda _: None, noting):
