@@ -193,6 +193,13 @@ def nan(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
     return by_function(q, k, v, **kwargs) * torch.nan
 
 
+def nan_backward(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    v = v.clone()
+    if v.requires_grad:
+        v.register_hook(lambda grad: grad * torch.nan)
+    return by_function(q, k, v, **kwargs)
+
+
 def failing(*args: Any, **kwargs: Any) -> Tensor:
     raise RuntimeError("Failed to find C compiler.\nSet CC.")
 
@@ -213,6 +220,7 @@ def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (wrong_backward, "deviates"),
         (unscaled, "deviates"),
         (nan, "deviates"),
+        (nan_backward, "deviates"),
         (failing, "RuntimeError: Failed to find C compiler.)"),
     ],
 )
@@ -232,6 +240,16 @@ def test_a_kernel_is_tried_before_it_is_used(
     # Once for each kind, however many layers ask.
     assert len(caplog.messages) == (says is not None)
     assert all(says in message for message in caplog.messages if says)
+
+
+@pytest.mark.usefixtures("compilable")
+def test_the_trial_is_none_of_what_the_caller_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputation counts what is kept, and asks again later, when nothing is tried any more."""
+    monkeypatch.setattr(flex, "flex_attention", by_function)
+    inputs, kept = tensors(4, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert flex.takes(*inputs, None, windowed=False)
+    assert not kept
 
 
 @pytest.mark.usefixtures("compilable")

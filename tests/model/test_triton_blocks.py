@@ -158,6 +158,14 @@ def test_kernels_are_tried_before_they_are_used(
     assert all(says in message for message in caplog.messages if says)
 
 
+def test_the_trial_is_none_of_what_the_caller_keeps(planted: Any) -> None:
+    planted(plain_kernels())
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert triton_trial._tried(torch.device("cpu")) is not None
+    assert not kept
+
+
 @pytest.mark.parametrize(
     ("dtype", "used"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.float64, False)]
 )
