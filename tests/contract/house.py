@@ -34,9 +34,9 @@ HOUSE = House(
     lines={room: number for number, rooms in enumerate(LINES, start=1) for room in rooms},
     owners={
         "transformers": frozenset({"model", "data.render", "engine"}),
-        "triton": frozenset({"model.triton_blocks"}),
         "bitsandbytes": frozenset({"quant"}),
         "accelerate": frozenset({"training"}),
+        "triton": frozenset({"model.triton_blocks"}),
         "huggingface_hub": frozenset({"adapter"}),
         "datasets": frozenset({"data.read"}),
         "fastapi": _HTTP,

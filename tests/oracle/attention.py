@@ -1,4 +1,4 @@
-"""Attention over a tree of segments, pair by pair, and random trees to try it on."""
+"""Attention over a tree of segments: the dense masked softmax, its mask found pair by pair, and trees to try it on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ from torch import Tensor
 Above = tuple[tuple[int, ...], ...]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
-    """The plain formula over all pairs of tokens: (tokens, heads, dim)."""
-    seen = visible(segments, above, window)
-    repeat = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(0, 1)
-
-
-def visible(segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
-    """Bool (tokens, tokens): whether the query of a row sees the key of a column, pair by pair."""
+def visibility(segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
+    """Bool (tokens, tokens): which token (row) sees which, pair by pair from what a tree and a window are."""
     node = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
     depth = [sum(segments[a] for a in path) for path in above]
     position = torch.cat([torch.arange(d, d + n) for d, n in zip(depth, segments, strict=True)])
@@ -33,6 +24,15 @@ def visible(segments: tuple[int, ...], above: Above, window: int | None) -> Tens
             age = int(position[i] - position[j])
             seen[i, j] = related and age >= 0 and (window is None or age < window)
     return seen
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
+    """The plain formula over all pairs of tokens, of (heads, tokens, dim): (tokens, heads, dim)."""
+    seen = visibility(segments, above, window).to(q.device)
+    repeat = q.shape[0] // k.shape[0]
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
 @st.composite

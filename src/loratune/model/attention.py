@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from loratune.model.flex_attention import block_mask_of, can_flex, flex_tree_attention
+from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
 from loratune.model.tree_attention import plan_of, tree_attention
 
 NAME = "loratune_packed"
@@ -71,23 +71,37 @@ def packed_attention(
     if query.device.type == "cpu" and dropout == 0.0:
         plan = plan_of(segments, above, sliding_window)
         return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
-    if can_flex(query, value, dropout):
-        blocks = block_mask_of(segments, above, sliding_window, query.device)
-        if blocks is not None:
-            return flex_tree_attention(query, key, value, blocks, scaling), None
+    if query.device.type == "cuda" and dropout == 0.0:
+        mask = block_mask_of(segments, above, sliding_window, query.device)
+        if mask is not None and takes(query, key, value, scaling, sliding_window is not None):
+            return flex_tree_attention(query, key, value, mask, scaling), None
+    return _by_segment(query, key, value, segments, above, sliding_window, dropout, scaling), None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    above: tuple[tuple[int, ...], ...] | None,
+    window: int | None,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    """The same by torch's own kernel, called once for each segment: on every device, with dropout, in any order."""
     grouped = query.shape[1] != key.shape[1]
     keys, values = key.split(segments, 2), value.split(segments, 2)
     pieces = []
     for i, q in enumerate(query.split(segments, 2)):
         path = (*(above[i] if above else ()), i)
-        k, v = (_joined([parts[j] for j in path], q.shape[2], sliding_window) for parts in (keys, values))
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        k, v = (_joined([parts[j] for j in path], q.shape[2], window) for parts in (keys, values))
+        mask = _mask(q.shape[2], k.shape[2], window, q.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         )
-    return torch.cat(pieces, 2).transpose(1, 2), None
+    return torch.cat(pieces, 2).transpose(1, 2)
 
 
 def _joined(parts: Sequence[Tensor], queries: int, window: int | None) -> Tensor:

@@ -1,133 +1,241 @@
-"""Attention over a tree of segments in one kernel, for CUDA: torch's FlexAttention with a mask of blocks.
+"""Attention over a tree of segments for CUDA: torch's flex attention, with the tree as a mask of blocks.
 
-Segments stand depth first, so that a key is seen by an interval of queries: from itself to the end of what stands below
-its segment. Two numbers a token say everything, and which blocks of 128 × 128 have something to compute follows from
-their least and largest, so that no (tokens × tokens) mask is ever made.
+Segments stand depth first, so that all below one follow it directly: token i sees token j where j ≤ i < last(j), the
+first token behind all that is below j's segment, and where a window reaches, position(i) < position(j) + window. Which
+blocks of 128 × 128 pairs hold nothing, something or everything follows from the least and the greatest of these numbers
+in each block; nothing has the size of tokens × tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from loratune.model.kernels import triton_for
+from loratune.model.device import triton_available
+from loratune.model.fused import deviation
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _BLOCK = 128
-# What torch's kernel takes; narrower heads than these have no tile.
-_LEAST_DIM = 16
+# What torch's kernels multiply (tl.dot takes no less than 16, shared memory no more than 256, and no float64).
+_DIMS = range(16, 257)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# As much as a leaking kernel is off by, and more than bf16 is.
+_TOLERANCE = 5e-2
+# Heads, dimensions, dtypes and which tensors want gradients are each compiled for themselves.
+_VARIANTS = 64
+# One kernel for all lengths: below 128 tokens torch would take one that is made for decoding.
+_OPTIONS = {"BACKEND": "TRITON"}
 
-Above = tuple[tuple[int, ...], ...]
-
-
-class Sight(NamedTuple):
-    """What each token can be seen by.
-
-    Attributes:
-        last: (tokens,), the first token behind all that stands below the token's segment.
-        position: (tokens,), its depth in its path.
-    """
-
-    last: Tensor
-    position: Tensor
+_log = logging.getLogger("loratune")
 
 
-def sight_of(segments: tuple[int, ...], above: Above | None) -> Sight | None:
-    """None where what stands below a segment does not follow it."""
-    above = above or ((),) * len(segments)
-    starts = [0]
-    for length in segments:
-        starts.append(starts[-1] + length)
-    last, position = [], []
-    for i, length in enumerate(segments):
-        end = i + 1
-        while end < len(above) and i in above[end]:
-            end += 1
-        if any(i in path for path in above[end:]):
-            return None
-        depth = sum(segments[a] for a in above[i])
-        last.append(torch.full((length,), starts[end]))
-        position.append(torch.arange(depth, depth + length))
-    return Sight(torch.cat(last), torch.cat(position))
+class _Kind(NamedTuple):
+    """What is compiled for itself: heads of queries and of keys, dims of keys and of values, and so on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[int, int]
+    dims: tuple[int, int]
+    scale: float | None
+    windowed: bool
 
 
-@lru_cache(maxsize=16)
-def block_mask_of(
-    segments: tuple[int, ...], above: Above | None, window: int | None, device: torch.device, size: int = _BLOCK
-) -> BlockMask | None:
-    """Which blocks of queries and keys are computed whole, in part, or not at all; None as in `sight_of`."""
-    sight = sight_of(segments, above)
-    if sight is None:
-        return None
-    tokens = sum(segments)
-    some, every = _blocks(sight, window, size)
-    partial = some & ~every
-    last, position = (t.to(device=device, dtype=torch.int32) for t in sight)
-
-    def seen(_: Tensor, __: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        found = (j <= i) & (i < last[j])
-        return found if window is None else found & (position[i] - position[j] < window)
-
-    mask: BlockMask = BlockMask.from_kv_blocks(
-        *_listed(partial, device), *_listed(every, device), size, mask_mod=seen, seq_lengths=(tokens, tokens)
-    )
-    return mask
-
-
-def _blocks(sight: Sight, window: int | None, size: int) -> tuple[Tensor, Tensor]:
-    """(query blocks, key blocks): where some pair may be seen, and where every pair is."""
-    tokens = len(sight.last)
-    first = torch.arange(0, tokens, size)
-    final = (first + size - 1).clamp(max=tokens - 1)
-    more = -tokens % size
-    lasts, positions = (F.pad(t[None].float(), (0, more), mode="replicate")[0].long().view(-1, size) for t in sight)
-    some = (first <= final[:, None]) & (lasts.amax(1) > first[:, None])
-    every = (final <= first[:, None]) & (lasts.amin(1) > final[:, None])
-    if window is not None:
-        some &= positions.amin(1)[:, None] - positions.amax(1) < window
-        every &= positions.amax(1)[:, None] - positions.amin(1) < window
-    return some, every
-
-
-def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each block of queries how many blocks of keys, and these first in a list of all."""
-    order = blocks.int().argsort(dim=1, descending=True, stable=True)
-    return tuple(t.to(device=device, dtype=torch.int32)[None, None] for t in (blocks.sum(1), order))  # type: ignore[return-value]
-
-
-def can_flex(query: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether the kernel takes these."""
-    wide = min(query.shape[-1], value.shape[-1]) >= _LEAST_DIM
-    same = query.dtype == value.dtype and query.dtype in _DTYPES
-    return query.is_cuda and dropout == 0.0 and wide and same and triton_for(query) is not None
-
-
-@cache
-def _compiled() -> Callable[..., Any]:
-    # One for all lengths: a step's rows are packed to another one each time.
-    return torch.compile(flex_attention, dynamic=True)
+def takes(query: Tensor, key: Tensor, value: Tensor, scale: float | None, windowed: bool) -> bool:
+    """Whether `flex_tree_attention` can compute these on their device, which is tried once for each kind of them."""
+    dims, dtypes = (query.shape[-1], value.shape[-1]), {t.dtype for t in (query, key, value)}
+    if len(dtypes) > 1 or query.dtype not in _DTYPES or any(dim not in _DIMS for dim in dims):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    kind = _Kind(query.device, query.dtype, (query.shape[1], key.shape[1]), dims, scale, windowed)
+    return _works(kind)
 
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """softmax(s · Q Kᵀ + mask) V.
+    """softmax(s · Q Kᵀ) V over what `mask` shows.
 
     Args:
-        query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim).
+        query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim), each kv head for heads // kv heads in
+            turn.
         scale: s; 1 / √dim when None.
 
     Returns:
         (1, tokens, heads, value's dim).
     """
-    # Without a compiler the same formula is computed by plain operations: what tests on a CPU see.
-    attend = _compiled() if query.is_cuda else cast(Callable[..., Any], flex_attention)
+    if scale is not None and math.isclose(scale, query.shape[-1] ** -0.5, rel_tol=1e-9):
+        scale = None
+    attend = _compiled() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
     grouped = query.shape[1] != key.shape[1]
-    # Of several kernels the one for training: fewer are compiled, and past torch's limit all pairs would be formed.
-    options = {"FORCE_USE_FLEX_ATTENTION": True} if query.is_cuda else None
-    output: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=_OPTIONS)
+    return output.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Tensor]:
+    # A full graph: past the limit of variants a call must fail rather than compute all scores at once.
+    room: dict[str, Any] = {"recompile_limit": _VARIANTS, "isolate_recompiles": True}
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True, fullgraph=True, **room))
+
+
+@lru_cache(maxsize=16)
+def block_mask_of(
+    segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None, device: torch.device
+) -> BlockMask | None:
+    """What each block of tokens sees of each, by the lengths of the segments and what stands above each.
+
+    Returns:
+        None where a segment does not directly follow those above it or what else is below them.
+    """
+    if above is not None and not _is_depth_first(above):
+        return None
+    # Evaluation may come first: what is made in inference mode cannot be kept for a backward pass.
+    with torch.inference_mode(False):
+        last, position = _numbers(segments, above)
+        return _block_mask(last.to(device), position.to(device), window)
+
+
+def _is_depth_first(above: Sequence[tuple[int, ...]]) -> bool:
+    path: tuple[int, ...] = ()
+    for i, found in enumerate(above):
+        if found != path[: len(found)]:
+            return False
+        path = (*found, i)
+    return True
+
+
+def _numbers(segments: Sequence[int], above: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, Tensor]:
+    """Int32 (tokens,) twice: the first token behind all that is below a token's segment, and its place in its row."""
+    paths = above or ((),) * len(segments)
+    stops = list(accumulate(segments))
+    ends = list(stops)
+    for stop, path in zip(stops, paths, strict=True):
+        for i in path:
+            ends[i] = stop
+    lengths = torch.tensor(segments)
+    shift = torch.tensor([sum(segments[i] for i in path) for path in paths]) - torch.tensor(stops) + lengths
+    last, moved = (torch.repeat_interleave(t, lengths) for t in (torch.tensor(ends), shift))
+    return last.int(), (torch.arange(len(last)) + moved).int()
+
+
+def _block_mask(last: Tensor, position: Tensor, window: int | None) -> BlockMask:
+    tokens, device = len(last), last.device
+    # Two at least: a size of one would be compiled for itself.
+    blocks = max(2, -(-tokens // _BLOCK))
+    number = torch.arange(blocks, device=device)
+    query, key, starts = number[:, None], number, number * _BLOCK
+    # No last(j) is behind the last token, so that blocks of pads are not seen and one with pads is never full.
+    seen = (key <= query) & (starts[:, None] < _by_block(last, blocks, 0).amax(1))
+    full = (key < query) & ((starts + _BLOCK)[:, None] <= _by_block(last, blocks, 0).amin(1))
+    reach = None
+    if window is not None:
+        reach = position + window
+        # In a block without tokens nothing is seen anyway, whatever stands for its positions.
+        seen &= _by_block(position, blocks, tokens).amin(1)[:, None] < _by_block(reach, blocks, 0).amax(1)
+        full &= _by_block(position, blocks, 0).amax(1)[:, None] < _by_block(reach, blocks, tokens + window).amin(1)
+    partial = seen & ~full
+    return BlockMask.from_kv_blocks(
+        *_listed(partial),
+        *_listed(full),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=_visible(last) if reach is None else _visible_within(last, position, reach),
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def _by_block(numbers: Tensor, blocks: int, pad: int) -> Tensor:
+    """(blocks, tokens of a block) of (tokens,)."""
+    return F.pad(numbers, (0, blocks * _BLOCK - len(numbers)), value=pad).view(blocks, _BLOCK)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Int32 (1, 1, rows), how many blocks of a row are set, and (1, 1, rows, columns), their numbers before others."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+def _visible(last: Tensor) -> MaskMod:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex gives four
+        return (key <= query) & (query < last[key])
+
+    return visible
+
+
+def _visible_within(last: Tensor, position: Tensor, reach: Tensor) -> MaskMod:
+    # The window in a tensor: a number would be compiled in, or made a symbol that not every kernel takes.
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex gives four
+        return (key <= query) & (query < last[key]) & (position[query] < reach[key])
+
+    return visible
+
+
+@lru_cache(maxsize=64)
+def _works(kind: _Kind) -> bool:
+    """Whether attention is compiled here, and gives what the plain formula gives, with the same gradients.
+
+    Compiling needs Triton, a C compiler and a device that both know; the result is used again for what is asked later.
+    """
+    if not _can_compile(kind.device):
+        return False
+    try:
+        furthest = _furthest(kind)
+    except Exception as error:  # noqa: BLE001 - dynamo, inductor, Triton and the C compiler raise what they like
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        if furthest <= _TOLERANCE:
+            return True
+        why = f"it deviates from the plain formula by {furthest:.1%}"
+    _log.warning("attention goes segment by segment, which is slower: compiling it failed here (%s)", why)
+    return False
+
+
+def _can_compile(device: torch.device) -> bool:
+    # Without isolated variants (torch before 2.13) eight of them, everybody's together, would be all.
+    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return isolated and triton_available(device)
+
+
+def _furthest(kind: _Kind) -> float:
+    """The largest relative deviation of output and gradients from those of the plain formula in fp32; NaN is one."""
+    device, heads, dims = kind.device, kind.heads, kind.dims
+    segments, above = (150, 30, 20, 90), ((), (0,), (0,), ())
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
+    window = 64 if kind.windowed else None
+    # Hooks of a caller (recomputation counts what is kept) are none of this one's; nor is its mode.
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
+        drawn = [torch.randn(1, sum(segments), *shape, generator=generator).to(device, kind.dtype) for shape in shapes]
+        mask = block_mask_of(segments, above, window, device)
+        assert mask is not None, "these segments are depth first"
+        last, position = (t.to(device) for t in _numbers(segments, above))
+        tokens = torch.arange(len(last), device=device)
+        visible = _visible(last) if window is None else _visible_within(last, position, position + window)
+        dense = visible(tokens, tokens, tokens[:, None], tokens)
+        results = []
+        for wide in (False, True):
+            q, k, v, grad = (t.float() if wide else t for t in drawn)
+            q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in (q, k, v))
+            y = _plain(q, k, v, dense, kind.scale) if wide else flex_tree_attention(q, k, v, mask, kind.scale)
+            results.append((y, *torch.autograd.grad(y, (q, k, v), grad)))
+    found = [deviation(mine.detach(), right.detach()) for mine, right in zip(*results, strict=True)]
+    return max(found, key=lambda one: math.inf if math.isnan(one) else one)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None) -> Tensor:
+    """The formula over all pairs of tokens that `visible`, bool (tokens, tokens), shows: (1, tokens, heads, dim)."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    output: Tensor = scores.masked_fill(~visible, -math.inf).softmax(-1) @ value
     return output.transpose(1, 2)

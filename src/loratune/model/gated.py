@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on, together
 from loratune.model.fused import Fused
-from loratune.model.kernels import triton_for
+from loratune.model.triton_trial import kernels_for
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -32,22 +32,36 @@ class _Halves:
     """What gate and up gave, and act(gate) from where the backward pass first needs it to where it last does."""
 
     def __init__(self, activation: str) -> None:
-        self.activation = activation
+        self.name = activation
         self.act, self.gradient = _ACTIVATIONS[activation]
         self.kept: tuple[Tensor, Tensor] | None = None
         self.active: Tensor | None = None
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        kernels = triton_for(gate)
-        return self.act(gate).mul_(up) if kernels is None else kernels.gated(gate, up, self.activation)
+        kernels = kernels_for(gate)
+        product: Tensor = self.composed(gate, up) if kernels is None else kernels.gated_forward(gate, up, self.name)
+        return product
+
+    def composed(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The product as the families compute it, rounded twice."""
+        return self.act(gate).mul_(up)
 
     def product_again(self) -> Tensor:
         assert self.kept is not None, "the backward pass of a block comes to its last projection first"
         gate, up = self.kept
-        if triton_for(gate) is not None:  # one pass either way: nothing is worth keeping
+        if kernels_for(gate) is not None:
             return self.product(gate, up)
         self.active = self.act(gate)
         return self.active * up
+
+    def gradients(self, gy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of gate and up."""
+        if (kernels := kernels_for(gate)) is not None:
+            g_gate, g_up = kernels.gated_backward(gy, gate, up, self.name)
+            return g_gate, g_up
+        active = self.act(gate) if self.active is None else self.active
+        self.active = None
+        return self.gradient(gy * up, gate), active.mul_(gy)
 
 
 class _Gated(torch.autograd.Function):
@@ -60,14 +74,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        (gate, up), halves = ctx.saved_tensors, ctx.halves
-        kernels = triton_for(gy)
-        if kernels is not None:
-            return *kernels.gated_backward(gy, gate, up, halves.activation), None
-        active = halves.act(gate) if halves.active is None else halves.active
-        halves.active = None
-        gu = active.mul_(gy)
-        return halves.gradient(gy * up, gate), gu, None
+        return *ctx.halves.gradients(gy, *ctx.saved_tensors), None
 
 
 class FusedGated(Fused):
@@ -128,8 +135,7 @@ def fuse_gated(module: nn.Module) -> bool:
     with torch.no_grad():
         y, (gate, up) = module(x), _gate_and_up(module, x)
         for name in _ACTIVATIONS:
-            # By torch's own operations, as the module does: a kernel rounds differently, and is compared later.
-            if torch.allclose(y, cast(nn.Module, module.down_proj)(_ACTIVATIONS[name][0](gate).mul_(up)), rtol=1e-5):
+            if torch.allclose(y, cast(nn.Module, module.down_proj)(_Halves(name).composed(gate, up)), rtol=1e-5):
                 vars(module)["gated_activation"] = name
                 put_on(module, FusedGated)
                 return True

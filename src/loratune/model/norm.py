@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on
 from loratune.model.fused import Fused
-from loratune.model.kernels import triton_for
+from loratune.model.triton_trial import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) -> Tensor:
@@ -30,31 +30,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) ->
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, trained: bool) -> Tensor:
-        kernels = triton_for(x)
-        y, inverse = _normed(x, weight, eps) if kernels is None else kernels.rms_norm(x, weight, eps)
+        kernels = kernels_for(x)
+        y, inverse = _forward(x, weight, eps) if kernels is None else kernels.norm_forward(x, weight, eps)
         ctx.save_for_backward(x if trained else y, weight, inverse)
-        ctx.trained = trained
-        return y
+        ctx.kernels, ctx.trained = kernels, trained
+        return cast(Tensor, y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, inverse = ctx.saved_tensors
-        kernels = triton_for(gy)
+        kept = ctx.saved_tensors
         if ctx.trained:
-            return *_both_gradients(gy, kept, weight, inverse), None, None
-        gradient = _gradient if kernels is None else kernels.rms_norm_backward
-        return gradient(gy, kept, weight, inverse), None, None, None
+            return *_both_gradients(gy, *kept), None, None
+        backward = _backward if ctx.kernels is None else ctx.kernels.norm_backward
+        return backward(gy, *kept), None, None, None
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and 1 / rms (..., 1) in fp32 at least."""
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms of each row (..., 1) in fp32 at least."""
     exact = x.to(_wide(x))
     inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (exact * inverse).mul_(weight.to(exact.dtype)).to(x.dtype), inverse
 
 
-def _gradient(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+def _backward(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """With z = x / rms: dx = (w dy - z mean(z · w dy)) / rms, and z · w dy is y · dy."""
     grad, normal, w = gy.to(inverse.dtype), y.to(inverse.dtype), weight.to(inverse.dtype)
     inner: Tensor = torch.linalg.vecdot(grad, normal).unsqueeze(-1).div_(-y.shape[-1])

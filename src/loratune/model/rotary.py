@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.model.kernels import triton_for
+from loratune.model.triton_trial import kernels_for
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -30,27 +30,31 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        kernels = triton_for(x)
-        if kernels is not None:
-            y: Tensor = kernels.rotated(x, cos, sin)
-            return y
-        (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
-        y = x * cos
-        y1, y2 = y.chunk(2, -1)
-        y1.addcmul_(x2, s1, value=-1)
-        y2.addcmul_(x1, s2)
+        ctx.kernels = kernels_for(x)
+        y: Tensor = _turned(x, cos, sin) if ctx.kernels is None else ctx.kernels.rotate(x, cos, sin)
         return y.to(x.dtype)  # some families have finer angles
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        kernels = triton_for(gy)
-        if kernels is not None:
-            return kernels.rotated(gy, cos, sin, backward=True), None, None
-        (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
-        gx = gy * cos
-        gx1, gx2 = gx.chunk(2, -1)
-        gx1.addcmul_(g2, s2)
-        gx2.addcmul_(g1, s1, value=-1)
+        gx = _turned_back(gy, cos, sin) if ctx.kernels is None else ctx.kernels.rotate(gy, cos, sin, back=True)
         return gx.to(gy.dtype), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), (s1, s2) = x.chunk(2, -1), sin.chunk(2, -1)
+    y = x * cos
+    y1, y2 = y.chunk(2, -1)
+    y1.addcmul_(x2, s1, value=-1)
+    y2.addcmul_(x1, s2)
+    return y
+
+
+def _turned_back(gy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (g1, g2), (s1, s2) = gy.chunk(2, -1), sin.chunk(2, -1)
+    gx = gy * cos
+    gx1, gx2 = gx.chunk(2, -1)
+    gx1.addcmul_(g2, s2)
+    gx2.addcmul_(g1, s1, value=-1)
+    return gx
