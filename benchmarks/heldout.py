@@ -81,10 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, a few rows: does it run? Nothing to publish")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"(default {SEEDS})")
-    parser.set_defaults(device="cpu", dtype="bf16", lr=1e-3)
+    parser.set_defaults(device="cpu", dtype="bf16", lr=1e-3, model_shape=weights.REAL)
     common(parser)
     given = parser.parse_args()
-    given.model_shape = weights.REAL
     with machine_of(given) as machine:
         machine.refuse_missing(SIDES_COMPARED)
         job = started(machine, given)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 import loratune as lt
@@ -284,7 +283,7 @@ def test_the_trial_sees_whether_heads_are_turned(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("family", "clip"), [("olmo", None), ("olmo", 0.5), ("nemotron", None), ("glm4", None)])
 def test_families_with_a_formula_or_angles_of_their_own(family: str, clip: float | None, dtype: torch.dtype) -> None:
     """OLMo has finer angles and may clip its heads; Nemotron and GLM turn half of a head."""
-    model = other(family, clip_qkv=clip).to(dtype) if family == "olmo" else other(family).to(dtype)
+    model = tiny(family, **({} if clip is None else {"clip_qkv": clip})).to(dtype)
     use_packed_attention(model)
     ids = torch.arange(3, 19)[None]
     positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
@@ -296,25 +295,3 @@ def test_families_with_a_formula_or_angles_of_their_own(family: str, clip: float
     assert (after - before).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * before.norm()
     clipped = any(type(layer.self_attn).__name__.startswith("Fused") for layer in model.model.layers) and clip
     assert not clipped
-
-
-def other(family: str, **changes: Any) -> Any:
-    """A tiny model of a family that nothing else here needs."""
-    names = {"olmo": "Olmo", "nemotron": "Nemotron", "glm4": "Glm4"}
-    config = getattr(transformers, f"{names[family]}Config")(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=2,
-        **changes,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(transformers, f"{names[family]}ForCausalLM")(config).eval().requires_grad_(False)

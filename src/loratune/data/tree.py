@@ -14,7 +14,8 @@ from itertools import pairwise
 
 Tokens = Sequence[int]
 
-# A prefix is worth a node of its own from this length: each node costs an attention call in every layer.
+# A prefix is worth a node of its own from this length: in every layer the attention of
+# what stands below it is a batch of its own.
 LEAST_SHARED = 8
 
 

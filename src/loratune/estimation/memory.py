@@ -66,7 +66,7 @@ class Pass:
         itemsize: bytes of a value of the base's dtype. tokens: of a micro-batch; scored: those that get logits.
         longest: tokens of its longest row.
         recompute: whether only each layer's input is kept. fused: whether norms and gated blocks keep less.
-        device_type: decides how many positions have logits at once.
+        device_type: decides how many positions have logits at once, and how many pairs of tokens scores.
     """
 
     itemsize: int

@@ -49,6 +49,14 @@ class Projection(NamedTuple):
     scale: float
 
 
+class _Frozen(NamedTuple):
+    """What the backward pass needs of a projection beside the tensors that autograd keeps."""
+
+    weight: Weight
+    version: int
+    scale: float
+
+
 def lora_linears(x: Tensor, projections: Sequence[Projection], dropped: Linear | None = None) -> tuple[Tensor, ...]:
     """What each projection gives for x, computed in x's dtype with A and B rounded to it.
 
@@ -73,23 +81,25 @@ def _inner(x: Tensor, projections: Sequence[Projection], dropped: Linear | None)
     Scaling it costs r multiplications a token, scaling the result would cost out_features.
     """
     seen = x if dropped is None else dropped(x)
-    return _scaled(torch.mm(seen.reshape(-1, x.shape[-1]), _stacked(projections, x.dtype).T), projections)
+    As = [p.A for p in projections]
+    h = torch.mm(seen.reshape(-1, x.shape[-1]), _stacked(As, x.dtype).T)
+    return _scaled(h, As, [p.scale for p in projections])
 
 
-def _stacked(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor:
+def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The As below each other: (Σ r, in_features)."""
-    rounded = [p.A.to(dtype) for p in projections]
+    rounded = [A.to(dtype) for A in As]
     return rounded[0] if len(rounded) == 1 else torch.cat(rounded)
 
 
-def _scaled(h: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """h (tokens, Σ r) as the part of each projection, multiplied by its scale in place."""
-    parts: tuple[Tensor, ...] = h.split([p.A.shape[0] for p in projections], 1)
-    if len({p.scale for p in projections}) == 1:
-        h.mul_(projections[0].scale)
+def _scaled(h: Tensor, As: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, ...]:
+    """h (tokens, Σ r) as the part of each A, multiplied by its scale in place."""
+    parts: tuple[Tensor, ...] = h.split([len(A) for A in As], 1)
+    if len(set(scales)) == 1:
+        h.mul_(scales[0])
     else:
-        for part, p in zip(parts, projections, strict=True):
-            part.mul_(p.scale)
+        for part, scale in zip(parts, scales, strict=True):
+            part.mul_(scale)
     return parts
 
 
@@ -106,50 +116,48 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, projections: Sequence[Projection], dropped: Linear | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
         h = _inner(x, projections, dropped)
-        ctx.save_for_backward(x, *(tensor for p in projections for tensor in (p.A, p.B)), *h)
-        # Parameters are kept by the line above, which also says if they change; what is left knows no graph.
-        ctx.frozen = [p._replace(bias=None, A=p.A.detach(), B=p.B.detach()) for p in projections]
-        ctx.versions, ctx.dropped = [p.weight.version for p in projections], dropped
+        ctx.save_for_backward(x, *(p.A for p in projections), *(p.B for p in projections), *h)
+        ctx.frozen = [_Frozen(p.weight, p.weight.version, p.scale) for p in projections]
+        ctx.dropped = dropped
         return tuple(_add(p.base(x), part, p.B) for p, part in zip(projections, h, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        if any(p.weight.version != version for p, version in zip(ctx.frozen, ctx.versions, strict=True)):
+        number = len(ctx.frozen)
+        As, Bs, h = (kept[begin : begin + number] for begin in (0, number, 2 * number))
+        if any(base.weight.version != base.version for base in ctx.frozen):
             raise AdapterStateError(
                 "a weight changed between a forward pass and its backward pass", hint="merge and load between steps"
             )
-        number = len(ctx.frozen)
-        factors, h = kept[: 2 * number], kept[2 * number :]
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
-            return _differentiable(ctx, x, factors, grads)
+            return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
-        gh = torch.cat([torch.mm(gy, p.B.to(gy.dtype)) for gy, p in zip(flat, ctx.frozen, strict=True)], 1)
-        _scaled(gh, ctx.frozen)
-        gx = _of_input(ctx, x, flat, gh) if ctx.needs_input_grad[0] else None
+        gh = torch.cat([torch.mm(gy, B.to(gy.dtype)) for gy, B in zip(flat, Bs, strict=True)], 1)
+        _scaled(gh, As, [base.scale for base in ctx.frozen])
+        gx = _of_input(ctx, x, As, flat, gh) if ctx.needs_input_grad[0] else None
         gA: Sequence[Tensor | None] = [None] * number
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
-            whole = torch.mm(gh.T, seen.reshape(-1, x.shape[-1]))
-            parts = whole.split([p.A.shape[0] for p in ctx.frozen])
+            parts = torch.mm(gh.T, seen.reshape(-1, x.shape[-1])).split([len(A) for A in As])
             # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
-            gA = [part.to(A.dtype, copy=number > 1) for part, A in zip(parts, factors[::2], strict=True)]
+            gA = [part.to(A.dtype, copy=number > 1) for part, A in zip(parts, As, strict=True)]
         found: list[Tensor | None] = []
-        for i, (gy, part) in enumerate(zip(flat, h, strict=True)):
+        for i, (gy, part, B) in enumerate(zip(flat, h, Bs, strict=True)):
             wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
             found.append(gA[i] if wants_A else None)
-            found.append(torch.mm(gy.T, part).to(factors[2 * i + 1].dtype) if wants_B else None)
+            found.append(torch.mm(gy.T, part).to(B.dtype) if wants_B else None)
             found.append(gy.sum(0) if wants_bias else None)
         return gx, None, None, *found
 
 
-def _of_input(ctx: Any, x: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tensor:
+def _of_input(ctx: Any, x: Tensor, As: Sequence[Tensor], grads: Sequence[Tensor], gh: Tensor) -> Tensor:
     """Σ Wᵀ gy + Aᵀ gh, in x's shape."""
-    first, *others = zip(grads, ctx.frozen, strict=True)
-    gx = torch.mm(first[0], first[1].weight.dense(gh.dtype))
-    for gy, p in others:
-        gx.addmm_(gy, p.weight.dense(gy.dtype))
-    A = _stacked(ctx.frozen, gh.dtype)
+    weights = (base.weight.dense(gh.dtype) for base in ctx.frozen)
+    gx = torch.mm(grads[0], next(weights))
+    for gy, weight in zip(grads[1:], weights, strict=True):
+        gx.addmm_(gy, weight)
+    A = _stacked(As, gh.dtype)
     if ctx.dropped is None:
         return gx.addmm_(gh, A).view(x.shape)
     update: Tensor = ctx.dropped(torch.mm(gh, A).view(x.shape))
@@ -157,17 +165,17 @@ def _of_input(ctx: Any, x: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tenso
 
 
 def _differentiable(
-    ctx: Any, x: Tensor, factors: Sequence[Tensor], grads: Sequence[Tensor]
+    ctx: Any, x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by operations that have gradients themselves."""
     dropped = ctx.dropped or (lambda t: t)
     seen = dropped(x).reshape(-1, x.shape[-1])
     gx: Tensor | None = None
     found: list[Tensor | None] = []
-    for p, A, B, gy in zip(ctx.frozen, factors[::2], factors[1::2], grads, strict=True):
+    for base, A, B, gy in zip(ctx.frozen, As, Bs, grads, strict=True):
         A_x, B_x, flat = A.to(x.dtype), B.to(x.dtype), gy.reshape(-1, gy.shape[-1])
-        gh, h = (flat @ B_x) * p.scale, (seen @ A_x.T) * p.scale
-        part = gy @ p.weight.dense(gy.dtype) + dropped((gh @ A_x).view(x.shape))
+        gh, h = (flat @ B_x) * base.scale, (seen @ A_x.T) * base.scale
+        part = gy @ base.weight.dense(gy.dtype) + dropped((gh @ A_x).view(x.shape))
         gx = part if gx is None else gx + part
         found += [(gh.T @ seen).to(A.dtype), (flat.T @ h).to(B.dtype), flat.sum(0)]
     return tuple(

@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from loratune.model.device import triton_available
-from loratune.model.fused import deviation
+from loratune.model.fused import deviation, furthest
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -189,13 +189,13 @@ def _works(kind: _Kind) -> bool:
     if not _can_compile(kind.device):
         return False
     try:
-        furthest = _furthest(kind)
+        most, name = _furthest(kind)
     except Exception as error:  # noqa: BLE001 - dynamo, inductor, Triton and the C compiler raise what they like
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
-        if furthest <= _TOLERANCE:
+        if most <= _TOLERANCE:
             return True
-        why = f"it deviates from the plain formula by {furthest:.1%}"
+        why = f"{name} deviates from the plain formula by {most:.1%}"
     _log.warning("attention goes segment by segment, which is slower: compiling it failed here (%s)", why)
     return False
 
@@ -206,8 +206,8 @@ def _can_compile(device: torch.device) -> bool:
     return isolated and triton_available(device)
 
 
-def _furthest(kind: _Kind) -> float:
-    """The largest relative deviation of output and gradients from those of the plain formula in fp32; NaN is one."""
+def _furthest(kind: _Kind) -> tuple[float, str]:
+    """The largest relative deviation from the plain formula in fp32, of the output or a gradient, and of which."""
     device, heads, dims = kind.device, kind.heads, kind.dims
     segments, above = (150, 30, 20, 90), ((), (0,), (0,), ())
     generator = torch.Generator().manual_seed(0)
@@ -228,8 +228,9 @@ def _furthest(kind: _Kind) -> float:
             q, k, v = (t.transpose(1, 2).detach().requires_grad_() for t in (q, k, v))
             y = _plain(q, k, v, dense, kind.scale) if wide else flex_tree_attention(q, k, v, mask, kind.scale)
             results.append((y, *torch.autograd.grad(y, (q, k, v), grad)))
-    found = [deviation(mine.detach(), right.detach()) for mine, right in zip(*results, strict=True)]
-    return max(found, key=lambda one: math.inf if math.isnan(one) else one)
+    names = ("the output", "the gradient of queries", "the gradient of keys", "the gradient of values")
+    pairs = zip(names, *results, strict=True)
+    return furthest((deviation(mine.detach(), right.detach()), name) for name, mine, right in pairs)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None) -> Tensor:

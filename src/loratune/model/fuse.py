@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from loratune.lora import base_modules, base_of, take_off, wears
 from loratune.model.attention import NAME, packed_inputs
-from loratune.model.fused import Fused, deviation, is_near
+from loratune.model.fused import Fused, deviation, furthest, is_near
 from loratune.model.gated import fuse_gated, is_gated
 from loratune.model.modes import evaluating
 from loratune.model.norm import fuse_norm
@@ -61,14 +60,14 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     if not fuse(model):
         return "this family has no blocks that can be fused"
     try:
-        furthest, path = _furthest(model)
+        most, path = _furthest(model)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         unfuse(model)
         return f"a fused block fails in it ({type(error).__name__})"
-    if is_near(furthest, model.dtype):
+    if is_near(most, model.dtype):
         return None
     unfuse(model)
-    return f"the fused {path} deviates from the stock one by {furthest:.1%}"
+    return f"the fused {path} deviates from the stock one by {most:.1%}"
 
 
 @torch.no_grad()
@@ -98,5 +97,4 @@ def _furthest(model: PreTrainedModel) -> tuple[float, str]:
     finally:
         for hook in hooks:
             hook.remove()
-    # NaN compares as nothing; it must not pass as no deviation.
-    return max(found, key=lambda one: math.inf if math.isnan(one[0]) else one[0])
+    return furthest(found)

@@ -27,7 +27,6 @@ _QUERIES = 192
 _PAIRS, _FEWEST_QUERIES = 1 << 19, 32
 # A lane shorter than this share of the longest beside it goes elsewhere: pads cost as much as tokens.
 _LEAST_FULL = 0.75
-
 # The processor's softmax is nearly twice as fast on rows of whole vectors; worth a few pads, of this share at most.
 _VECTOR, _MOST_PADS = 32, 1 / 16
 
@@ -248,16 +247,19 @@ def _probabilities(q: Tensor, k: Tensor, lanes: Lanes, window: int | None) -> Te
     Rounded in the forward and the backward pass alike.
     """
     scores = torch.bmm(q, k.mT)
-    mask = _mask(lanes.queries, lanes.known, window, scores.shape[1] // lanes.queries, scores.dtype)
+    groups = scores.shape[1] // lanes.queries
+    if window is None or lanes.known + lanes.queries <= window:
+        mask = _mask(lanes.queries, 0, None, groups, scores.dtype)  # the same whatever comes before
+    else:
+        mask = _mask(lanes.queries, lanes.known, window, groups, scores.dtype)
     scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
     return torch.softmax(scores, -1, out=scores)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _mask(queries: int, known: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-    """(queries · groups, keys): 0 where a key may be seen, else a low number; of the last keys if no window is near."""
-    first = 0 if window is not None and known + queries > window else known
-    age = torch.arange(known, known + queries)[:, None] - torch.arange(first, known + queries)
+    """(queries · groups, known + queries): 0 where a key may be seen, else a low number."""
+    age = torch.arange(known, known + queries)[:, None] - torch.arange(known + queries)
     hidden = age < 0 if window is None else (age < 0) | (age >= window)
     # Finite, and of half the range: scores are added to it.
     return (hidden.to(dtype) * (torch.finfo(dtype).min / 2)).repeat_interleave(groups, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from loratune.model.device import triton_available
-from loratune.model.fused import deviation
+from loratune.model.fused import deviation, furthest
 
 # The kernels compute in fp32; in float64 they would lose half of the digits.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,13 +42,13 @@ def _tried(device: torch.device) -> ModuleType | None:
         # Importing loratune must not import Triton, nor may it be needed.
         from loratune.model import triton_blocks
 
-        furthest, name = _furthest(triton_blocks, device)
+        most, name = _furthest(triton_blocks, device)
     except Exception as error:  # noqa: BLE001 - Triton and the C compiler that it calls raise what they like
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
-        if furthest <= _TOLERANCE:
+        if most <= _TOLERANCE:
             return triton_blocks
-        why = f"{name} deviates from the plain formula by {furthest:.1e}"
+        why = f"{name} deviates from the plain formula by {most:.1e}"
     _log.warning("fused blocks take torch's own kernels, which is slower: those in Triton failed here (%s)", why)
     return None
 
@@ -58,12 +57,10 @@ def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:
     """The largest relative deviation of a kernel's result from the plain formula's, and the kernel's name."""
     # Hooks of a caller (recomputation counts what is kept) are none of this one's; nor is its mode.
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
-        found = [
+        return furthest(
             (deviation(mine.detach(), right.detach()), name)
             for name, mine, right in (*_norms(kernels, device), *_products(kernels, device), *_turns(kernels, device))
-        ]
-    # NaN compares as nothing; it must not pass as no deviation.
-    return max(found, key=lambda one: math.inf if math.isnan(one[0]) else one[0])
+        )
 
 
 Pairs = Iterator[tuple[str, Tensor, Tensor]]
