@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,12 +22,16 @@ def tensors(tokens: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(trees(), st.sampled_from([None, 1, 3, 7]), st.sampled_from([(4, 40), (2, 9), (256, 1 << 19)]))
-def test_output_and_gradients(tree: tuple[tuple[int, ...], Above], window: int | None, size: tuple[int, int]) -> None:
+@given(trees(), st.sampled_from([None, 1, 3, 7]), st.sampled_from([(1, 40), (0.1, 9), (8, 1 << 19), (6000, 1 << 19)]))
+def test_output_and_gradients(tree: tuple[tuple[int, ...], Above], window: int | None, size: tuple[float, int]) -> None:
+    """With many small tiles and few large ones, on rows of whole vectors and others, alone and side by side."""
     (segments, above), tokens = tree, sum(tree[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_QUERIES", size[0])
+        patch.setattr(products, "_TILE", size[0])
+        patch.setattr(products, "_KEY", 0)
         patch.setattr(products, "_PAIRS", size[1])
+        patch.setattr(products, "_FEWEST_QUERIES", 2)
+        patch.setattr(products, "_VECTOR", 4)
         plan_of.cache_clear()
         plan = plan_of(segments, above, window)
         plan_of.cache_clear()
@@ -68,11 +74,13 @@ def test_keeps_nothing_quadratic() -> None:
 
 def pairs(segments: tuple[int, ...], above: Above | None = None, window: int | None = None) -> int:
     """Pairs of query and key that are computed, pads included."""
-    return sum(b.number * b.queries * (b.known + b.queries) for b in plan_of(segments, above, window).batches)
+    batches = plan_of(segments, above, window).batches
+    return sum(b.number * t.queries * (t.seen[1] - t.seen[0]) for b in batches for t in b.tiles)
 
 
 def test_leaves_out_most_of_what_causality_forbids() -> None:
-    assert pairs((1024,)) < 0.65 * 1024**2
+    assert pairs((1024,)) < 0.6 * 1024**2
+    assert pairs((256, 250, 255)) < 0.75 * 3 * 256**2
 
 
 def test_leaves_out_what_a_window_does_not_reach() -> None:
@@ -80,18 +88,18 @@ def test_leaves_out_what_a_window_does_not_reach() -> None:
 
 
 def test_rows_of_similar_length_are_computed_side_by_side() -> None:
-    lengths = (100, 90, 95, 80, 20, 22)
-    assert len(plan_of(lengths, None, None).batches) == 2
+    lengths = (100, 90, 95, 80, 300, 310)
+    assert [b.number for b in plan_of(lengths, None, None).batches] == [2, 4]
     assert pairs(lengths) < 1.5 * sum(n * n for n in lengths)
 
 
 def test_branches_of_one_prefix_are_computed_side_by_side() -> None:
     batches = plan_of((100, 30, 28, 31, 70, 30), ((), (0,), (0,), (0,), (), (4,)), None).batches
-    assert sorted((b.known, b.number) for b in batches) == [(0, 1), (0, 1), (70, 1), (100, 3)]
+    assert sorted((b.known, b.number) for b in batches) == [(0, 2), (70, 1), (100, 3)]
 
 
 def test_the_backward_pass_holds_nothing_quadratic() -> None:
-    """A long row has many lanes, and each of them gives a gradient to its whole path."""
+    """A long row has many tiles, and each of them gives a gradient to its whole path."""
     held = []
     for tokens in (2048, 4096):
         inputs = [torch.randn(2, tokens, 8, requires_grad=True) for _ in range(3)]
@@ -100,3 +108,12 @@ def test_the_backward_pass_holds_nothing_quadratic() -> None:
     # Scores of so many pairs at once stand beside what grows with the tokens.
     assert held[1] < 2.2 * held[0]
     assert held[1] < 2 * products._PAIRS * 2 * 4 + 30 * 4096 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("lanes, queries, known", [(1, 60_000, 0), (1, 40, 60_000), (3, 500, 8000), (1, 100, 1 << 19)])
+def test_scores_of_no_tile_are_more_than_fit(lanes: int, queries: int, known: int) -> None:
+    cuts = products._cuts(lanes, queries, known)
+    tiles = list(pairwise(cuts))
+    assert cuts[0] == 0 and cuts[-1] == queries and all(begin < end for begin, end in tiles)
+    most = max((end - begin) * lanes * (known + end) for begin, end in tiles)
+    assert most <= 1.3 * max(products._PAIRS, lanes * (known + queries))

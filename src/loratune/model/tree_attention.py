@@ -1,12 +1,11 @@
 """Attention over a tree of segments as plain matrix products, for training on a CPU.
 
-Queries stand in lanes: some tokens of one segment, which meet each other and all that comes before them on their path
-from the root. Lanes with as many tokens before them (rows that start afresh, branches of one prefix, later parts of
-long rows) are computed side by side, padded to the longest: few large products instead of many small ones, and each
-row of scores stands there whole, so that its softmax and the gradient of that are one operation each. Pads come last,
-where causality hides them. Long segments are cut into lanes, which leaves out most of what causality forbids. The
-backward pass computes the probabilities again (Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so that
-nothing quadratic is kept.
+A segment is a lane: its tokens meet each other and all that comes before them on their path from the root. Lanes with
+as many tokens before them (rows that start afresh, branches of one prefix) and similar lengths are computed side by
+side, padded to the longest: few large products instead of many small ones. Pads come last, where causality hides them.
+Their queries go tile by tile, which leaves out most of what causality forbids, and each row of scores stands there
+whole, so that its softmax and the gradient of that are one operation each. The backward pass computes the probabilities
+again (Dao et al., FlashAttention, arXiv:2205.14135, section 3.1), so that nothing quadratic is kept.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Queries of a lane, about: with fewer, less is computed of what causality forbids, with more, products are better.
-_QUERIES = 192
-# Pairs of query and key that are computed at once: what a processor's cache holds of their scores. Lanes that meet many
-# keys are shorter, down to a length that makes poor products.
-_PAIRS, _FEWEST_QUERIES = 1 << 19, 32
-# A lane shorter than this share of the longest beside it goes elsewhere: pads cost as much as tokens.
-_LEAST_FULL = 0.75
+# What one more tile costs, in pairs of query and key, and what each of its keys adds to that. Measured.
+_TILE, _KEY = 6_000, 10
+# Pairs that are computed at once: what a processor's cache holds of their scores.
+_PAIRS = 1 << 19
+# With fewer queries in a tile products are poor; as many of each lane should fit.
+_FEWEST_QUERIES, _QUERIES = 32, 128
 # The processor's softmax is nearly twice as fast on rows of whole vectors; worth a few pads, of this share at most.
 _VECTOR, _MOST_PADS = 32, 1 / 16
 
@@ -48,14 +46,28 @@ class Lane(NamedTuple):
         return sum(stop - start for start, stop in self.path)
 
 
+class Tile(NamedTuple):
+    """As many queries of each lane, from place `start` on.
+
+    Attributes:
+        tokens: (lanes · queries,), the token in each place; in a pad some token of the lane.
+        pads: the places without a token.
+        seen: the keys of a lane that some query of the tile can see; the last of them are the queries' own.
+    """
+
+    start: int
+    queries: int
+    tokens: Tensor
+    pads: Tensor
+    seen: Range
+
+
 class Lanes(NamedTuple):
     """Lanes side by side, each of `queries` places, behind as many keys of their paths as `known` says.
 
     Attributes:
         number: how many.
-        tokens: (lanes · queries,), the token in each place; in a pad some token of the lane.
-        pads: the places without a token.
-        keys: (lanes · (known + queries),), those tokens behind those of the lane's path.
+        keys: (lanes · (known + queries),), the tokens of each lane's path and its own.
         own: of each lane its tokens, as a range.
         paths: of neighbouring lanes with one path: the first, the one after the last, and the path.
     """
@@ -63,11 +75,10 @@ class Lanes(NamedTuple):
     number: int
     queries: int
     known: int
-    tokens: Tensor
-    pads: Tensor
     keys: Tensor
     own: tuple[Range, ...]
     paths: tuple[tuple[int, int, tuple[Range, ...]], ...]
+    tiles: tuple[Tile, ...]
 
 
 class Plan(NamedTuple):
@@ -92,13 +103,14 @@ def pairs_at_once(device_type: str) -> int:
 def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> Plan:
     """How the attention of a packed row is computed, by the lengths of its segments and what stands above each."""
     lanes = _lanes(segments, above or ((),) * len(segments), window)
-    batches = tuple(_side_by_side(batch) for batch in _batches(lanes))
-    tokens = torch.cat([batch.tokens for batch in batches])
+    batches = tuple(_side_by_side(batch, window) for batch in _batches(lanes))
+    tiles = [tile for batch in batches for tile in batch.tiles]
+    tokens = torch.cat([tile.tokens for tile in tiles])
     real = torch.ones(len(tokens), dtype=torch.bool)
     begin = 0
-    for batch in batches:
-        real[begin + batch.pads] = False
-        begin += len(batch.tokens)
+    for tile in tiles:
+        real[begin + tile.pads] = False
+        begin += len(tile.tokens)
     places = torch.empty(sum(segments), dtype=torch.int64)
     places[tokens[real]] = torch.arange(len(tokens))[real]
     return Plan(batches, None if torch.equal(places, torch.arange(len(tokens))) else places, window)
@@ -109,13 +121,7 @@ def _lanes(segments: Sequence[int], above: Sequence[tuple[int, ...]], window: in
     for length in segments:
         starts.append(starts[-1] + length)
     for start, stop, path in zip(starts[:-1], starts[1:], above, strict=True):
-        before = [(starts[a], starts[a + 1]) for a in path]
-        whole = sum(end - begin for begin, end in before) + stop - start
-        most = max(1, whole if window is None else min(whole, window + _QUERIES))
-        parts = max(1, round((stop - start) / min(_QUERIES, max(_FEWEST_QUERIES, _PAIRS // most))))
-        cuts = [start + (stop - start) * i // parts for i in range(parts + 1)]
-        for begin, end in pairwise(cuts):
-            yield Lane(_in_sight([*before, (start, begin)], window), (begin, end))
+        yield Lane(_in_sight([(starts[a], starts[a + 1]) for a in path], window), (start, stop))
 
 
 def _in_sight(path: Sequence[Range], window: int | None) -> tuple[Range, ...]:
@@ -138,28 +144,54 @@ def _batches(lanes: Iterator[Lane]) -> Iterator[list[Lane]]:
     for known, alike in groupby(sorted(lanes, key=lambda lane: (lane.known, -lane.length)), lambda lane: lane.known):
         batch: list[Lane] = []
         for lane in alike:
-            longest = batch[0].length if batch else lane.length
-            pairs = (len(batch) + 1) * longest * (known + longest)
-            if batch and (pairs > _PAIRS or lane.length < _LEAST_FULL * longest):
+            if batch and not _joins(lane, batch, known):
                 yield batch
                 batch = []
             batch.append(lane)
         yield batch
 
 
-def _side_by_side(lanes: list[Lane]) -> Lanes:
+def _joins(lane: Lane, batch: list[Lane], known: int) -> bool:
+    """Whether a lane costs less beside others than alone: its pads less than its tiles."""
+    longest = batch[0].length
+    if (len(batch) + 1) * min(longest, _QUERIES) * (known + longest) > _PAIRS:
+        return False
+    return (longest - lane.length) * (known + longest) <= _TILE * (len(_cuts(1, lane.length, known)) - 1)
+
+
+def _side_by_side(lanes: list[Lane], window: int | None) -> Lanes:
     lanes = sorted(lanes)
     known = lanes[0].known
     queries = _whole_vectors(max(lane.length for lane in lanes), known)
     own = torch.stack([torch.arange(lane.own[0], lane.own[0] + queries).clamp_(max=lane.own[1] - 1) for lane in lanes])
     before = torch.stack([torch.cat([torch.arange(0), *(torch.arange(*part) for part in lane.path)]) for lane in lanes])
     empty = torch.arange(queries) >= torch.tensor([[lane.length] for lane in lanes])
+    tiles = []
+    for start, stop in pairwise(_cuts(len(lanes), queries, known)):
+        pads = empty[:, start:stop].flatten().nonzero()[:, 0]
+        first = 0 if window is None else max(0, known + start - window + 1)
+        tiles.append(Tile(start, stop - start, own[:, start:stop].flatten(), pads, (first, known + stop)))
     firsts = [i for i, lane in enumerate(lanes) if i == 0 or lane.path != lanes[i - 1].path]
     paths = tuple((i, j, lanes[i].path) for i, j in pairwise([*firsts, len(lanes)]))
-    pads = empty.flatten().nonzero()[:, 0]
-    ranges = tuple(lane.own for lane in lanes)
     keys = torch.cat([before, own], 1).flatten()
-    return Lanes(len(lanes), queries, known, own.flatten(), pads, keys, ranges, paths)
+    return Lanes(len(lanes), queries, known, keys, tuple(lane.own for lane in lanes), paths, tuple(tiles))
+
+
+def _cuts(lanes: int, queries: int, known: int) -> list[int]:
+    """Where the tiles begin, and where the last one ends.
+
+    n tiles compute q (known + q/2 + q/2n) pairs for each lane, and cost n times what a tile does; the least is at
+    n = q √(lanes / 2 cost). More where the scores of a tile would not fit.
+    """
+    cost = _TILE + _KEY * lanes * (known + queries / 2)
+    best = round(queries * math.sqrt(lanes / (2 * cost)))
+    needed = math.ceil(lanes * queries * (known + queries) / _PAIRS)
+    number = min(queries, max(needed, min(best, queries // _FEWEST_QUERIES), 1))
+    even = [queries * i // number for i in range(number + 1)]
+    if number == needed or number > queries // _VECTOR:
+        return even
+    # Rows of scores that are whole vectors.
+    return [0, *((known + cut + _VECTOR // 2) // _VECTOR * _VECTOR - known for cut in even[1:-1]), queries]
 
 
 def _whole_vectors(queries: int, known: int) -> int:
@@ -196,9 +228,11 @@ class _TreeAttention(torch.autograd.Function):
         ctx.plan, ctx.scale = plan, scale
         parts = []
         for lanes in plan.batches:
-            q, k, v = _met(scaled, key, value, lanes, plan)
-            part = torch.bmm(_probabilities(q, k, lanes, plan.window), v)
-            parts.append(part.view(len(key), len(lanes.tokens), -1))
+            keys, values = (_of_lanes(tensor, lanes, plan) for tensor in (key, value))
+            for tile in lanes.tiles:
+                q, k, v = _of_tile(scaled, tile, lanes, plan), _seen(keys, tile), _seen(values, tile)
+                part = torch.bmm(_probabilities(q, k, tile, lanes, plan.window), v)
+                parts.append(part.view(len(key), len(tile.tokens), -1))
         output = _by_token(parts, plan).view(*query.shape[:3], value.shape[-1])
         return output.transpose(0, 1).contiguous()
 
@@ -209,50 +243,62 @@ class _TreeAttention(torch.autograd.Function):
         plan: Plan = ctx.plan
         grad = grad.transpose(0, 1).contiguous()
         wide = torch.promote_types(query.dtype, torch.float32)
-        # One sum by token: what each lane gives its whole path would be quadratic in a long row.
+        # Sums by token: what each tile gives its whole path would be quadratic in a long row.
         gk, gv = (torch.zeros_like(tensor, dtype=wide) for tensor in (key, value))
         queries = []
         for lanes in plan.batches:
-            q, k, v = _met(query, key, value, lanes, plan)
-            g = _picked(grad, lanes.tokens, plan)
-            if len(lanes.pads):
-                g.index_fill_(1, lanes.pads, 0.0)
-            g = g.view(len(q), -1, grad.shape[-1])
-            p = _probabilities(q, k, lanes, plan.window)
-            _add_by_key(gv, torch.bmm(p.mT, g), lanes)
-            dp = torch.bmm(g, v.mT)
-            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
-            queries.append(torch.bmm(ds, k).view(len(key), len(lanes.tokens), -1))
-            _add_by_key(gk, torch.bmm(ds.mT, q), lanes)
+            keys, values = (_of_lanes(tensor, lanes, plan) for tensor in (key, value))
+            of_keys = of_values = None
+            for tile in lanes.tiles:
+                q, k, v = _of_tile(query, tile, lanes, plan), _seen(keys, tile), _seen(values, tile)
+                g = _of_tile(grad, tile, lanes, plan, pads=0.0)
+                p = _probabilities(q, k, tile, lanes, plan.window)
+                of_values = _added(of_values, torch.bmm(p.mT, g), tile, lanes)
+                dp = torch.bmm(g, v.mT)
+                ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
+                queries.append(torch.bmm(ds, k).view(len(key), len(tile.tokens), -1))
+                of_keys = _added(of_keys, torch.bmm(ds.mT, q), tile, lanes)
+            _add_by_token(gk, of_keys, lanes)
+            _add_by_token(gv, of_values, lanes)
         gq = _by_token(queries, plan).mul_(ctx.scale).view(query.shape)
         return gq, gk.to(key.dtype), gv.to(value.dtype), None, None
 
 
-def _met(query: Tensor, key: Tensor, value: Tensor, lanes: Lanes, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of some lanes: (kv heads · lanes, places or places · groups, dim)."""
-    found = (_picked(query, lanes.tokens, plan), _picked(key, lanes.keys, plan), _picked(value, lanes.keys, plan))
-    q, k, v = (x.view(len(x) * lanes.number, -1, t.shape[-1]) for x, t in zip(found, (query, key, value), strict=True))
-    return q, k, v
+def _of_lanes(tensor: Tensor, lanes: Lanes, plan: Plan) -> Tensor:
+    """Keys or values (kv heads · lanes, keys, dim)."""
+    return _picked(tensor, lanes.keys, plan).view(len(tensor) * lanes.number, -1, tensor.shape[-1])
+
+
+def _seen(keys: Tensor, tile: Tile) -> Tensor:
+    return keys[:, slice(*tile.seen)]
+
+
+def _of_tile(tensor: Tensor, tile: Tile, lanes: Lanes, plan: Plan, pads: float | None = None) -> Tensor:
+    """Queries, or gradients of what they gave: (kv heads · lanes, queries · groups, dim); `pads` fills pads."""
+    found = _picked(tensor.flatten(2), tile.tokens, plan)
+    if pads is not None and len(tile.pads):
+        found = found.index_fill(1, tile.pads, pads)
+    return found.view(len(tensor) * lanes.number, -1, tensor.shape[-1])
 
 
 def _picked(tensor: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
-    """(kv heads, tokens, ..., dim) at some tokens, the heads of one key head as one feature."""
-    flat = tensor.flatten(2) if tensor.ndim > 3 else tensor
-    return flat if plan.places is None and len(plan.batches) == 1 else flat.index_select(1, tokens)
+    """(kv heads, tokens, features) at some tokens."""
+    alone = plan.places is None and len(plan.batches) == 1 and len(tokens) == tensor.shape[1]
+    return tensor if alone else tensor.index_select(1, tokens)
 
 
-def _probabilities(q: Tensor, k: Tensor, lanes: Lanes, window: int | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, tile: Tile, lanes: Lanes, window: int | None) -> Tensor:
     """(batch, queries · groups, keys) of (batch, queries · groups, dim) and (batch, keys, dim); none of what is later.
 
     Rounded in the forward and the backward pass alike.
     """
     scores = torch.bmm(q, k.mT)
-    groups = scores.shape[1] // lanes.queries
-    if window is None or lanes.known + lanes.queries <= window:
-        mask = _mask(lanes.queries, 0, None, groups, scores.dtype)  # the same whatever comes before
-    else:
-        mask = _mask(lanes.queries, lanes.known, window, groups, scores.dtype)
-    scores[..., scores.shape[-1] - mask.shape[-1] :].add_(mask)
+    groups, keys = scores.shape[1] // tile.queries, scores.shape[2]
+    narrow = window is None or lanes.known + tile.start + tile.queries <= window
+    # Without a window the mask is the same whatever comes before.
+    before, reach = (0, None) if narrow else (keys - tile.queries, window)
+    mask = _mask(tile.queries, before, reach, groups, scores.dtype)
+    scores[..., keys - mask.shape[-1] :].add_(mask)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -266,12 +312,23 @@ def _mask(queries: int, known: int, window: int | None, groups: int, dtype: torc
 
 
 def _by_token(parts: Sequence[Tensor], plan: Plan) -> Tensor:
-    """(kv heads, tokens, features) from those in the places of all lanes."""
+    """(kv heads, tokens, features) from those in the places of all tiles."""
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
     return joined if plan.places is None else joined.index_select(1, plan.places)
 
 
-def _add_by_key(total: Tensor, part: Tensor, lanes: Lanes) -> None:
+def _added(total: Tensor | None, part: Tensor, tile: Tile, lanes: Lanes) -> Tensor:
+    """What the tiles of some lanes give their keys, up to this one: (kv heads · lanes, keys, dim)."""
+    if len(lanes.tiles) == 1:
+        return part
+    if total is None:
+        wide = torch.promote_types(part.dtype, torch.float32)
+        total = torch.zeros(len(part), lanes.known + lanes.queries, part.shape[-1], dtype=wide, device=part.device)
+    _seen(total, tile).add_(part)
+    return total
+
+
+def _add_by_token(total: Tensor, part: Tensor, lanes: Lanes) -> None:
     """Add what some lanes give their keys (kv heads · lanes, keys, dim) to the sum by token (kv heads, tokens, dim)."""
     apart = part.view(len(total), lanes.number, lanes.known + lanes.queries, -1)
     for i, (start, stop) in enumerate(lanes.own):
