@@ -132,9 +132,11 @@ def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope
     buffer = torch.empty(min(size, len(logits)), logits.shape[-1], dtype=wide, device=logits.device)
     lost = []
     for some, chosen, out in zip(logits.split(size), targets[:, None].split(size), slope.split(size), strict=True):
-        p = torch.softmax(buffer[: len(some)].copy_(some), -1, out=buffer[: len(some)])
+        exact = buffer[: len(some)].copy_(some)
+        highest = exact.amax(-1)
+        p = torch.softmax(exact, -1, out=exact)
         # log p of the likeliest token says what the softmax divided by; p of the target itself may be zero in fp32.
-        lost.append(some.amax(-1).to(wide) - p.amax(-1).log() - some.gather(1, chosen)[:, 0].to(wide))
+        lost.append(highest - p.amax(-1).log() - some.gather(1, chosen)[:, 0].to(wide))
         out.copy_(p.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=wide)))
     by_position = torch.cat(lost)
     if times is not None:

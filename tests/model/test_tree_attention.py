@@ -110,10 +110,13 @@ def test_the_backward_pass_holds_nothing_quadratic() -> None:
     assert held[1] < 2 * products._PAIRS * 2 * 4 + 30 * 4096 * 2 * 8 * 4
 
 
-@pytest.mark.parametrize("lanes, queries, known", [(1, 60_000, 0), (1, 40, 60_000), (3, 500, 8000), (1, 100, 1 << 19)])
+@pytest.mark.parametrize(
+    ("lanes", "queries", "known"), [(1, 60_000, 0), (1, 40, 60_000), (3, 500, 8000), (1, 100, 1 << 19)]
+)
 def test_scores_of_no_tile_are_more_than_fit(lanes: int, queries: int, known: int) -> None:
     cuts = products._cuts(lanes, queries, known)
     tiles = list(pairwise(cuts))
-    assert cuts[0] == 0 and cuts[-1] == queries and all(begin < end for begin, end in tiles)
+    assert (cuts[0], cuts[-1]) == (0, queries)
+    assert all(begin < end for begin, end in tiles)
     most = max((end - begin) * lanes * (known + end) for begin, end in tiles)
     assert most <= 1.3 * max(products._PAIRS, lanes * (known + queries))

@@ -71,30 +71,30 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], dropped: Linear |
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors) if t is not None):
         found: tuple[Tensor, ...] = _LoraLinears.apply(x, projections, dropped, *tensors)  # type: ignore[no-untyped-call]
         return found
-    h = _inner(x, projections, dropped)
-    return tuple(_add(p.base(x), part, p.B) for p, part in zip(projections, h, strict=True))
+    A, Bs = _rounded(projections, x.dtype)
+    h = _inner(x, A, projections, dropped)
+    return tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
 
 
-def _inner(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> tuple[Tensor, ...]:
+def _rounded(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The As below each other (Σ r, in_features), and each B."""
+    As = [p.A.to(dtype) for p in projections]
+    return As[0] if len(As) == 1 else torch.cat(As), [p.B.to(dtype) for p in projections]
+
+
+def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> tuple[Tensor, ...]:
     """s · A x of each: (tokens, r), beside each other in one tensor.
 
     Scaling it costs r multiplications a token, scaling the result would cost out_features.
     """
     seen = x if dropped is None else dropped(x)
-    As = [p.A for p in projections]
-    h = torch.mm(seen.reshape(-1, x.shape[-1]), _stacked(As, x.dtype).T)
-    return _scaled(h, As, [p.scale for p in projections])
+    h = torch.mm(seen.reshape(-1, x.shape[-1]), A.T)
+    return _scaled(h, [len(p.A) for p in projections], [p.scale for p in projections])
 
 
-def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The As below each other: (Σ r, in_features)."""
-    rounded = [A.to(dtype) for A in As]
-    return rounded[0] if len(rounded) == 1 else torch.cat(rounded)
-
-
-def _scaled(h: Tensor, As: Sequence[Tensor], scales: Sequence[float]) -> tuple[Tensor, ...]:
+def _scaled(h: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> tuple[Tensor, ...]:
     """h (tokens, Σ r) as the part of each A, multiplied by its scale in place."""
-    parts: tuple[Tensor, ...] = h.split([len(A) for A in As], 1)
+    parts: tuple[Tensor, ...] = h.split(list(ranks), 1)
     if len(set(scales)) == 1:
         h.mul_(scales[0])
     else:
@@ -104,7 +104,7 @@ def _scaled(h: Tensor, As: Sequence[Tensor], scales: Sequence[float]) -> tuple[T
 
 
 def _add(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
-    y.view(-1, y.shape[-1]).addmm_(h, B.to(h.dtype).T)
+    y.view(-1, y.shape[-1]).addmm_(h, B.T)
     return y
 
 
@@ -115,17 +115,19 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: Sequence[Projection], dropped: Linear | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
-        h = _inner(x, projections, dropped)
-        ctx.save_for_backward(x, *(p.A for p in projections), *(p.B for p in projections), *h)
+        A, Bs = _rounded(projections, x.dtype)
+        h = _inner(x, A, projections, dropped)
+        masters = [p.A for p in projections], [p.B for p in projections]
+        ctx.save_for_backward(x, A, *masters[0], *masters[1], *Bs, *h)
         ctx.frozen = [_Frozen(p.weight, p.weight.version, p.scale) for p in projections]
         ctx.dropped = dropped
-        return tuple(_add(p.base(x), part, p.B) for p, part in zip(projections, h, strict=True))
+        return tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
+        x, A, *kept = ctx.saved_tensors
         number = len(ctx.frozen)
-        As, Bs, h = (kept[begin : begin + number] for begin in (0, number, 2 * number))
+        As, Bs, rounded_Bs, h = (kept[begin : begin + number] for begin in range(0, 4 * number, number))
         if any(base.weight.version != base.version for base in ctx.frozen):
             raise AdapterStateError(
                 "a weight changed between a forward pass and its backward pass", hint="merge and load between steps"
@@ -133,15 +135,16 @@ class _LoraLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
-        gh = torch.cat([torch.mm(gy, B.to(gy.dtype)) for gy, B in zip(flat, Bs, strict=True)], 1)
-        _scaled(gh, As, [base.scale for base in ctx.frozen])
-        gx = _of_input(ctx, x, As, flat, gh) if ctx.needs_input_grad[0] else None
+        by_projection = [torch.mm(gy, B) for gy, B in zip(flat, rounded_Bs, strict=True)]
+        gh = by_projection[0] if number == 1 else torch.cat(by_projection, 1)
+        _scaled(gh, [len(own) for own in As], [base.scale for base in ctx.frozen])
+        gx = _of_input(ctx, x, A, flat, gh) if ctx.needs_input_grad[0] else None
         gA: Sequence[Tensor | None] = [None] * number
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
-            parts = torch.mm(gh.T, seen.reshape(-1, x.shape[-1])).split([len(A) for A in As])
+            parts = torch.mm(gh.T, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
             # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
-            gA = [part.to(A.dtype, copy=number > 1) for part, A in zip(parts, As, strict=True)]
+            gA = [part.to(own.dtype, copy=number > 1) for part, own in zip(parts, As, strict=True)]
         found: list[Tensor | None] = []
         for i, (gy, part, B) in enumerate(zip(flat, h, Bs, strict=True)):
             wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
@@ -151,13 +154,12 @@ class _LoraLinears(torch.autograd.Function):
         return gx, None, None, *found
 
 
-def _of_input(ctx: Any, x: Tensor, As: Sequence[Tensor], grads: Sequence[Tensor], gh: Tensor) -> Tensor:
+def _of_input(ctx: Any, x: Tensor, A: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tensor:
     """Σ Wᵀ gy + Aᵀ gh, in x's shape."""
     weights = (base.weight.dense(gh.dtype) for base in ctx.frozen)
     gx = torch.mm(grads[0], next(weights))
     for gy, weight in zip(grads[1:], weights, strict=True):
         gx.addmm_(gy, weight)
-    A = _stacked(As, gh.dtype)
     if ctx.dropped is None:
         return gx.addmm_(gh, A).view(x.shape)
     update: Tensor = ctx.dropped(torch.mm(gh, A).view(x.shape))

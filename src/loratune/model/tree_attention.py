@@ -248,7 +248,8 @@ class _TreeAttention(torch.autograd.Function):
         queries = []
         for lanes in plan.batches:
             keys, values = (_of_lanes(tensor, lanes, plan) for tensor in (key, value))
-            of_keys = of_values = None
+            of_keys: Tensor | None = None
+            of_values: Tensor | None = None
             for tile in lanes.tiles:
                 q, k, v = _of_tile(query, tile, lanes, plan), _seen(keys, tile), _seen(values, tile)
                 g = _of_tile(grad, tile, lanes, plan, pads=0.0)
@@ -258,6 +259,7 @@ class _TreeAttention(torch.autograd.Function):
                 ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
                 queries.append(torch.bmm(ds, k).view(len(key), len(tile.tokens), -1))
                 of_keys = _added(of_keys, torch.bmm(ds.mT, q), tile, lanes)
+            assert of_keys is not None and of_values is not None, "lanes have a tile at least"
             _add_by_token(gk, of_keys, lanes)
             _add_by_token(gv, of_values, lanes)
         gq = _by_token(queries, plan).mul_(ctx.scale).view(query.shape)
