@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.model import attention, packed_inputs, use_packed_attention, why_no_shared_prefixes, why_not_packed
+from loratune.model import (
+    attention,
+    has_separate_head,
+    packed_inputs,
+    use_packed_attention,
+    why_no_shared_prefixes,
+    why_not_packed,
+)
 from tests.models import tiny
 from tests.training.loops import assert_close
 
@@ -105,6 +112,17 @@ def test_probe_passes(family: str) -> None:
     assert why_not_packed(model) is None
     assert model.config._attn_implementation == attention.NAME
     assert model.training
+
+
+def test_trials_leave_every_module_in_its_own_mode() -> None:
+    """Parts of a model in training may be in evaluation mode, as the base's dropout is."""
+    model = tiny("gpt2").train()
+    stays = [module.eval() for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert why_not_packed(model) is None
+    assert why_no_shared_prefixes(model) is None
+    assert has_separate_head(model)
+    assert stays
+    assert [module for module in model.modules() if not module.training] == stays
 
 
 def test_probe_in_bf16() -> None:

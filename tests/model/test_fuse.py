@@ -25,9 +25,9 @@ from loratune.model import norm as norms
 from tests.models import FAMILIES, PAD, exact, rows_of, tiny
 from tests.training.loops import assert_close
 
-# Family → modules of a two-layer model that can be fused: norms (those of heads too), gated blocks, and attention where
-# it takes packed rows and has q, k and v apart.
-FUSED = {"llama": 9, "qwen3": 13, "gemma2": 11, "gemma3": 17, "mistral": 9, "mixtral": 7}
+# Family → modules of a two-layer model that can be fused: norms (those of heads too), gated blocks, attention where
+# it takes packed rows and has q, k and v apart, and a last layer of such parts and two sums.
+FUSED = {"llama": 10, "qwen3": 14, "gemma2": 11, "gemma3": 17, "mistral": 10, "mixtral": 8}
 FUSED |= {"smollm3": 8, "phi3": 7, "gpt2": 0}
 ROWS = rows_of(9, 14, 2, 11, 20)
 

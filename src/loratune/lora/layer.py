@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -104,6 +106,18 @@ def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         return [module(x) for module in modules]
     ys = lora_linears(x, [layer._projection(low_rank) for layer, low_rank in zip(layers, found, strict=True)])
     return [layer._shifted(y, low_rank) for layer, y, low_rank in zip(layers, ys, found, strict=True)]
+
+
+@contextmanager
+def selecting(module: nn.Module, index: Tensor) -> Iterator[None]:
+    """Inside the block `module` sees the tokens at `index` alone; their dropout masks are those of these tokens."""
+    state = next((layer.lora_state for layer in module.modules() if isinstance(layer, LoraLayer)), None)
+    counter = None if state is None else state.view.counter
+    if state is None or counter is None:
+        yield
+    else:
+        with state.counting(replace(counter, tokens=counter.tokens.flatten()[index])):
+            yield
 
 
 def _overheard(module: nn.Module) -> bool:

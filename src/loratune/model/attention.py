@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
+from loratune.model.modes import evaluating
 from loratune.model.tree_attention import plan_of, tree_attention
 
 NAME = "loratune_packed"
@@ -193,17 +194,16 @@ def _deviation(
     inputs: dict[str, Any],
 ) -> str | None:
     """Why the logits of one packed pass differ from those at `places` of the rows alone, one after the other."""
-    training = model.training
-    model.eval()
     try:
-        lone = torch.cat([model(input_ids=row, use_cache=False).logits for row in alone], 1).float()[:, list(places)]
-        packed = model(input_ids=ids, position_ids=positions.to(ids.device), **inputs).logits.float()
+        with evaluating(model):
+            lone = torch.cat([model(input_ids=row, use_cache=False).logits for row in alone], 1)[
+                :, list(places)
+            ].float()
+            packed = model(input_ids=ids, position_ids=positions.to(ids.device), **inputs).logits.float()
     except CannotPackError as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         return f"a packed row fails in it ({type(error).__name__})"
-    finally:
-        model.train(training)
     # Rounding differs with the shapes of the matrix products; a leak changes logits by their own size.
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     deviation = float((packed - lone).norm() / lone.norm())

@@ -14,6 +14,7 @@ from loratune.lora import base_modules, base_of, take_off, wears
 from loratune.model.attention import NAME, packed_inputs
 from loratune.model.fused import Fused, deviation, furthest, is_near
 from loratune.model.gated import fuse_gated, is_gated
+from loratune.model.last_layer import fuse_last
 from loratune.model.modes import evaluating
 from loratune.model.norm import fuse_norm
 from loratune.model.self_attention import fuse_attention
@@ -22,13 +23,13 @@ from loratune.model.self_attention import fuse_attention
 def fuse(model: nn.Module) -> int:
     """Let what the fused blocks can compute be computed by them; the objects, their tensors and hooks stay.
 
-    Attention only where the model takes packed rows.
+    Attention, and the last layer, only where the model takes packed rows.
 
     Returns:
         How many modules were fused; those whose formula is another stay as they are.
     """
     kinds = (fuse_norm, fuse_gated, fuse_attention)
-    return sum(any(kind(module) for kind in kinds) for _, module in base_modules(model))
+    return sum(any(kind(module) for kind in kinds) for _, module in base_modules(model)) + fuse_last(model)
 
 
 def unfuse(model: nn.Module) -> None:

@@ -10,6 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from loratune.model.last_layer import ends_early
+from loratune.model.modes import evaluating
+
 
 @contextmanager
 def only_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
@@ -26,9 +29,13 @@ def only_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
 def hidden_at(model: nn.Module, index: Tensor, inputs: dict[str, Any]) -> Tensor:
     """What the output head would be given at `index`, as (len(index), features); no logits are computed."""
     seen: list[Tensor] = []
+    picked = inputs.get("segments") is not None and ends_early(model)
+    if picked:
+        inputs = {**inputs, "scored": index}
 
     def keep(hidden: Tensor) -> Tensor:
-        seen.append(hidden.reshape(-1, hidden.shape[-1])[index])
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        seen.append(flat if picked else flat[index])
         return hidden[:, :0]
 
     with _before_head(model, keep):
@@ -57,14 +64,11 @@ def has_separate_head(model: nn.Module) -> bool:
     """Whether `hidden_at` and `logits_from` together give what `forward` gives; tried once for each model."""
     if model not in _OUTPUTS:
         _OUTPUTS[model] = None
-        training = model.training
-        model.eval()
         try:
-            _OUTPUTS[model] = _tried(model)
+            with evaluating(model):
+                _OUTPUTS[model] = _tried(model)
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError):
             _OUTPUTS[model] = None
-        finally:
-            model.train(training)
     return _OUTPUTS[model] is not None
 
 

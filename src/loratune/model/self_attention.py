@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import put_on, take_off, together, wears
+from loratune.lora import put_on, selecting, take_off, together, wears
 from loratune.model.attention import NAME, CannotPackError, packed_attention, packed_inputs
 from loratune.model.fused import Fused, deviation, is_near
 from loratune.model.modes import evaluating
@@ -28,16 +28,20 @@ class FusedAttention(Fused):
     attention_asks: dict[str, Any]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or not self._takes(kwargs):
+        if args or not self.takes(kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         q, k, v = self._heads(hidden_states)
         cos, sin = (angle.unsqueeze(2) for angle in kwargs["position_embeddings"])
         turned_q, turned_k = (rotated(x, cos, sin).transpose(1, 2) for x in (q, k))
         told = {"segments": kwargs["segments"], "above": kwargs.get("above"), **self.attention_asks}
         output, _ = packed_attention(self, turned_q, turned_k, v.transpose(1, 2), None, **told)
-        return cast(nn.Module, self.o_proj)(output.flatten(2)), None
+        o_proj, picked = cast(nn.Module, self.o_proj), kwargs.get("picked")
+        if picked is None:
+            return o_proj(output.flatten(2)), None
+        with selecting(o_proj, picked):  # nobody reads the others
+            return o_proj(output.flatten(2).index_select(1, picked)), None
 
-    def _takes(self, kwargs: dict[str, Any]) -> bool:
+    def takes(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is a call over packed rows, whole heads are turned, and nothing is dropped."""
         angles = kwargs.get("position_embeddings")
         if kwargs.get("segments") is None or angles is None or torch.compiler.is_compiling():
@@ -81,7 +85,7 @@ def fuse_attention(module: nn.Module) -> bool:
 def _tried(module: nn.Module, weight: Tensor) -> bool:
     """Whether the module gives the same with `FusedAttention` mixed in, which it then is."""
     asked: dict[str, Any] = {}
-    inputs = _inputs(module, weight)
+    inputs = trial_inputs(module, weight)
     try:
         with torch.no_grad(), evaluating(module):
             stock, _ = module(**inputs, asked=asked)
@@ -95,8 +99,8 @@ def _tried(module: nn.Module, weight: Tensor) -> bool:
     return found.shape == stock.shape and is_near(deviation(found, stock), weight.dtype)
 
 
-def _inputs(module: nn.Module, weight: Tensor) -> dict[str, Any]:
-    """Two short packed rows for one attention module."""
+def trial_inputs(module: nn.Module, weight: Tensor) -> dict[str, Any]:
+    """Two short packed rows, as an attention module and the layer around it are given them."""
     segments, dim = (9, 7), cast(int, module.head_dim)
     dice = torch.Generator().manual_seed(0)
     x = torch.randn(1, 16, weight.shape[1], generator=dice).to(weight.device)

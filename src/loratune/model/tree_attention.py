@@ -259,7 +259,8 @@ class _TreeAttention(torch.autograd.Function):
                 ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
                 queries.append(torch.bmm(ds, k).view(len(key), len(tile.tokens), -1))
                 of_keys = _added(of_keys, torch.bmm(ds.mT, q), tile, lanes)
-            assert of_keys is not None and of_values is not None, "lanes have a tile at least"
+            assert of_keys is not None, "lanes have a tile at least"
+            assert of_values is not None
             _add_by_token(gk, of_keys, lanes)
             _add_by_token(gv, of_values, lanes)
         gq = _by_token(queries, plan).mul_(ctx.scale).view(query.shape)
