@@ -81,7 +81,11 @@ def test_memory() -> None:
     assert memory.base == 2000
     # r (in + out) parameters: fp32 master, gradient and two moments.
     assert memory.adapter == (2 * 16 + 2 * 24) * 16
-    assert memory.activations == 64 * kept
+    rounded = (2 * 16 + 2 * 24) * 2
+    assert memory.activations == 64 * kept + rounded
+    again = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4, recompute=True))
+    kept, _ = bytes_per_token(SHAPE, plan, 2, recompute=True, fused=True)
+    assert again.activations == 64 * kept + rounded // 2
     assert memory.working == 64 * beside
     assert memory.total == memory.base + memory.adapter + memory.activations + memory.working
     # With long rows the products of queries and keys outweigh it: three heads' probabilities and their gradient.

@@ -114,7 +114,7 @@ def _block_gradients(shape: Shape, itemsize: int) -> int:
 
 def _products(shape: Shape, through: Pass) -> int:
     """What the backward pass of attention holds: probabilities and their gradient, queries, keys, values, gradients."""
-    pairs = min(pairs_at_once(through.device_type), through.tokens * through.longest)
+    pairs = pairs_at_once(through.device_type, through.tokens, through.longest)
     return (2 * pairs * shape.heads + through.tokens * (3 * shape.query + 4 * shape.kv)) * through.itemsize
 
 
@@ -132,6 +132,8 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEsti
     """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it."""
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
+    # A and B in the base's dtype, of all layers or of the one that is computed again.
+    rounded = plan.trainable * size // (shape.layers if through.recompute else 1)
     chunk, fine = (min(number, through.scored) for number in positions_at_once(through.device_type))
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
     # the head, with its gradient.
@@ -140,7 +142,7 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEsti
     return MemoryEstimate(
         plan.base_parameters * size,
         plan.trainable * _ADAM_BYTES,
-        through.tokens * kept,
+        through.tokens * kept + rounded,
         max(logits, through.tokens * layer, beside),
     )
 

@@ -93,9 +93,15 @@ class Plan(NamedTuple):
     window: int | None
 
 
-def pairs_at_once(device_type: str) -> int:
-    """How many pairs of query and key have scores at the same time; none where one kernel does all."""
-    return _PAIRS if device_type == "cpu" else 0
+def pairs_at_once(device_type: str, tokens: int, longest: int) -> int:
+    """How many pairs of query and key have scores at the same time, in rows of `longest` tokens that start afresh.
+
+    None where one kernel does all.
+    """
+    if device_type != "cpu" or not tokens:
+        return 0
+    lanes = max(1, min(tokens // longest, _PAIRS // (min(longest, _QUERIES) * longest)))
+    return max((stop - start) * lanes * stop for start, stop in pairwise(_cuts(lanes, longest, 0)))
 
 
 # One plan serves all layers of a step, two where some have a window; those of long rows are large.
