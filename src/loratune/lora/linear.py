@@ -71,9 +71,23 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], dropped: Linear |
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors) if t is not None):
         found: tuple[Tensor, ...] = _LoraLinears.apply(x, projections, dropped, *tensors)  # type: ignore[no-untyped-call]
         return found
+    return _computed(x, projections, dropped).ys
+
+
+class _Computed(NamedTuple):
+    """What a forward pass gives, and made on the way: the As below each other and each B, rounded, and s · A x."""
+
+    ys: tuple[Tensor, ...]
+    A: Tensor
+    Bs: list[Tensor]
+    h: tuple[Tensor, ...]
+
+
+def _computed(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> _Computed:
     A, Bs = _rounded(projections, x.dtype)
     h = _inner(x, A, projections, dropped)
-    return tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
+    ys = tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
+    return _Computed(ys, A, Bs, h)
 
 
 def _rounded(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -115,13 +129,11 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: Sequence[Projection], dropped: Linear | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
-        A, Bs = _rounded(projections, x.dtype)
-        h = _inner(x, A, projections, dropped)
-        masters = [p.A for p in projections], [p.B for p in projections]
-        ctx.save_for_backward(x, A, *masters[0], *masters[1], *Bs, *h)
+        ys, A, Bs, h = _computed(x, projections, dropped)
+        ctx.save_for_backward(x, A, *(p.A for p in projections), *(p.B for p in projections), *Bs, *h)
         ctx.frozen = [_Frozen(p.weight, p.weight.version, p.scale) for p in projections]
         ctx.dropped = dropped
-        return tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -196,9 +196,8 @@ def _deviation(
     """Why the logits of one packed pass differ from those at `places` of the rows alone, one after the other."""
     try:
         with evaluating(model):
-            lone = torch.cat([model(input_ids=row, use_cache=False).logits for row in alone], 1)[
-                :, list(places)
-            ].float()
+            rows = torch.cat([model(input_ids=row, use_cache=False).logits for row in alone], 1)
+            lone = rows[:, list(places)].float()
             packed = model(input_ids=ids, position_ids=positions.to(ids.device), **inputs).logits.float()
     except CannotPackError as error:
         return str(error)

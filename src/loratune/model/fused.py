@@ -33,6 +33,11 @@ def furthest(found: Iterable[tuple[float, str]]) -> tuple[float, str]:
     return max(found, key=lambda one: math.inf if math.isnan(one[0]) else one[0])
 
 
+def agree(found: Tensor, stock: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results have one shape and are near, as `is_near` says."""
+    return found.shape == stock.shape and is_near(deviation(found, stock), dtype)
+
+
 def is_near(deviation: float, dtype: torch.dtype) -> bool:
     """Whether that is no more than two sound ways of computing one module differ by in this dtype; NaN is not."""
     return deviation <= max(4 * torch.finfo(dtype).eps, 1e-5)

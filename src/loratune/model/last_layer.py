@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.lora import base_modules, put_on, selecting, take_off, wears
-from loratune.model.fused import Fused, deviation, is_near
+from loratune.model.fused import Fused, agree
 from loratune.model.modes import evaluating
 from loratune.model.self_attention import FusedAttention, trial_inputs
 
@@ -69,4 +69,4 @@ def _tried(layer: nn.Module) -> bool:
             found = layer(**inputs, scored=scored)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
         return False
-    return found.shape == stock.shape and is_near(deviation(found, stock), weight.dtype)
+    return agree(found, stock, weight.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on, selecting, take_off, together, wears
 from loratune.model.attention import NAME, CannotPackError, packed_attention, packed_inputs
-from loratune.model.fused import Fused, deviation, is_near
+from loratune.model.fused import Fused, agree
 from loratune.model.modes import evaluating
 from loratune.model.rotary import rotated
 
@@ -96,7 +96,7 @@ def _tried(module: nn.Module, weight: Tensor) -> bool:
             found, _ = module(**inputs)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, UnboundLocalError, CannotPackError):
         return False
-    return found.shape == stock.shape and is_near(deviation(found, stock), weight.dtype)
+    return agree(found, stock, weight.dtype)
 
 
 def trial_inputs(module: nn.Module, weight: Tensor) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Lane(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """As many queries of each lane, from place `start` on.
+    """Some queries of each lane, as many of each.
 
     Attributes:
         tokens: (lanes · queries,), the token in each place; in a pad some token of the lane.
@@ -55,7 +55,6 @@ class Tile(NamedTuple):
         seen: the keys of a lane that some query of the tile can see; the last of them are the queries' own.
     """
 
-    start: int
     queries: int
     tokens: Tensor
     pads: Tensor
@@ -147,19 +146,19 @@ def _in_sight(path: Sequence[Range], window: int | None) -> tuple[Range, ...]:
 
 def _batches(lanes: Iterator[Lane]) -> Iterator[list[Lane]]:
     """Lanes with as many keys before their own and similar lengths; those of one path are neighbours."""
-    for known, alike in groupby(sorted(lanes, key=lambda lane: (lane.known, -lane.length)), lambda lane: lane.known):
+    for _, alike in groupby(sorted(lanes, key=lambda lane: (lane.known, -lane.length)), lambda lane: lane.known):
         batch: list[Lane] = []
         for lane in alike:
-            if batch and not _joins(lane, batch, known):
+            if batch and not _joins(lane, batch):
                 yield batch
                 batch = []
             batch.append(lane)
         yield batch
 
 
-def _joins(lane: Lane, batch: list[Lane], known: int) -> bool:
+def _joins(lane: Lane, batch: list[Lane]) -> bool:
     """Whether a lane costs less beside others than alone: its pads less than its tiles."""
-    longest = batch[0].length
+    longest, known = batch[0].length, lane.known
     if (len(batch) + 1) * min(longest, _QUERIES) * (known + longest) > _PAIRS:
         return False
     return (longest - lane.length) * (known + longest) <= _TILE * (len(_cuts(1, lane.length, known)) - 1)
@@ -176,7 +175,7 @@ def _side_by_side(lanes: list[Lane], window: int | None) -> Lanes:
     for start, stop in pairwise(_cuts(len(lanes), queries, known)):
         pads = empty[:, start:stop].flatten().nonzero()[:, 0]
         first = 0 if window is None else max(0, known + start - window + 1)
-        tiles.append(Tile(start, stop - start, own[:, start:stop].flatten(), pads, (first, known + stop)))
+        tiles.append(Tile(stop - start, own[:, start:stop].flatten(), pads, (first, known + stop)))
     firsts = [i for i, lane in enumerate(lanes) if i == 0 or lane.path != lanes[i - 1].path]
     paths = tuple((i, j, lanes[i].path) for i, j in pairwise([*firsts, len(lanes)]))
     keys = torch.cat([before, own], 1).flatten()
@@ -237,7 +236,7 @@ class _TreeAttention(torch.autograd.Function):
             keys, values = (_of_lanes(tensor, lanes, plan) for tensor in (key, value))
             for tile in lanes.tiles:
                 q, k, v = _of_tile(scaled, tile, lanes, plan), _seen(keys, tile), _seen(values, tile)
-                part = torch.bmm(_probabilities(q, k, tile, lanes, plan.window), v)
+                part = torch.bmm(_probabilities(q, k, tile, plan.window), v)
                 parts.append(part.view(len(key), len(tile.tokens), -1))
         output = _by_token(parts, plan).view(*query.shape[:3], value.shape[-1])
         return output.transpose(0, 1).contiguous()
@@ -258,8 +257,8 @@ class _TreeAttention(torch.autograd.Function):
             of_values: Tensor | None = None
             for tile in lanes.tiles:
                 q, k, v = _of_tile(query, tile, lanes, plan), _seen(keys, tile), _seen(values, tile)
-                g = _of_tile(grad, tile, lanes, plan, pads=0.0)
-                p = _probabilities(q, k, tile, lanes, plan.window)
+                g = _of_tile(grad, tile, lanes, plan, without_pads=True)
+                p = _probabilities(q, k, tile, plan.window)
                 of_values = _added(of_values, torch.bmm(p.mT, g), tile, lanes)
                 dp = torch.bmm(g, v.mT)
                 ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
@@ -282,11 +281,11 @@ def _seen(keys: Tensor, tile: Tile) -> Tensor:
     return keys[:, slice(*tile.seen)]
 
 
-def _of_tile(tensor: Tensor, tile: Tile, lanes: Lanes, plan: Plan, pads: float | None = None) -> Tensor:
-    """Queries, or gradients of what they gave: (kv heads · lanes, queries · groups, dim); `pads` fills pads."""
+def _of_tile(tensor: Tensor, tile: Tile, lanes: Lanes, plan: Plan, *, without_pads: bool = False) -> Tensor:
+    """Queries, or gradients of what they gave: (kv heads · lanes, queries · groups, dim), zero in pads if told."""
     found = _picked(tensor.flatten(2), tile.tokens, plan)
-    if pads is not None and len(tile.pads):
-        found = found.index_fill(1, tile.pads, pads)
+    if without_pads and len(tile.pads):  # a copy then: what has pads is never the tensor itself
+        found.index_fill_(1, tile.pads, 0.0)
     return found.view(len(tensor) * lanes.number, -1, tensor.shape[-1])
 
 
@@ -296,14 +295,14 @@ def _picked(tensor: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
     return tensor if alone else tensor.index_select(1, tokens)
 
 
-def _probabilities(q: Tensor, k: Tensor, tile: Tile, lanes: Lanes, window: int | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, tile: Tile, window: int | None) -> Tensor:
     """(batch, queries · groups, keys) of (batch, queries · groups, dim) and (batch, keys, dim); none of what is later.
 
     Rounded in the forward and the backward pass alike.
     """
     scores = torch.bmm(q, k.mT)
     groups, keys = scores.shape[1] // tile.queries, scores.shape[2]
-    narrow = window is None or lanes.known + tile.start + tile.queries <= window
+    narrow = window is None or tile.seen[1] <= window
     # Without a window the mask is the same whatever comes before.
     before, reach = (0, None) if narrow else (keys - tile.queries, window)
     mask = _mask(tile.queries, before, reach, groups, scores.dtype)
