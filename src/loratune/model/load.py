@@ -18,6 +18,7 @@ from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import new_folder
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
+from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
 
 
@@ -52,6 +53,7 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> B
     Raises:
         ModelError: not found, of an unsupported kind, incomplete, or holding NaN.
     """
+    keep_few_products()
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     folder, source = _folder_of(name)
@@ -91,6 +93,7 @@ def _refuse_moving(model: PreTrainedModel, dtype: str, device: str | None) -> No
 
 def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
     """A model that is loaded already, frozen in place; its tokenizer is found by its name where none is given."""
+    keep_few_products()
     device = next(model.parameters()).device
     name = str(model.name_or_path or type(model).__name__)
     model.eval().requires_grad_(False)
