@@ -95,7 +95,7 @@ def test_plan(cli: Cli, base: str, data: str) -> None:
     found = cli("plan", base, data, "--rank", 4, "--json").json
     assert sum(module["parameters"] for module in found["adapter"]["modules"]) == 4096
     assert found["base_parameters"] == 44_192
-    parts = ("base", "adapter", "activations", "working")
+    parts = ("base", "constants", "adapter", "activations", "working")
     assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
 
 

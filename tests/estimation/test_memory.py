@@ -18,6 +18,7 @@ from loratune.adapt import TargetPlan
 from loratune.adapt.plan import Target
 from loratune.data.batch import make_batch
 from loratune.estimation import (
+    BaseMemory,
     Pass,
     Shape,
     bytes_per_token,
@@ -26,8 +27,10 @@ from loratune.estimation import (
     matmul_rate,
     step_flops,
 )
+from loratune.lora import base_modules
 from loratune.loss import summed_loss
-from loratune.model import fuse, recompute_activations, use_packed_attention
+from loratune.model import fuse, quantize_linears, recompute_activations, use_packed_attention
+from loratune.quant import FORMATS, stored_in
 from tests.models import PAD, rows_of, tiny
 
 
@@ -74,39 +77,41 @@ def plan_of(*shapes: tuple[int, int], r: int, base: int) -> TargetPlan:
     return TargetPlan(tuple(targets), base)
 
 
+BASE = BaseMemory(2000)
+
+
 def test_memory() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4))
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4), BASE)
     kept, beside = bytes_per_token(SHAPE, plan, 2, recompute=False, fused=True)
     assert memory.base == 2000
     # r (in + out) parameters: fp32 master, gradient and two moments.
     assert memory.adapter == (2 * 16 + 2 * 24) * 16
     rounded = (2 * 16 + 2 * 24) * 2
     assert memory.activations == 64 * kept + rounded
-    again = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4, recompute=True))
+    again = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=4, recompute=True), BASE)
     kept, _ = bytes_per_token(SHAPE, plan, 2, recompute=True, fused=True)
     assert again.activations == 64 * kept + rounded // 2
     assert memory.working == 64 * beside
     assert memory.total == memory.base + memory.adapter + memory.activations + memory.working
     # With long rows the products of queries and keys outweigh it: three heads' probabilities and their gradient.
-    long = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=64))
+    long = estimate_memory(plan, SHAPE, Pass(2, tokens=64, scored=10, longest=64), BASE)
     assert long.working == (2 * 64 * 64 * 3 + 64 * (3 * 12 + 4 * 5)) * 2
     # At most so many at once, and none where a kernel keeps them to itself.
-    many = estimate_memory(plan, SHAPE, Pass(2, tokens=1 << 16, scored=10, longest=1 << 16))
+    many = estimate_memory(plan, SHAPE, Pass(2, tokens=1 << 16, scored=10, longest=1 << 16), BASE)
     assert many.working == (2 * (1 << 19) * 3 + (1 << 16) * (3 * 12 + 4 * 5)) * 2
     # With a large vocabulary the logits of a chunk outweigh a layer's gradients.
     wide = replace(SHAPE, vocabulary=100_000)
     logits = (2 * 256 * 2 + 32 * 4) * 100_000 + 2 * 600 * 10 * 2
-    assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600, longest=8)).working == logits
+    assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600, longest=8), BASE).working == logits
 
 
 def test_adam_state_of_the_textbook_example() -> None:
     """16.8 M trainable parameters instead of 7 B: 0.27 GB of optimizer, gradient and master instead of 112 GB."""
     plan = plan_of(*[(4096, 4096)] * 256, r=8, base=7_000_000_000)
     assert plan.trainable == 16_777_216
-    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=0, scored=0, longest=0))
+    memory = estimate_memory(plan, SHAPE, Pass(2, tokens=0, scored=0, longest=0), BASE)
     assert memory.adapter == 16_777_216 * 16
-    assert memory.base == 14_000_000_000
 
 
 WIDTHS: dict[str, Any] = {
@@ -121,11 +126,18 @@ WIDTHS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("how", ["fused", "stock", "recomputed"])
+@pytest.mark.parametrize("how", ["fused", "stock", "recomputed", "nf4", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
     """What the allocator itself says a step holds at most, beyond the base, the adapter and its gradients."""
     model = tiny(family, **WIDTHS).to(torch.bfloat16)
+    quant = how if how in FORMATS else None
+    planned = BaseMemory.of(model, 2, quant)
+    if quant is not None:
+        quantize_linears(model, quant, torch.device("cpu"))
+        held_by_base = sum(tensor.numel() * tensor.itemsize for _, tensor in stored_in(base_modules(model)))
+        assert planned.weights + planned.constants == held_by_base
+        assert BaseMemory.of(model, 2, quant) == planned
     use_packed_attention(model)
     lora = lt.attach(model, lt.LoraConfig(r=8, target_modules="all-linear"))
     if how != "stock":
@@ -140,7 +152,7 @@ def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
     step()  # gradients stand from here on
     held = most_held(step)
     through = Pass(2, batch.computed_tokens, batch.supervised, 128, how == "recomputed", how != "stock")
-    memory = estimate_memory(lora.plan(), Shape.of(model), through)
+    memory = estimate_memory(lora.plan(), Shape.of(model), through, planned)
     assert memory.activations + memory.working == pytest.approx(held, rel=0.15)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from loratune.quant import FrozenWeight, frozen_weight
+from loratune.quant import frozen_weight
+from loratune.quant.weight import DenseWeight
 from tests.oracle import lora_reference as oracle
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -20,13 +21,13 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 def test_linear_and_conv1d_are_seen_as_the_same_map() -> None:
     for module in (nn.Linear(3, 5), Conv1D(5, 3)):
         weight = frozen_weight(module)
-        assert weight is not None
+        assert isinstance(weight, DenseWeight)
         assert weight.parameter is module.weight
         assert (weight.kind, weight.in_features, weight.out_features) == (type(module).__name__, 3, 5)
         delta = torch.randn(5, 3)
         x = torch.randn(2, 3)
         before = module(x)
-        module.weight.data = weight.plus(delta)
+        module.weight.data = weight.plus(delta)["weight"]
         assert torch.allclose(module(x), before + x @ delta.T, atol=1e-5)
 
 
@@ -91,8 +92,8 @@ def test_a_delta_is_added_wide_and_rounded_once(
     torch.manual_seed(seed)
     values = torch.randn(4, 6).to(stored)
     delta = torch.randn(4, 6, dtype=adding) * size
-    weight = FrozenWeight("any", nn.Parameter(values.T.clone() if transposed else values), transposed)
-    ours = weight.plus(delta)
+    weight = DenseWeight("any", nn.Parameter(values.T.clone() if transposed else values), transposed)
+    ours = weight.plus(delta)["weight"]
     assert ours.dtype == stored
     assert not ours.requires_grad
     total = oracle.exact(values) + oracle.exact(delta)
@@ -111,14 +112,14 @@ def test_fp64_is_not_rounded_by_way_of_fp32(stored: torch.dtype, sign: float) ->
     crumb = 2.0**-40
     delta = sign * torch.tensor([[step / 2 + crumb, step / 2 - crumb, 1.5 * step + crumb, 1.5 * step - crumb]]).double()
     delta += sign * torch.tensor([[crumb, -crumb, crumb, -crumb]], dtype=torch.float64)
-    ours = FrozenWeight("any", ones, transposed=False).plus(delta)
+    ours = DenseWeight("any", ones, transposed=False).plus(delta)["weight"]
     assert ours.tolist() == [[sign * (1 + k * step) for k in (1, 0, 2, 1)]]
 
 
 def test_what_does_not_fit_becomes_infinite_or_stays_nan() -> None:
-    weight = FrozenWeight("any", nn.Parameter(torch.zeros(1, 4, dtype=torch.float16)), transposed=False)
+    weight = DenseWeight("any", nn.Parameter(torch.zeros(1, 4, dtype=torch.float16)), transposed=False)
     delta = torch.tensor([[1e6, -1e300, torch.nan, torch.inf]], dtype=torch.float64)
-    ours = weight.plus(delta)
+    ours = weight.plus(delta)["weight"]
     assert ours[0, 0] == torch.inf
     assert ours[0, 1] == -torch.inf
     assert ours[0, 2].isnan()

@@ -130,7 +130,8 @@ def test_a_magnitude_left_out_of_the_merge(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_replaced_tensor_left_out_of_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Kind("modules trained whole")
-    monkeypatch.setattr(fold, "_once", lambda parameter, dtype: lambda: parameter.detach().to(dtype) * 1.5)
+    planted = lambda full, own, dtype: lambda: {full: own.detach().to(dtype) * 1.5}  # noqa: E731
+    monkeypatch.setattr(fold, "_once", planted)
     check = case.merged()
     assert not check.passed
     assert "lm_head.weight" in check.detail

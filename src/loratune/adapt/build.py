@@ -12,8 +12,8 @@ from loratune.adapt.plan import Target, TargetPlan
 from loratune.adapter import Factors, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
-from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, row_norms
-from loratune.quant import FrozenWeight, frozen_weight
+from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, residual_factors, row_norms
+from loratune.quant import FrozenWeight, frozen_weight, lost
 
 # A model's modules by their path.
 Modules = Mapping[str, nn.Module]
@@ -40,7 +40,7 @@ def fresh_parts(
         weight = _weight(modules, target.path)
         if (config.decomposes or config.use_dora) and not bool(weight.dense().isfinite().all()):
             raise AdapterStateError(f"{target.path}: its weight holds NaN or infinity", hint="nothing was adapted")
-        factors = _fresh(config, target, weight, generator_for(seed, ordinal, target.path))
+        factors = _fresh(config, target, modules, generator_for(seed, ordinal, target.path))
         start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
         low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
     replaced = {
@@ -62,7 +62,7 @@ def saved_parts(
         weight = _weight(modules, target.path)
         start = None
         if saved.config.decomposes:
-            began = _fresh(saved.config, target, weight, generator_for(0, target.path))
+            began = _fresh(saved.config, target, modules, generator_for(0, target.path))
             start = began.A, began.B
         factors = saved.factors[target.path]
         least = _finer(factors.A.dtype) if trainable else None
@@ -93,9 +93,14 @@ def _tied(modules: Modules, config: LoraConfig, replaced: dict[str, dict[str, Te
     }
 
 
-def _fresh(config: LoraConfig, target: Target, weight: FrozenWeight, generator: torch.Generator) -> Factors:
+def _fresh(config: LoraConfig, target: Target, modules: Modules, generator: torch.Generator) -> Factors:
+    weight = _weight(modules, target.path)
     init, r = config.init_lora_weights, target.r
-    if config.decomposes:
+    if init == "loftq":
+        residual = lost(modules[target.path])
+        assert residual is not None, f"{target.path} was planned to start from what its quantisation lost"
+        A, B = residual_factors(residual, r=r, scale=target.scale)
+    elif config.decomposes:
         A, B = decomposed_factors(str(init), weight.dense(), r=r, scale=target.scale, generator=generator)
     else:
         inner, outer = target.in_features, target.out_features
@@ -116,7 +121,7 @@ def _low_rank(
     weight: FrozenWeight,
     dtype: torch.dtype | None,
 ) -> LowRank:
-    device = weight.parameter.device
+    device = weight.device
     # The magnitude is compared with a norm in fp32: rounded, the start would not be the base.
     dtypes = {"magnitude": None}
     tensors = {

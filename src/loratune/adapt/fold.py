@@ -13,8 +13,9 @@ from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
 from loratune.quant import rounded_once
 
-# Full name of a base tensor → what computes its merged value.
-Merged = dict[str, Callable[[], Tensor]]
+# Full name of a merged tensor → what computes it; for a quantised weight, which has no tensor of its own, those that it
+# is stored in.
+Merged = dict[str, Callable[[], Mapping[str, Tensor]]]
 
 
 def fold(
@@ -48,18 +49,19 @@ def fold(
     problems |= _tied(placement, names, [name for name in merged if name not in problems])
     values: dict[str, Tensor] = {}
     for name in [name for name in merged if name not in problems]:
-        value = merged[name]()
-        if not bool(value.isfinite().all()):
+        found = merged[name]()
+        if not all(bool(value.isfinite().all()) for value in found.values()):
             problems[name] = "the merged tensor would hold NaN or infinity"
         elif keep_base:
-            values[name] = value
+            values |= found
     if problems:
         raise AdapterStateError([f"{name}: {why}" for name, why in problems.items()], hint="nothing was merged")
     begin()
     if not keep_base:
         # Computed again: all of them at once would be the second copy of the base that nobody asked for.
-        for name, compute in merged.items():
-            placement.base_tensor(name).data.copy_(compute())
+        for compute in merged.values():
+            for name, value in compute().items():
+                placement.base_tensor(name).data.copy_(value)
         return None
     kept = {name: placement.base_tensor(name).data for name in values}
     for name, value in values.items():
@@ -75,9 +77,9 @@ def unfold(placement: Placement, kept: Mapping[str, Tensor] | None) -> None:
             hint="load the base again, or merge with keep_base=True",
         )
     for name, original in kept.items():
-        parameter = placement.base_tensor(name)
+        tensor = placement.base_tensor(name)
         # The model may have moved since; where it has not, `to` returns the original itself.
-        parameter.data = original.to(parameter.device, parameter.dtype)
+        tensor.data = original.to(tensor.device, tensor.dtype)
 
 
 def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> tuple[Merged, dict[str, str]]:
@@ -86,45 +88,49 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
     problems: dict[str, str] = {}
     own = {full: parameter for name in names for full, parameter in placement.replaced(name).items()}
     for full, parameter in own.items():
-        merged[full] = _once(parameter, placement.base_tensor(full).dtype)
+        merged[full] = _once(full, parameter, placement.base_tensor(full).dtype)
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
         if low_ranks:
-            merged[f"{path}.weight"] = _weight(layer, low_ranks, dtype)
+            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, dtype)
         biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
         if biased and layer._parameters["bias"] is None:
             problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
         elif biased:
-            merged[f"{path}.bias"] = _bias(layer, biased, own.get(f"{path}.bias"), dtype)
+            merged[f"{path}.bias"] = _bias(path, layer, biased, own.get(f"{path}.bias"), dtype)
     return merged, problems
 
 
-def _weight(layer: LoraLayer, low_ranks: Sequence[LowRank], dtype: torch.dtype) -> Callable[[], Tensor]:
-    def value() -> Tensor:
+def _weight(
+    path: str, layer: LoraLayer, low_ranks: Sequence[LowRank], dtype: torch.dtype
+) -> Callable[[], Mapping[str, Tensor]]:
+    def values() -> Mapping[str, Tensor]:
         weight = weight_of(layer)
         dense = weight.dense(dtype)
         delta = low_ranks[0].delta(dense)
         for low_rank in low_ranks[1:]:
             delta = delta + low_rank.delta(dense)
-        return weight.plus(delta)
+        return {f"{path}.{name}": tensor for name, tensor in weight.plus(delta).items()}
 
-    return value
+    return values
 
 
-def _bias(layer: LoraLayer, biased: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def value() -> Tensor:
+def _bias(
+    path: str, layer: LoraLayer, biased: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype
+) -> Callable[[], Mapping[str, Tensor]]:
+    def values() -> Mapping[str, Tensor]:
         base = cast(Tensor, layer._parameters["bias"])
         total = (base if own is None else own).detach().to(dtype)
         for low_rank in biased:
             total = total + cast(Tensor, low_rank.bias).detach().to(dtype) * low_rank.scale
-        return rounded_once(total, base.dtype)
+        return {f"{path}.bias": rounded_once(total, base.dtype)}
 
-    return value
+    return values
 
 
-def _once(parameter: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _once(full: str, parameter: Tensor, dtype: torch.dtype) -> Callable[[], Mapping[str, Tensor]]:
     # A copy: the merged base must not share memory with the adapter.
-    return lambda: parameter.detach().clone().to(dtype)
+    return lambda: {full: parameter.detach().clone().to(dtype)}
 
 
 def _tied(placement: Placement, adapters: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -132,6 +138,9 @@ def _tied(placement: Placement, adapters: Sequence[str], names: Sequence[str]) -
     own = {full: parameter for adapter in adapters for full, parameter in placement.replaced(adapter).items()}
     problems = {}
     for name in names:
+        path, _, tensor = name.rpartition(".")
+        if placement.model.get_submodule(path)._parameters.get(tensor) is None:
+            continue  # quantised, and nobody else's
         together = {full for full, parameter in own.items() if parameter is own.get(name)}
         others = [owner for owner in owners[id(placement.base_tensor(name))] if owner not in {name, *together}]
         if others:

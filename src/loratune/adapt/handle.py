@@ -32,6 +32,7 @@ from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError, Refusals
 from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
+from loratune.quant import known_by, values_in
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
 ATTRIBUTE = "_loratune"
@@ -121,7 +122,10 @@ class Adapters:
 
     def count(self) -> Count:
         parameters = list(self.model.parameters())
-        return Count(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+        in_bits = sum(values_in(module) for _, module in base_modules(self.model))
+        return Count(
+            sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + in_bits
+        )
 
     def summary(self) -> str:
         """Trainable and total parameters, then one line for each kind of adapted module."""
@@ -365,7 +369,7 @@ class Adapters:
 
     def _base_hash(self, target_plan: TargetPlan) -> str | None:
         refuse_meta(self.base_parameters())
-        return base_hash(self.base_parameters(), target_plan, self._kept or {})
+        return base_hash(known_by(base_modules(self.model)), target_plan, self._kept or {})
 
     def _base_name(self) -> str | None:
         name = getattr(self.model, "name_or_path", None)

@@ -25,7 +25,7 @@ from loratune.lora import (
     replace_in,
     unbind_recomputation,
 )
-from loratune.quant import FrozenWeight, frozen_weight
+from loratune.quant import FrozenWeight, frozen_weight, keep_readable
 
 
 class Placement:
@@ -60,6 +60,7 @@ class Placement:
         for path, low_rank in parts.low_ranks.items():
             layer = self.layers.get(path)
             if layer is None:
+                keep_readable(modules[path])
                 layer = adapt_in_place(modules[path], self.state, path, weight_of)
                 self.layers[path] = layer
             low_rank.training = layer.training
@@ -147,10 +148,12 @@ class Placement:
                 found[full] = f"the adapter's own is {tuple(own.shape)}, the base's {there}"
         return found
 
-    def base_tensor(self, full_name: str) -> nn.Parameter:
-        """The base's own parameter of that name, whatever stands in its place now."""
+    def base_tensor(self, full_name: str) -> Tensor:
+        """The base's own tensor of that name, whatever stands in its place now; a quantised one is a buffer."""
         path, _, name = full_name.rpartition(".")
-        return cast(nn.Parameter, self.model.get_submodule(path)._parameters[name])
+        module = self.model.get_submodule(path)
+        found = module._parameters.get(name)
+        return cast(Tensor, module._buffers[name] if found is None else found)
 
 
 def _refuse_covered(modules: Modules) -> None:

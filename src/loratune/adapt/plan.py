@@ -11,7 +11,7 @@ from torch import nn
 from loratune.adapt.heads import new_heads, output_head, task_of_class, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
-from loratune.config import ALL_LINEAR, LoraConfig
+from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
 from loratune.config.lora import fully_matches, name_matches, pattern_matches
 from loratune.errors import TargetError, nearest
 from loratune.lora import (
@@ -23,7 +23,7 @@ from loratune.lora import (
     patched_forward,
     scale_of,
 )
-from loratune.quant import frozen_weight
+from loratune.quant import QuantizedLinear, frozen_weight, values_in, why_unreadable
 
 _SHOWN_NAMES = 40
 # Under this name `torch.compile`'s wrapper holds what it was given.
@@ -149,14 +149,15 @@ class _Planner:
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
         self._check_compiled([*chosen, *(part.path for part in replaced)])
-        if not targets and not self.problems:
+        if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")
         return self._found(targets, replaced, saved)
 
     def _found(self, targets: list[Target], replaced: list[Replacement], saved: list[str]) -> TargetPlan:
         return TargetPlan(
             tuple(targets),
-            sum(parameter.numel() for _, parameter in base_parameters(self.model)),
+            sum(parameter.numel() for _, parameter in base_parameters(self.model))
+            + sum(values_in(module) for module in self.modules.values()),
             tuple(replaced),
             tuple(saved),
             tuple(self.notes),
@@ -175,6 +176,10 @@ class _Planner:
             self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
         if r % 2 and config.init_lora_weights == "orthogonal":
             self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
+        if config.init_lora_weights == "loftq" and not self.of_file and not _keeps_original(module):
+            self.problems.append(f"{path}: init='loftq' starts from what quantising the base lost, which is not known")
+        if (why_not := why_unreadable(module)) is not None:
+            self.problems.append(f"{path}: {why_not}")
         if has_own(module, "lora") and not isinstance(module, LoraLayer):
             self.problems.append(f"{path}: it has an attribute called 'lora' already, where the adapter would stand")
         if patched_forward(module):
@@ -191,6 +196,8 @@ class _Planner:
             wanted = self._preset()
             if wanted is None:
                 return []
+        if wanted == NO_TARGETS:
+            return []
         if wanted == ALL_LINEAR:
             left_alone = self._left_alone()
             return [path for path in self.linears if path not in left_alone]
@@ -291,6 +298,12 @@ class _Planner:
             if names
             else "it has no linear modules"
         )
+
+
+def _keeps_original(module: nn.Module) -> bool:
+    weight = frozen_weight(module)
+    planned = weight is not None and weight.device.type == "meta"  # it will be quantised once it is there
+    return planned or (isinstance(module, QuantizedLinear) and bool(module.original))
 
 
 def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:

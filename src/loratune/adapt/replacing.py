@@ -13,6 +13,7 @@ from loratune.config import LoraConfig
 from loratune.config.lora import name_matches
 from loratune.errors import nearest
 from loratune.lora import Adapting, has_own, names_by_parameter
+from loratune.quant import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,10 @@ def _check_saved(root: str, inside: Mapping[str, nn.Module], targets: Collection
     ]
     if buffers:
         problems.append(f"modules_to_save: {root!r} keeps running values, which no adapter can hold: {buffers[0]}")
-    if not any(parameter is not None for module in inside.values() for parameter in module._parameters.values()):
+    bits = [f"{path} ({module.format})" for path, module in inside.items() if isinstance(module, QuantizedLinear)]
+    if bits:
+        problems.append(f"modules_to_save: {root!r} holds a quantised weight, which cannot be trained: {bits[0]}")
+    elif not any(parameter is not None for module in inside.values() for parameter in module._parameters.values()):
         problems.append(f"modules_to_save: {root!r} has no parameters")
 
 

@@ -8,23 +8,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratune.adapt.plan import TargetPlan
 from loratune.adapter import Origin, SavedAdapter
 from loratune.errors import AdapterFileError
+from loratune.quant import Sample
 
 _log = logging.getLogger("loratune")
 
 
 def base_hash(
-    parameters: Iterable[tuple[str, nn.Parameter]], target_plan: TargetPlan, kept: Mapping[str, Tensor]
+    tensors: Iterable[tuple[str, Tensor | Sample]], target_plan: TargetPlan, kept: Mapping[str, Tensor]
 ) -> str | None:
     """Which base an adapter with this plan stands on: all but the tensors that it has its own of.
 
     A new head is drawn anew whenever the base is loaded, and the adapter brings its own.
 
     Args:
+        tensors: of the base, by name; of those that are quantised, what they were known by before.
         kept: what merged tensors were before.
 
     Returns:
@@ -34,8 +36,8 @@ def base_hash(
     from loratune.model import fingerprint
 
     own = {full for part in target_plan.replaced for full in part.full_names()}
-    base = [(name, kept.get(name, parameter)) for name, parameter in parameters if name not in own]
-    if any(tensor.dtype == torch.float16 for _, tensor in base):
+    base = [(name, kept.get(name, tensor)) for name, tensor in tensors if name not in own]
+    if any(isinstance(tensor, Tensor) and tensor.dtype == torch.float16 for _, tensor in base):
         return None
     return fingerprint(base, finite=False)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from loratune.adapter.card import about_of
 from loratune.adapter.keys import DTYPES, HEADS_OF_TASK, from_keys, surplus_keys, to_keys
 from loratune.adapter.value import Factors, Origin, SavedAdapter
-from loratune.config import LoraConfig
+from loratune.config import NO_TARGETS, LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.errors import AdapterFileError, ConfigError, Refusals
 from loratune.files import finish, to_json, write_together
@@ -91,8 +91,9 @@ def _read_contents(
     surplus = surplus_keys(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
     factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
-    if not factors and not problems:
-        problems.append("it holds no low-rank tensors")
+    expected = config is None or config.target_modules != NO_TARGETS
+    if not factors and not problems and (expected or not replaced):
+        problems.append(f"it holds no {'low-rank ' if expected else ''}tensors")
     if problems:
         hint = "the file is damaged, or holds another kind of adapter"
         raise AdapterFileError([f"{path}: {problem}" for problem in problems], hint=hint)

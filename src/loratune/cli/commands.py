@@ -238,7 +238,7 @@ def merge(
     from loratune.run.merge import merge as fold_in
     from loratune.run.opened import open_run
 
-    found = fold_in(open_run(run, base=base, dtype=dtype, any_tokenizer=any_tokenizer), out)
+    found = fold_in(open_run(run, base=base, dtype=dtype, any_tokenizer=any_tokenizer, decoded=True), out)
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
@@ -289,15 +289,19 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
     modules += [
         [m["name"], m["count"], "its own", "", "", f"{m['parameters']:,}"] for m in found["adapter"]["replaced"]
     ]
-    memory = found["memory"]
-    sizes = [[name, gigabytes(memory[name])] for name in ("base", "adapter", "activations", "working", "total")]
+    memory, parts = found["memory"], ("base", "constants", "masters", "gradients", "optimizer", "activations")
+    planned = {"this run": memory, **found["methods"]}
+    sizes = [
+        [name, *(gigabytes(one[name]) for one in planned.values())] for name in (*parts, "logits", "layer", "total")
+    ]
     text = [
         *([found["data"]] if "data" in found else []),
         found["line"] + (f" · lr {found['lr']:g} · {found['steps']} steps" if "steps" in found else ""),
         table(["module", "count", "weight", "r", "each", "trainable"], modules),
         _layer_line(found),
         "",
-        table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", ""], sizes),
+        table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", *planned], sizes),
+        "logits and a layer's gradients are never there together: the total has the larger",
         "",
         *found["decisions"],
         *found["notes"],

@@ -17,8 +17,10 @@ from loratune.config.setting import Settings, setting
 from loratune.errors import ConfigError, nearest
 
 ALL_LINEAR = "all-linear"
+# No low-rank terms, only biases or whole modules; the word that peft has for it.
+NO_TARGETS = "dummy-target-modules"
 # Starts by name; "pissa_niter_N" too, which approximates PiSSA's decomposition in N rounds.
-INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora")
+INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora", "loftq")
 # A pattern for the end of a path that starts at a dot.
 ANCHORED = r"(.*\.)?({})"
 # Beyond any use; larger ones overflow memory or fp32.
@@ -84,7 +86,8 @@ class LoraConfig(Settings):
     init_lora_weights: bool | str = setting(
         True,
         "start of A and B: true = A Kaiming uniform, gaussian = A from N(0, 1/r²), B zero in both; swapped = A zero; "
-        "orthogonal; pissa, pissa_niter_N, olora = from the weight itself; false = both random",
+        "orthogonal; pissa, pissa_niter_N, olora = from the weight itself; loftq = from what quantising the base lost; "
+        "false = both random",
         flag="init",
         group=_ADAPTER,
     )
@@ -96,7 +99,7 @@ class LoraConfig(Settings):
         None, "modules that train whole and are saved with the adapter", flag="save-modules", group=_ADAPTER
     )
     ensure_weight_tying: bool = setting(
-        False, "modules_to_save brings along what is tied to them: both train as one and stay tied", flag=""
+        False, "modules_to_save brings along what is tied to them: both train as one and stay tied", group=_ADAPTER
     )
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import field_validator
 
-from loratune.config.lora import ALL_LINEAR, LoraConfig, known_init
+from loratune.config.lora import ALL_LINEAR, NO_TARGETS, LoraConfig, known_init
 from loratune.config.setting import Settings, like, setting
 
 _RUN, _DATA, _ADAPTER, _OPTIMISATION, _MACHINE = "Run", "Data", "Adapter", "Optimisation", "Machine"
@@ -17,7 +18,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
+    "qlora": {"quant": "nf4"},
+    "full": {"target_modules": NO_TARGETS, "ensure_weight_tying": True},
+    "bitfit": {"target_modules": NO_TARGETS, "bias": "all"},
 }
+# What a method without low-rank terms has no use for.
+_OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform")
+_METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "full", "bitfit"]
 
 
 class TrainConfig(Settings):
@@ -65,9 +72,10 @@ class TrainConfig(Settings):
         None, "rows that begin alike are drawn into the same step, a few of several groups at random", group=_DATA
     )
 
-    method: Literal["lora", "rslora", "dora", "pissa"] = setting(
-        "lora", "preset of the adapter's settings", group=_ADAPTER
-    )
+    method: _METHOD = setting(
+        "lora", "preset of what is trained: low-rank adapters of some kind, biases (bitfit), or all of it (full)",
+        group=_ADAPTER,
+    )  # fmt: skip
     r: int | None = like(LoraConfig, "r", None)
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
     lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)
@@ -79,6 +87,7 @@ class TrainConfig(Settings):
     init_lora_weights: bool | str = like(LoraConfig, "init_lora_weights", True)
     bias: Literal["none", "lora_only", "all"] = like(LoraConfig, "bias", "none")
     modules_to_save: tuple[str, ...] | None = like(LoraConfig, "modules_to_save", None)
+    ensure_weight_tying: bool = like(LoraConfig, "ensure_weight_tying", False)
 
     epochs: float | None = setting(None, "passes over the training rows", group=_OPTIMISATION, gt=0)
     max_steps: int | None = setting(None, "optimizer steps, whatever the epochs say", group=_OPTIMISATION, ge=1)
@@ -103,6 +112,9 @@ class TrainConfig(Settings):
     )
     dtype: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE
+    )
+    quant: Literal["nf4", "int8"] | None = setting(
+        None, "keep the base's linear layers in four bits (nf4) or eight (int8); A and B stay in fp32", group=_MACHINE
     )
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; the best one when not given", group=_MACHINE)
 
@@ -141,6 +153,23 @@ class TrainConfig(Settings):
                     f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}"
                 )
             found[name] = implied
+        problems += _unfit(found)
         if found.get("group_prefixes") is True and found.get("share_prefixes") is False:
             problems.append("group_prefixes=True contradicts share_prefixes=False: only shared prefixes gain by groups")
         return found
+
+
+def _unfit(found: dict[str, Any]) -> Iterator[str]:
+    """What the method and the base's format leave no place for."""
+    method = found.get("method", "lora")
+    if METHODS.get(str(method), {}).get("target_modules") == NO_TARGETS:
+        given = [name for name in _OF_LOW_RANK if found.get(name) not in (None, False)]
+        yield from (
+            f"{name}={found[name]!r} is for low-rank adapters, and method={method!r} has none" for name in given
+        )
+    if method == "full" and found.get("quant") is not None:
+        yield f"quant={found['quant']!r}: method='full' trains every weight, and a quantised one cannot be trained"
+    if method == "full" and found.get("modules_to_save") is not None:
+        yield "modules_to_save says which modules train whole: with method='full' all do"
+    if found.get("init_lora_weights") == "loftq" and found.get("quant") is None:
+        yield "init_lora_weights='loftq' starts from what quantising the base lost: say quant='nf4', or method='qlora'"

@@ -1,6 +1,7 @@
 """The accounting, from configs alone: parameters, memory, arithmetic, time."""
 
 from loratune.estimation.memory import (
+    BaseMemory,
     MemoryEstimate,
     Pass,
     Shape,
@@ -13,6 +14,7 @@ from loratune.estimation.speed import RECOMPUTED_FORWARDS, STEP_FORWARDS, forwar
 __all__ = [
     "RECOMPUTED_FORWARDS",
     "STEP_FORWARDS",
+    "BaseMemory",
     "MemoryEstimate",
     "Pass",
     "Shape",

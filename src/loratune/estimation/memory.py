@@ -9,9 +9,10 @@ from torch import nn
 
 from loratune.adapt import TargetPlan
 from loratune.loss import positions_at_once
-from loratune.model import pairs_at_once
+from loratune.model import kept_whole, pairs_at_once
+from loratune.quant import FORMATS, quantized_format, shapes_in_bits
 
-_ADAM_BYTES = 16  # fp32 master, gradient and two moments
+_MASTER = 4  # bytes of fp32, in which masters, gradients and moments are
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +80,67 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseMemory:
+    """Bytes of a base.
+
+    Attributes:
+        constants: what quantised weights are decoded with. decoded: what stands beside them while the largest is.
+    """
+
+    weights: int
+    constants: int = 0
+    decoded: int = 0
+
+    @classmethod
+    def of(cls, model: Any, itemsize: int, quant: str | None) -> BaseMemory:
+        """Of a model in a dtype of `itemsize` bytes, with its linear layers in a format of few bits or not.
+
+        The model may be quantised already, or on the meta device.
+        """
+        dense = sum(p.numel() for p in model.parameters()) * itemsize
+        if quant is None:
+            return cls(dense)
+        held, shapes = FORMATS[quant], shapes_in_bits(model, kept_whole(model))
+        sizes = [out * inner for out, inner in shapes]
+        if quantized_format(model) is None:
+            dense -= sum(sizes) * itemsize
+        codes, constants = (sum(part) for part in zip(*map(held.bytes_of, shapes), strict=True))
+        return cls(dense + codes, constants, max(sizes) * (itemsize + held.decoded_bytes))
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes at the peak of a step.
 
     Attributes:
-        adapter: masters, gradients and both moments of Adam. activations: kept for the backward pass.
-        working: what stands beside them for a moment, of logits or of one layer's gradients.
+        base: its weights, in its dtype or quantised. constants: what quantised ones are decoded with.
+        masters: what trains, in fp32. gradients: of these. optimizer: both moments of Adam.
+        activations: kept for the backward pass, with what trains rounded to the base's dtype.
+        logits: what stands beside them for a moment where the loss is formed. layer: where one layer's gradients are.
     """
 
     base: int
-    adapter: int
+    constants: int
+    masters: int
+    gradients: int
+    optimizer: int
     activations: int
-    working: int
+    logits: int
+    layer: int
+
+    @property
+    def adapter(self) -> int:
+        """What training holds of each trained parameter."""
+        return self.masters + self.gradients + self.optimizer
+
+    @property
+    def working(self) -> int:
+        """The larger of what stands there for a moment; never both."""
+        return max(self.logits, self.layer)
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.activations + self.working
+        return self.base + self.constants + self.adapter + self.activations + self.working
 
 
 def bytes_per_token(shape: Shape, plan: TargetPlan, itemsize: int, *, recompute: bool, fused: bool) -> tuple[int, int]:
@@ -128,8 +174,12 @@ def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
     return attention + norms + gated
 
 
-def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEstimate:
-    """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it."""
+def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory) -> MemoryEstimate:
+    """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it.
+
+    Args:
+        base: what the model itself holds.
+    """
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
     # A and B in the base's dtype, of all layers or of the one that is computed again.
@@ -140,10 +190,14 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass) -> MemoryEsti
     logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
     beside = through.tokens * (layer - _block_gradients(shape, size)) + _products(shape, through)
     return MemoryEstimate(
-        plan.base_parameters * size,
-        plan.trainable * _ADAM_BYTES,
-        through.tokens * kept + rounded,
-        max(logits, through.tokens * layer, beside),
+        base=base.weights,
+        constants=base.constants,
+        masters=plan.trainable * _MASTER,
+        gradients=plan.trainable * _MASTER,
+        optimizer=plan.trainable * 2 * _MASTER,
+        activations=through.tokens * kept + rounded,
+        logits=logits,
+        layer=max(through.tokens * layer, beside) + base.decoded,
     )
 
 

@@ -2,7 +2,7 @@
 
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, lora_parameters, row_norms, scale_of
-from loratune.lora.init import decomposed_factors, generator_for, initial_factors
+from loratune.lora.init import decomposed_factors, generator_for, initial_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
@@ -56,6 +56,7 @@ __all__ = [
     "put_on",
     "release",
     "replace_in",
+    "residual_factors",
     "row_norms",
     "scale_of",
     "selecting",

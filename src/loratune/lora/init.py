@@ -61,8 +61,23 @@ def decomposed_factors(
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
         U, S, Vh = leading_directions(W, r + _OVERSAMPLED, rounds=int(rounds), generator=generator)
+    return _shared(U, S, Vh, r, scale)
+
+
+def _shared(U: Tensor, S: Tensor, Vh: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The leading r directions as A and B, the singular values shared by both."""
     root = (S[:r] / scale).sqrt()
     return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
+
+
+def residual_factors(residual: Tensor, *, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) in fp32 with s · B A the best approximation of rank r of `residual` (out, in).
+
+    With what quantising a weight lost as the residual it is LoftQ of one round (Li et al., arXiv:2310.08659, algorithm
+    1); more rounds would quantise another matrix than the base's, which all adapters share.
+    """
+    U, S, Vh = torch.linalg.svd(residual.detach().float(), full_matrices=False)
+    return _shared(U, S, Vh, r, scale)
 
 
 def leading_directions(

@@ -59,7 +59,7 @@ class LoraLayer(Adapting):
         low_rank = cast(LowRank, self.lora[active[0]])
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
         drawn = self.training and low_rank.dropout > 0 and view.counter is None
-        return None if drawn or cast(Tensor, self.weight).requires_grad or low_rank.magnitude is not None else low_rank
+        return None if drawn or low_rank.magnitude is not None else low_rank
 
     def _projection(self, low_rank: LowRank) -> Projection:
         bias = cast("Tensor | None", self.bias)
@@ -70,11 +70,11 @@ class LoraLayer(Adapting):
         return y if low_rank.bias is None else y + (low_rank.bias * low_rank.scale).to(y.dtype)
 
     def _affine(self) -> bool:
-        """Whether the adapted class computes W x + b and nothing else."""
-        forward = base_of(type(self)).forward
-        return forward is nn.Linear.forward or (
-            forward.__qualname__ == "Conv1D.forward" and forward.__module__.startswith("transformers.")
-        )
+        """Whether the module computes W x + b and nothing else, with its own frozen W."""
+        own = self._parameters.get("weight")
+        if own is not None and (own.requires_grad or self.weight is not own):
+            return False
+        return self.lora_weight(self).computed_by(base_of(type(self)).forward)
 
     def _dropping(self, low_rank: LowRank, counter: TokenCounter | None) -> Linear | None:
         """What A sees of its input, where that is not all of it."""

@@ -31,6 +31,10 @@ class Weight(Protocol):
         """(out_features, in_features), in the stored dtype unless told."""
         ...
 
+    def computed_by(self, forward: Callable[..., Any]) -> bool:
+        """Whether `forward`, of the module's class, computes W x + b and nothing else."""
+        ...
+
 
 class Projection(NamedTuple):
     """base(x) + s · B A x.

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from loratune.errors import ModelError
+from loratune.quant import Sample
 
-_SAMPLE = 1024
 
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, finite: bool = True) -> str:
-    """A hash of names, shapes and up to 1024 evenly spaced values of each tensor, rounded to bf16.
-
-    Rounded, so that one base loaded in fp32 and in bf16 is one base; sampled, so that a large one takes seconds.
+def fingerprint(tensors: Iterable[tuple[str, Tensor | Sample]], *, finite: bool = True) -> str:
+    """A hash of names, shapes and a sample of each tensor.
 
     Args:
         finite: look at every value too.
@@ -27,12 +24,11 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, finite: bool = True) -
     digest = hashlib.sha256()
     broken = []
     for name, tensor in tensors:
-        values = tensor.detach().reshape(-1)
-        if finite and not bool(torch.isfinite(values).all()):
+        if finite and isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
             broken.append(f"{name}: holds NaN or infinity")
-        sample = values[:: max(1, values.numel() // _SAMPLE)][:_SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        sample = Sample.of(tensor) if isinstance(tensor, Tensor) else tensor
+        digest.update(f"{name}{sample.shape}".encode())
+        digest.update(sample.values.view(torch.int16).numpy().tobytes())
     if broken:
         raise ModelError(broken, hint="the base's files are damaged: fetch or convert them again")
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loratune.lora import put_on, together
 from loratune.model.fused import Fused
 from loratune.model.triton_trial import kernels_for
+from loratune.quant import frozen_weight
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -128,10 +129,11 @@ def fuse_gated(module: nn.Module) -> bool:
     """Mix `FusedGated` in where the module is such a block; says whether. Tried on the module at hand."""
     if not is_gated(module):
         return False
-    weight = cast(nn.Module, module._modules.get("gate_proj", module._modules.get("gate_up_proj"))).weight
-    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
+    weight = frozen_weight(cast(nn.Module, module._modules.get("gate_proj", module._modules.get("gate_up_proj"))))
+    if weight is None or weight.device.type == "meta":
         return False
-    x = torch.linspace(-2, 2, weight.shape[1], device=weight.device, dtype=weight.dtype).view(1, 1, -1)
+    dtype = weight.dense().dtype
+    x = torch.linspace(-2, 2, weight.in_features, device=weight.device, dtype=dtype).view(1, 1, -1)
     with torch.no_grad():
         y, (gate, up) = module(x), _gate_and_up(module, x)
         for name in _ACTIVATIONS:

@@ -14,6 +14,7 @@ from loratune.lora import base_modules, put_on, selecting, take_off, wears
 from loratune.model.fused import Fused, agree
 from loratune.model.modes import evaluating
 from loratune.model.self_attention import FusedAttention, trial_inputs
+from loratune.quant import frozen_weight
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
@@ -59,7 +60,9 @@ def ends_early(model: nn.Module) -> bool:
 
 def _tried(layer: nn.Module) -> bool:
     attention = cast(nn.Module, layer.self_attn)
-    weight = cast(Tensor, cast(nn.Module, attention.q_proj).weight)
+    frozen = frozen_weight(cast(nn.Module, attention.q_proj))
+    assert frozen is not None, "the attention above it was tried and found to be fused"
+    weight = frozen.dense()
     inputs = trial_inputs(attention, weight)
     scored = torch.tensor([3, 8, 14], device=weight.device)
     try:

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune.errors import ConfigError, MissingExtraError, ModelError
+from loratune.errors import ConfigError, MissingExtraError, ModelError, nearest
 from loratune.files import new_folder
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
+from loratune.quant import FORMATS, known_by, quantize, quantized_format
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Base:
 
     Attributes:
         name: what the user called it; written into adapters as their base.
-        fingerprint: tells one base from another, whatever the dtype.
+        fingerprint: tells one base from another, whatever the dtype and the format of its weights.
+        quant: the format in which its linear layers are kept, or None where they are dense.
     """
 
     model: PreTrainedModel
@@ -39,6 +42,7 @@ class Base:
     precision: Precision
     device: torch.device
     fingerprint: str
+    quant: str | None = None
 
     @property
     def pad_id(self) -> int:
@@ -47,8 +51,20 @@ class Base:
         return int(pad) if pad is not None else 0
 
 
-def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> Base:
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    quant: str | None = None,
+    keep_originals: bool = False,
+) -> Base:
     """Load a base for adaptation: evaluation mode, frozen, every weight present and finite.
+
+    Args:
+        quant: a format of `loratune.quant.FORMATS` in which its linear layers are kept; the head, embeddings and norms
+            stay in `dtype`, and so does what is computed.
+        keep_originals: hold on to the weights before quantisation, for `init_lora_weights="loftq"`.
 
     Raises:
         ModelError: not found, of an unsupported kind, incomplete, or holding NaN.
@@ -61,32 +77,61 @@ def load_base(name: str, *, dtype: str = "auto", device: str | None = None) -> B
         model, info = _load(folder, dtype=precision.dtype)
     _refuse_incomplete(name, info)
     model.name_or_path = model.config._name_or_path = name
+    known = fingerprint(model.named_parameters())
+    if quant is not None:
+        quantize_linears(model, quant, where, keep_originals=keep_originals)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
     revision = getattr(model.config, "_commit_hash", None)
-    return Base(
-        model, load_tokenizer(name), name, source, revision, precision, where, fingerprint(model.named_parameters())
-    )
+    return Base(model, load_tokenizer(name), name, source, revision, precision, where, known, quant)
 
 
-def find_base(model: Any, tokenizer: Any = None, *, dtype: str = "auto", device: str | None = None) -> Base:
+def quantize_linears(model: PreTrainedModel, quant: str, device: torch.device, *, keep_originals: bool = False) -> None:
+    """Keep the model's linear layers but its output head in a format of few bits.
+
+    Raises:
+        ConfigError: an unknown format, or a model without linear layers. MissingExtraError: its package is missing.
+    """
+    if quant not in FORMATS:
+        raise ConfigError(f"quant={quant!r}: no such format{nearest(quant, list(FORMATS))}", hint=" or ".join(FORMATS))
+    if not quantize(model, quant, device=device, leave=kept_whole(model), keep_originals=keep_originals):
+        raise ConfigError(f"quant={quant!r}: this model has no linear layers", hint="leave --quant out")
+
+
+def kept_whole(model: PreTrainedModel) -> list[nn.Module]:
+    """What is not quantised whatever it is: the output head."""
+    head = model.get_output_embeddings()
+    return [head] if isinstance(head, nn.Module) else []
+
+
+def find_base(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    quant: str | None = None,
+    keep_originals: bool = False,
+) -> Base:
     """The base that `model` names, or is."""
     if isinstance(model, PreTrainedModel):
-        _refuse_moving(model, dtype, device)
+        _refuse_changing(model, dtype, device, quant)
         return base_of(model, tokenizer)
     if not isinstance(model, str | os.PathLike):
         raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
-    return load_base(os.fspath(model), dtype=dtype, device=device)
+    return load_base(os.fspath(model), dtype=dtype, device=device, quant=quant, keep_originals=keep_originals)
 
 
-def _refuse_moving(model: PreTrainedModel, dtype: str, device: str | None) -> None:
-    """A loaded model is somebody's: it is neither moved nor cast, and told to be elsewhere it is refused."""
+def _refuse_changing(model: PreTrainedModel, dtype: str, device: str | None, quant: str | None) -> None:
+    """A loaded model is somebody's: it is neither moved, cast nor quantised, and told to be otherwise it is refused."""
     problems = []
     where = next(model.parameters()).device
     if device is not None and pick_device(device) != where and device != where.type:
         problems.append(f"device={device!r}: the loaded model is on {where}")
     if dtype != "auto" and pick_dtype(dtype, where).dtype != model.dtype:
         problems.append(f"dtype={dtype!r}: the loaded model is in {str(model.dtype).removeprefix('torch.')}")
+    if quant is not None and quantized_format(model) != quant:
+        problems.append(f"quant={quant!r}: the loaded model's weights are in {quantized_format(model) or 'full'}")
     if problems:
         raise ConfigError(problems, hint="move or cast it before, or leave the setting out")
 
@@ -105,7 +150,8 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
         getattr(model.config, "_commit_hash", None),
         Precision(model.dtype, "the loaded model's"),
         device,
-        fingerprint(model.named_parameters()),
+        fingerprint(known_by(model.named_modules())),
+        quantized_format(model),
     )
 
 

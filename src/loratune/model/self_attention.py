@@ -12,6 +12,7 @@ from loratune.model.attention import NAME, CannotPackError, packed_attention, pa
 from loratune.model.fused import Fused, agree
 from loratune.model.modes import evaluating
 from loratune.model.rotary import rotated
+from loratune.quant import frozen_weight
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -68,14 +69,14 @@ def fuse_attention(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     if not module._modules.keys() >= {*_PROJECTIONS, "o_proj"} or getattr(config, "_attn_implementation", None) != NAME:
         return False
-    weight = cast(nn.Module, module.q_proj).weight
-    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
+    weight = frozen_weight(cast(nn.Module, module.q_proj))
+    if weight is None or weight.device.type == "meta":
         return False
     # What clips its heads computes the same only as long as nothing is large enough to be clipped.
     head_dim = getattr(module, "head_dim", None)
     if not isinstance(head_dim, int) or head_dim % 2 or getattr(config, "clip_qkv", None) is not None:
         return False
-    fits = _tried(module, weight)
+    fits = _tried(module, weight.dense())
     if not fits:
         take_off(module, FusedAttention.order)
         vars(module).pop("attention_asks", None)

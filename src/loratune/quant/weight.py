@@ -1,16 +1,62 @@
-"""Dense weights: `nn.Linear` stores (out, in), GPT-2's `Conv1D` stores (in, out)."""
+"""What a frozen weight is to everybody else, and the dense ones.
+
+`nn.Linear` stores (out, in), GPT-2's `Conv1D` (in, out).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
+class FrozenWeight(Protocol):
+    """A module's weight seen as the linear map from `in_features` to `out_features`, however it is stored."""
+
+    @property
+    def kind(self) -> str:
+        """What is shown: the module's class, or the format."""
+        ...
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def version(self) -> int:
+        """Grows with every change in place."""
+        ...
+
+    @property
+    def requires_grad(self) -> bool: ...
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(out_features, in_features), detached, in the stored dtype unless told."""
+        ...
+
+    def computed_by(self, forward: Callable[..., Any]) -> bool:
+        """Whether `forward`, of the module's class, computes W x + b and nothing else."""
+        ...
+
+    def plus(self, delta: Tensor) -> Mapping[str, Tensor]:
+        """What the module's tensors become, by name, with `delta` (out, in) added.
+
+        Added in the delta's dtype (fp32 or fp64) and rounded once to what is stored.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class FrozenWeight:
-    """A module's weight seen as the linear map from `in_features` to `out_features`.
+class DenseWeight:
+    """A weight in a floating dtype.
 
     Attributes:
         parameter: the tensor the module multiplies by.
@@ -30,22 +76,29 @@ class FrozenWeight:
         return self.parameter.shape[1 if self.transposed else 0]
 
     @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @property
     def version(self) -> int:
-        """Grows with every change in place."""
         return self.parameter._version
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.parameter.requires_grad
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(out_features, in_features), detached, in the stored dtype unless told."""
         stored = self.parameter.detach()
         return (stored.T if self.transposed else stored).to(dtype or stored.dtype)
 
-    def plus(self, delta: Tensor) -> Tensor:
-        """The weight with `delta` (out, in) added, in the stored layout and dtype.
+    def computed_by(self, forward: Callable[..., Any]) -> bool:
+        if self.transposed:
+            return forward.__qualname__ == "Conv1D.forward" and forward.__module__.startswith("transformers.")
+        return forward is nn.Linear.forward
 
-        Added in the delta's dtype (fp32 or fp64) and rounded once to the weight's.
-        """
+    def plus(self, delta: Tensor) -> Mapping[str, Tensor]:
         stored = delta.T if self.transposed else delta
-        return rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)
+        return {"weight": rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)}
 
 
 def rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,15 +114,15 @@ def rounded_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((cut != 0) & even, other, near).to(dtype)
 
 
-def frozen_weight(module: nn.Module) -> FrozenWeight | None:
-    """The module's weight, or None where it is not a linear map this package can adapt."""
+def dense_weight(module: nn.Module) -> DenseWeight | None:
+    """The module's weight where it is a linear map of plain numbers, else None."""
     # The module's own, whatever an adapter puts in its place while it is active.
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not torch.is_floating_point(weight):
         return None
     if isinstance(module, nn.Linear):
-        return FrozenWeight("Linear", weight, transposed=False)
+        return DenseWeight("Linear", weight, transposed=False)
     # transformers' Conv1D is recognised by its name and its `nf`, so that nothing here imports transformers.
     if any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf"):
-        return FrozenWeight("Conv1D", weight, transposed=True)
+        return DenseWeight("Conv1D", weight, transposed=True)
     return None

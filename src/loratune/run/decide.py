@@ -86,6 +86,9 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     """Epochs, steps, rank, alpha, dropout and learning rate, in that order: later ones use earlier ones."""
     steps_per_epoch = math.ceil(fit.rows / decisions["batch_size"])
     _decide_steps(decisions, fit.rows, steps_per_epoch)
+    if not parameters_per_rank:
+        _decide_rate(decisions, hidden)
+        return
     r = _decide_rank(decisions, fit.supervised_tokens, parameters_per_rank)
     decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
     decisions.decide("lora_alpha", 2 * r, "twice the rank")
@@ -138,7 +141,9 @@ def _decide_rate(decisions: Decisions, hidden: int) -> None:
     if decisions["optimizer"] != "adamw":
         raise ConfigError(f"lr: no rate is known for {decisions['optimizer']}", hint="give one with --lr")
     rate, why = learning_rate(hidden)
-    if decisions["use_rslora"]:
+    if decisions["method"] == "full":
+        rate, why = float(f"{rate / 10:.2g}"), why.removeprefix("10 × ")
+    if decisions.values.get("use_rslora"):
         rate = float(f"{rate / math.sqrt(decisions['r']):.2g}")
         why += ", divided by √r because rsLoRA scales by α/√r"
     decisions.decide("lr", rate, why)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from loratune.adapt import plan as plan_targets
 from loratune.adapt import share_line
-from loratune.config import LoraConfig, TrainConfig
+from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig, TrainConfig
 from loratune.data.batch import needed
 from loratune.data.fit import show_mask
-from loratune.estimation import Pass, Shape, estimate_memory, step_flops
+from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
 from loratune.model import context_of, empty_model, load_tokenizer, may_be_fused
 from loratune.run.decide import Decisions, describe, lora_config
 from loratune.run.prepare import Prepared, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
-from loratune.run.setup import decide_adapter
+from loratune.run.setup import all_of, decide_adapter
 
 _ITEMSIZE = {"auto": 2, "bf16": 2, "fp32": 4}
 
@@ -44,7 +45,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     shape = Shape.of(empty)
     itemsize = _ITEMSIZE[config.dtype]
     if data is None:
-        lora = _lora_without_data(config)
+        lora = _lora_without_data(config, empty)
         targets = plan_targets(empty, lora)
         targets.check()
         found: dict[str, Any] = {}
@@ -60,23 +61,54 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         tokens, scored = int(tokens * share), int(scored * share)
     recompute = decisions["recompute"] == "on"
     fused = may_be_fused(empty) if config.fused is None else config.fused
-    memory = estimate_memory(targets, shape, Pass(itemsize, tokens, scored, longest, recompute, fused))
+    through = Pass(itemsize, tokens, scored, longest, recompute, fused)
+    memory = estimate_memory(targets, shape, through, BaseMemory.of(empty, itemsize, config.quant))
+    methods = {
+        method: _plain(
+            estimate_memory(plan_targets(empty, other), shape, through, BaseMemory.of(empty, itemsize, quant))
+        )
+        for method, other, quant in _other_methods(empty, lora)
+    }
     return {
         **found,
-        "line": f"r={lora.r} α={lora.lora_alpha:g} · {share_line(targets.trainable, targets.total)}",
+        "line": f"{_which(lora, config)} · {share_line(targets.trainable, targets.total)}",
         "fewer": targets.base_parameters / targets.trainable,
         "layers": {str(index): parameters for index, parameters in targets.by_layer.items()},
         "adapter": adapter_facts(targets),
         "base_parameters": targets.base_parameters,
-        "memory": {**asdict(memory), "total": memory.total, "micro_batch_tokens": tokens},
+        "memory": {**_plain(memory), "micro_batch_tokens": tokens},
+        "methods": methods,
         "step_flops": step_flops(targets, shape, tokens, scored, recompute=recompute),
         "decisions": describe(decisions.to_json()),
         "notes": list(targets.notes),
     }
 
 
-def _lora_without_data(config: TrainConfig) -> LoraConfig:
+def _which(lora: LoraConfig, config: TrainConfig) -> str:
+    return config.method if lora.target_modules == NO_TARGETS else f"r={lora.r} α={lora.lora_alpha:g}"
+
+
+def _plain(memory: MemoryEstimate) -> dict[str, int]:
+    return {**asdict(memory), "working": memory.working, "adapter": memory.adapter, "total": memory.total}
+
+
+def _other_methods(model: Any, lora: LoraConfig) -> Iterator[tuple[str, LoraConfig, str | None]]:
+    """What else could be trained, with the format of the base: the same low-rank terms, all biases, everything."""
+    low_rank = lora if lora.target_modules != NO_TARGETS else LoraConfig(target_modules=ALL_LINEAR)
+    yield "lora", low_rank, None
+    yield "qlora", low_rank, "nf4"
+    bitfit = LoraConfig(target_modules=NO_TARGETS, bias="all")
+    if not plan_targets(model, bitfit).problems:
+        yield "bitfit", bitfit, None
+    yield "full", LoraConfig(target_modules=NO_TARGETS, modules_to_save=all_of(model), ensure_weight_tying=True), None
+
+
+def _lora_without_data(config: TrainConfig, model: Any) -> LoraConfig:
     decisions = Decisions(config)
+    if config.target_modules == NO_TARGETS:
+        if config.method == "full":
+            decisions.decide("modules_to_save", all_of(model), "all of the model")
+        return lora_config(decisions)
     r = decisions.decide("r", 8, "no data to decide by")
     decisions.decide("lora_alpha", 2 * r, "twice the rank")
     return lora_config(decisions)

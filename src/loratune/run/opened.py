@@ -10,6 +10,7 @@ from loratune.adapt import Adapters, attach
 from loratune.adapter import adapter_folder, read_adapter
 from loratune.errors import AdapterFileError, ModelError
 from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
+from loratune.quant import decode
 from loratune.run.folder import RunFolder
 
 
@@ -23,13 +24,20 @@ class Opened:
 
 
 def open_run(
-    run: str, *, base: str | None = None, dtype: str = "auto", device: str | None = None, any_tokenizer: bool = False
+    run: str,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    any_tokenizer: bool = False,
+    decoded: bool = False,
 ) -> Opened:
     """Open a run folder, an adapter folder or hub id, or a bare model.
 
     Args:
         base: where the base is now; what the run names otherwise.
         any_tokenizer: accept a tokenizer or chat template that the adapter was not trained with.
+        decoded: of a base that the run kept in few bits, the dense weights that these stand for.
 
     Raises:
         AdapterFileError: damaged, or trained on another base or tokenizer. ModelError: the base cannot be loaded.
@@ -48,14 +56,19 @@ def open_run(
         raise ModelError(f"{folder} does not say which base it was trained on", hint="name it with --base")
     if record and dtype == "auto":
         dtype = record["base"]["dtype"]
-    found = find_base(name, dtype=dtype, device=device)
+    quant = record["settings"].get("quant", {}).get("value") if record else None
+    found = find_base(name, dtype=dtype, device=device, quant=quant)
+    decoded = decoded and quant is not None
+    if decoded:
+        decode(found.model)
     if record:
         _refuse_strangers(folder, record, found, any_tokenizer=any_tokenizer)
         if record["plan"]["packed"]:
             use_packed_attention(found.model)
     # A run's record holds the hashes of its tokenizer; a plain adapter's files may too.
     tokenizer = None if record or any_tokenizer else found.tokenizer
-    return Opened(found, attach(found.model, folder, tokenizer=tokenizer), record)
+    # A decoded base has other weights than the one it comes from, which the record's hash has been compared with.
+    return Opened(found, attach(found.model, folder, tokenizer=tokenizer, any_base=decoded), record)
 
 
 def _folder_of(run: str) -> Path:

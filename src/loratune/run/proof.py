@@ -9,7 +9,9 @@ from torch import Tensor
 from loratune.adapt import Adapters
 from loratune.data.batch import Batch, make_batch, needed
 from loratune.data.render import Rendered
+from loratune.lora import base_modules
 from loratune.model import fingerprint, stop_ids
+from loratune.quant import stored_in
 from loratune.run.decide import learning_rate
 from loratune.run.setup import Setup
 from loratune.training import checks
@@ -27,6 +29,7 @@ class Proof:
         self.model = setup.model
         self.probe = self._batch(self._probe_rows())
         self.base_logits: Tensor = checks.eval_logits(self.model, self.probe)
+        self.base_before = self._stored()
         self.start: dict[str, Tensor] = {}
 
     def before(self, lora: Adapters) -> list[Check]:
@@ -35,7 +38,9 @@ class Proof:
         found = []
         init = decisions["init_lora_weights"]
         # With both factors random the adapter changes the model from the start, as was asked for.
-        if init is not False:
+        if init == "loftq":
+            found.append(checks.starts_closer(self.model, lora))
+        elif init is not False:
             exact = init != "orthogonal"  # there B A is zero by cancellation
             found.append(checks.step0_is_base(self.model, self.probe, self.base_logits, exact=exact))
         found.append(checks.gradients_only_in_adapter(self.model, lora, self.probe))
@@ -62,9 +67,13 @@ class Proof:
         ]
         if self.setup.decisions["checks"] == "full":
             found.append(checks.merged_is_adapter(self.model, lora, self.probe))
-        expected, now = self.setup.base.fingerprint, fingerprint(lora.base_parameters())
-        found.append(checks.off_is_base(self.model, lora, self.probe, self.base_logits, expected, now))
+        now = self._stored()
+        found.append(checks.off_is_base(self.model, lora, self.probe, self.base_logits, self.base_before, now))
         return found
+
+    def _stored(self) -> str:
+        """A hash of what the base holds; of quantised weights, the bytes."""
+        return fingerprint(stored_in(base_modules(self.model)))
 
     def _probe_rows(self) -> list[Rendered]:
         """A few rows with at most about 512 tokens, held-out ones where there are some."""

@@ -86,6 +86,7 @@ def _base_facts(setup: Setup) -> dict[str, Any]:
         "fingerprint": base.fingerprint,
         "parameters": setup.targets.base_parameters,
         "dtype": setup.decisions["dtype"],
+        "quant": base.quant,
         "family": base.model.config.model_type,
     }
 

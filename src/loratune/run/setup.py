@@ -17,6 +17,7 @@ from loratune.errors import ConfigError
 from loratune.estimation import (
     RECOMPUTED_FORWARDS,
     STEP_FORWARDS,
+    BaseMemory,
     MemoryEstimate,
     Pass,
     Shape,
@@ -36,6 +37,10 @@ from loratune.model import (
 from loratune.run.decide import Decisions, decide_training, lora_config
 from loratune.run.prepare import Prepared, prepare
 
+# The settings that say which modules are adapted, and which tensors the adapter has its own of.
+_WHICH_MODULES = (
+    "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "ensure_weight_tying", "bias",
+)  # fmt: skip
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 _MEMORY_SHARE = 0.6
@@ -70,6 +75,8 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     decisions.decide("device", str(base.device), "the best one here")
     decisions.values["dtype"] = "bf16" if base.precision.dtype.itemsize == 2 else "fp32"
     decisions.reasons["dtype"] = base.precision.reason
+    if base.quant is not None:
+        decisions.decide("quant", base.quant, "the loaded model's")
     shape = Shape.of(base.model)
     prepared = prepare(data, decisions, base.tokenizer, context_of(base.model))
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
@@ -84,14 +91,12 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
 
 def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: Shape) -> tuple[LoraConfig, TargetPlan]:
     """Rank, scale and rate from the data and the targets' widths, then the plan of what is adapted."""
+    if decisions["method"] == "full":
+        decisions.values["modules_to_save"], decisions.reasons["modules_to_save"] = all_of(model), "all of the model"
     probe = LoraConfig(
         r=1,
         task_type="CAUSAL_LM",
-        **{
-            name: decisions.values[name]
-            for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
-            if name in decisions.values
-        },
+        **{name: decisions.values[name] for name in _WHICH_MODULES if name in decisions.values},
     )
     one = plan(model, probe)
     one.check()
@@ -102,6 +107,11 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
     return config, targets
 
 
+def all_of(model: Any) -> tuple[str, ...]:
+    """The modules that hold all of a model's parameters between them."""
+    return tuple(name for name, child in model.named_children() if any(True for _ in child.parameters()))
+
+
 def plan_line(setup: Setup) -> str:
     """The plan in one line of a run's screen."""
     d, targets = setup.decisions, setup.targets
@@ -110,8 +120,9 @@ def plan_line(setup: Setup) -> str:
     shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
     if d["group_prefixes"]:
         shared += f", {d.shared_at_random:.0%} without groups"
+    what = f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules" if targets.targets else d["method"]
     return (
-        f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules · "
+        f"{what} · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
         f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB{shared}"
     )
@@ -223,7 +234,8 @@ def _decide_memory(
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
-    return estimate_memory(targets, shape, Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type))
+    through = Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type)
+    return estimate_memory(targets, shape, through, BaseMemory.of(base.model, itemsize, base.quant))
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:

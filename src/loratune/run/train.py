@@ -17,6 +17,7 @@ from loratune.data.pack import batches
 from loratune.errors import ConfigError, DivergedError, LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_loss
 from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, recompute_activations
+from loratune.quant import drop_originals
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
 from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
@@ -74,7 +75,10 @@ def train(
 def _run(model: Any, data: Any, tokenizer: Any, config: TrainConfig, listen: RunListener | None) -> Run:
     folder = choose_folder(config.out)
     before = refuse_foreign(folder)
-    base = find_base(model, tokenizer, dtype=config.dtype, device=config.device)
+    loftq = config.init_lora_weights == "loftq"
+    base = find_base(
+        model, tokenizer, dtype=config.dtype, device=config.device, quant=config.quant, keep_originals=loftq
+    )
     setup = set_up(base, data, config)
     if before is not None:
         keep_plan(setup.decisions, before["settings"])
@@ -117,6 +121,7 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
             recompute_activations(setup.model)
         if checked:
             journal.take("checks", proof.before(lora))
+        drop_originals(setup.model)
         progress = _fit(setup, folder, journal, lora, resume=resume)
         if checked:
             journal.take("verify", proof.after(lora))

@@ -24,7 +24,7 @@ from loratune.data.render import Rendered
 from loratune.errors import AdapterStateError, CheckError
 from loratune.loss import logits_of, summed_loss
 from loratune.model import evaluating
-from loratune.quant import frozen_weight
+from loratune.quant import FORMATS, QuantizedLinear, frozen_weight, lost, quantized_format
 
 OVERFIT_STEPS = 30
 # Halving the loss ends the check at once; a wide or untrained base that only loses a tenth in all its steps learns too.
@@ -59,6 +59,21 @@ def step0_is_base(model: nn.Module, batch: Batch, base_logits: Tensor, *, exact:
     deviation = float((eval_logits(model, batch) - base_logits).abs().max())
     allowed = 0.0 if exact else 16 * torch.finfo(base_logits.dtype).eps * float(base_logits.abs().max())
     return Check("step 0 ≡ base", "before", deviation <= allowed, f"largest deviation {deviation:g}")
+
+
+def starts_closer(model: nn.Module, lora: Adapters) -> Check:
+    """LoftQ's start: every adapted weight is nearer to the one before quantisation than the quantised weight is."""
+    worse, ratios = [], []
+    for path, low_rank in lora.factors().items():
+        residual = lost(model.get_submodule(path))
+        if residual is not None:
+            A, B = (factor.detach().float() for factor in low_rank.factors())
+            ratios.append(float((residual - low_rank.scale * B @ A).norm() / residual.norm()))
+            worse += [path] if not ratios[-1] < 1 else []
+    detail = f"{len(ratios)} weights, {min(ratios):.0%} to {max(ratios):.0%} of the distance is left" if ratios else ""
+    if worse or not ratios:
+        detail = f"not nearer: {', '.join(worse[:3])}" if worse else "no weight is known as it was before"
+    return Check("nearer to the unquantised base", "before", not worse and bool(ratios), detail)
 
 
 def gradients_only_in_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
@@ -184,23 +199,21 @@ def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
     live = eval_logits(model, batch)
     expected = {path: _merged_rows(model, lora, path) for path in _active_paths(lora)}
 
-    def step(path: str) -> float:
-        weight: Any = model.get_submodule(path).weight
-        return float(torch.finfo(weight.dtype).eps)
-
     try:
         lora.merge()
     except AdapterStateError as error:
         return Check("merged ≡ adapter", "after", True, f"it cannot be merged: {error.problems[0]}")
     try:
         merged = eval_logits(model, batch)
-        wrong = [path for path, rows in expected.items() if not _rounded(_rows(model, path), rows, step(path))]
+        wrong = [path for path, rows in expected.items() if not _holds(model.get_submodule(path), rows)]
         wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, name, parameter)]
     finally:
         lora.unmerge()
     restored = torch.equal(eval_logits(model, batch), live)
     same = float((live.argmax(-1) == merged.argmax(-1)).float().mean())
     detail = f"{len(expected)} weights, KL {divergence(live, merged):.1e}, same first choice {same:.1%}"
+    if (bits := quantized_format(model)) is not None:
+        detail += f": {bits} rounds again; `loratune merge` writes the decoded base with the adapter in it"
     if wrong:
         detail = f"not W + s·BA: {', '.join(wrong[:3])} and {max(0, len(wrong) - 3)} more"
     elif not restored:
@@ -247,8 +260,15 @@ def _is_now(model: nn.Module, full_name: str, parameter: Tensor) -> bool:
     return torch.equal(merged, parameter.to(merged.dtype))
 
 
-def _rounded(merged: Tensor, exact: Tensor, step: float) -> bool:
-    """Equal but for one rounding to the weights' dtype and the fp32 sum before it."""
+def _holds(module: nn.Module, exact: Tensor) -> bool:
+    """Whether sampled rows of the module's weight are the exact ones, but for one rounding to what it is stored in."""
+    weight = frozen_weight(module)
+    assert weight is not None
+    merged = _sampled(weight.dense()).cpu().double()
+    if isinstance(module, QuantizedLinear):
+        return bool((merged - exact).norm() <= FORMATS[module.format].coarseness * exact.norm())
+    # ... and the fp32 sum before it.
+    step = float(torch.finfo(weight.dense().dtype).eps)
     return bool(((merged - exact).abs() <= exact.abs() * step + 1e-6 * exact.abs().max()).all())
 
 

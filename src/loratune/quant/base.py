@@ -1,0 +1,121 @@
+"""A base whose linear layers are kept in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from loratune.quant.linear import QuantizedLinear, QuantizedWeight
+from loratune.quant.sample import Sample
+from loratune.quant.weight import dense_weight
+
+
+def quantize(
+    model: nn.Module,
+    format: str,
+    *,
+    device: torch.device,
+    leave: Collection[nn.Module] = (),
+    keep_originals: bool = False,
+) -> int:
+    """Put a `QuantizedLinear` in the place of each linear layer, one after the other, and let go of its weight.
+
+    Embeddings and norms stay as they are, and so does what shares its weight with another module.
+
+    Args:
+        device: where the stored tensors go; the rest of the model stays where it is.
+        leave: modules that stay too: the output head.
+        keep_originals: hold on to the weights as they were, which LoftQ starts from.
+
+    Returns:
+        How many layers were replaced.
+    """
+    found = list(quantizable(model, leave))
+    for parent, name in found:
+        child = parent._modules[name]
+        assert child is not None, "it has a weight"
+        parent._modules[name] = QuantizedLinear.of(child, format, device=device, keep_original=keep_originals)
+    return len(found)
+
+
+def decode(model: nn.Module) -> None:
+    """Put dense layers back in the place of quantised ones, with the weights that the bits stand for."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, QuantizedLinear):
+                parent._modules[name] = child.decoded()
+
+
+def quantizable(model: nn.Module, leave: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, str]]:
+    """Parent and name of each linear layer whose weight is its own, but for those in `leave`."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            weight = None if child is None or child in leave else dense_weight(child)
+            if weight is not None and owners[id(weight.parameter)] == 1:
+                yield parent, name
+
+
+def quantized_format(model: nn.Module) -> str | None:
+    """The format of the model's quantised layers; None where it has none."""
+    return next((module.format for module in model.modules() if isinstance(module, QuantizedLinear)), None)
+
+
+def lost(module: nn.Module) -> Tensor | None:
+    """W - Q, in fp32 (out, in): what quantising the module's weight lost, where the weight was kept; else None."""
+    if not isinstance(module, QuantizedLinear) or not module.original:
+        return None
+    found = QuantizedWeight(module).dense(torch.float32)
+    return module.original[0].to(found.device, torch.float32) - found
+
+
+def drop_originals(model: nn.Module) -> None:
+    """Let go of the weights that `keep_originals` held."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.original = ()
+
+
+def known_by(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor | Sample]]:
+    """Each tensor of a base by its name, tied ones once; of a quantised weight what it was known by before."""
+    seen: set[int] = set()
+    for path, module in modules:
+        dot = f"{path}." if path else ""
+        if isinstance(module, QuantizedLinear):
+            yield f"{dot}weight", module.sample
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{dot}{name}", parameter
+
+
+def stored_in(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that a base holds by its name, tied ones once; of a quantised weight what it is stored in."""
+    seen: set[int] = set()
+    for path, module in modules:
+        own = module._parameters | (module._buffers if isinstance(module, QuantizedLinear) else {})
+        for name, tensor in own.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield (f"{path}.{name}" if path else name), tensor
+
+
+def values_in(module: nn.Module) -> int:
+    """How many numbers of the base the module's own buffers stand for."""
+    return module.in_features * module.out_features if isinstance(module, QuantizedLinear) else 0
+
+
+def shapes_in_bits(model: nn.Module, leave: Collection[nn.Module] = ()) -> list[tuple[int, int]]:
+    """(out, in) of every weight that is quantised, or would be by `quantize`."""
+    bits = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    found = [(module.out_features, module.in_features) for module in bits]
+    for parent, name in quantizable(model, leave):
+        layer = parent._modules[name]
+        weight = None if layer is None else dense_weight(layer)
+        found += [] if weight is None else [(weight.out_features, weight.in_features)]
+    return found

@@ -1,0 +1,147 @@
+"""The formats of a quantised weight: what is stored of a matrix, and the matrix again.
+
+Both are torch and bitsandbytes' functions on tensors that are ours. Its modules are not used: on some processors they
+pack their bytes anew in an evaluation pass, with coarser scales.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loratune.errors import MissingExtraError
+
+Stored = Mapping[str, Tensor]
+
+
+class Format(Protocol):
+    """How a matrix is stored.
+
+    Attributes:
+        name: as `--quant` has it.
+        decoded_bytes: of each weight, beside the result, while a matrix is decoded.
+        coarseness: what is lost of a matrix at most, relative, where its weights are spread as networks' are.
+    """
+
+    name: str
+    decoded_bytes: int
+    coarseness: float
+
+    def bytes_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """What a matrix of this shape takes: its codes, and the constants that they are decoded with."""
+        ...
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors that stand for `weight` (out, in), on its device."""
+        ...
+
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) that these tensors stand for."""
+        ...
+
+
+class NF4:
+    """Four bits a weight: of each block of 64, the nearest of 16 quantiles of the normal distribution times the largest
+    absolute value, which itself is kept in eight bits ("double quantisation").
+
+    Dettmers et al., "QLoRA: Efficient finetuning of quantized LLMs" (arXiv:2305.14314), section 3.
+    """
+
+    name = "nf4"
+    block, outer_block = 64, 256
+    decoded_bytes = 0
+    coarseness = 0.15  # 0.09 for a normal distribution
+
+    def bytes_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        blocks = -(-shape[0] * shape[1] // self.block)
+        return blocks * self.block // 2, blocks + 4 * -(-blocks // self.outer_block) + 4
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        functional = _bitsandbytes()
+        flat = weight.detach().reshape(-1)
+        # A whole number of blocks, each a row: the decoder on the CPU expects blocks to end with longer rows.
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block).contiguous()
+        packed, state = functional.quantize_4bit(
+            flat, blocksize=self.block, quant_type=self.name, compress_statistics=True
+        )
+        return {
+            "packed": packed.reshape(-1),
+            "scales": state.absmax,
+            "outer_scales": state.state2.absmax,
+            "offset": state.offset.reshape(()),
+        }
+
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        functional = _bitsandbytes()
+        packed = stored["packed"]
+        blocks = len(stored["scales"])
+        state = functional.QuantState(
+            absmax=stored["scales"],
+            shape=(blocks, self.block),
+            dtype=dtype,
+            blocksize=self.block,
+            quant_type=self.name,
+            code=functional.get_4bit_type(self.name, device=packed.device),
+            offset=stored["offset"],
+            state2=functional.QuantState(
+                absmax=stored["outer_scales"],
+                code=dynamic_map(packed.device),
+                blocksize=self.outer_block,
+                dtype=torch.float32,
+            ),
+        )
+        out, inner = shape
+        flat: Tensor = functional.dequantize_4bit(packed.reshape(-1, 1), state)
+        return flat.reshape(-1)[: out * inner].view(out, inner)
+
+
+class Int8:
+    """Eight bits a weight: of each row, 127 steps up to its largest absolute value, as in LLM.int8() (Dettmers et al.,
+    arXiv:2208.07339, section 2). Activations stay what they are, so that it is a linear map.
+    """
+
+    name = "int8"
+    decoded_bytes = 4
+    coarseness = 0.03  # 0.006 for rows of a thousand weights of a normal distribution
+
+    def bytes_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] * shape[1], 4 * shape[0]
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        fine = weight.detach().float()
+        largest = fine.abs().amax(1, keepdim=True)
+        steps = fine * (127 / torch.where(largest > 0, largest, 1.0))
+        return {"packed": steps.round_().to(torch.int8), "scales": largest / 127}
+
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        assert stored["packed"].shape == shape
+        return (stored["packed"] * stored["scales"]).to(dtype)
+
+
+FORMATS: dict[str, Format] = {found.name: found for found in (NF4(), Int8())}
+
+_maps: dict[torch.device, Tensor] = {}
+
+
+def dynamic_map(device: torch.device) -> Tensor:
+    """The 256 values of bitsandbytes' eight-bit format for statistics."""
+    if device not in _maps:
+        _maps[device] = _bitsandbytes().create_dynamic_map().to(device)
+    return _maps[device]
+
+
+def _bitsandbytes() -> Any:
+    log = logging.getLogger("bitsandbytes")
+    before = log.level
+    log.setLevel(logging.ERROR)  # on import it warns of a kernel that nothing here calls
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise MissingExtraError("NF4 needs the package bitsandbytes", hint="pip install 'loratune[quant]'") from error
+    finally:
+        log.setLevel(before)
+    return bitsandbytes.functional
