@@ -123,6 +123,33 @@ def memory_line(result: dict[str, Any]) -> str:
     )
 
 
+def methods_table(result: dict[str, Any]) -> str:
+    """What LoRA, QLoRA and full fine-tuning cost and give on one task, as Markdown; a mean over the seeds."""
+    base, methods = result["base"], result["methods"]
+    heads = " | ".join(f"`--method {name}`" for name in methods)
+    rows = [
+        ("held-out loss", "val_loss", lambda value: f"{value:.4f}"),
+        ("exact calls", "exact_match", lambda value: f"{value:.0%}"),
+        ("loss on other text", "elsewhere_loss", lambda value: f"{value:.3f}"),
+        ("trained parameters", "trainable", lambda value: f"{value / 1e6:.1f} M"),
+        ("peak memory of the process", "peak_memory_bytes", lambda value: f"{value / 1e9:.2f} GB"),
+        ("adapter on disk", "adapter_bytes", lambda value: f"{value / 1e6:.0f} MB"),
+        ("training", "seconds", lambda value: f"{value:.0f} s"),
+    ]
+    lines = [f"| `loratune compare` | base | {heads} |", f"|---|---:|{'---:|' * len(methods)}"]
+    for name, key, text in rows:
+        cells = [text(method["summary"][key]["mean"]) for method in methods.values()]
+        lines.append(f"| {name} | {text(base[key]) if key in base else ''} | {' | '.join(cells)} |")
+    counts, seeds = result["rows"], len(next(iter(methods.values()))["runs"])
+    tokens = next(iter(methods.values()))["runs"][0]["curve"][-1]["tokens"]
+    how = (
+        f"{counts['train']} chats, {tokens:,} tokens, one epoch, {seeds} seeds, each method at the best rate found; "
+        f"{counts['held_out']} held-out chats of functions never trained on"
+    )
+    verdict = result["verdict"]["text"]
+    return "\n".join([*lines, "", f"{verdict}. {how} ([all of it](benchmarks/results/methods.json))."])
+
+
 def heldout_line(result: dict[str, Any]) -> str:
     """What is learned in an epoch beside peft's loops, over the seeds."""
 
@@ -165,6 +192,8 @@ def measured(folder: Path = RESULTS) -> str:
     training = sorted(folder.glob("train_*.json"), key=_place)
     if training:
         parts.append(training_table([_read(path) for path in training]))
+    if (folder / "methods.json").exists():
+        parts.append(methods_table(_read(folder / "methods.json")))
     lines = {
         "heldout.json": heldout_line,
         "grouping.json": grouping_line,

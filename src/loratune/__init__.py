@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
-    from loratune.run import Run, combine, diff, evaluate, generate, inspect, merge, open_run, show, train
+    from loratune.run import Run, combine, compare, diff, evaluate, generate, inspect, merge, open_run, show, train
 
 _ROOM_OF = {
     "Adapters": "adapt",
@@ -25,6 +25,7 @@ _ROOM_OF = {
     "adapters": "adapt",
     "attach": "adapt",
     "combine": "run",
+    "compare": "run",
     "diff": "run",
     "evaluate": "run",
     "generate": "run",
@@ -48,6 +49,7 @@ __all__ = [
     "adapters",
     "attach",
     "combine",
+    "compare",
     "diff",
     "evaluate",
     "generate",

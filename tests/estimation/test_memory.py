@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import loratune as lt
 from loratune.adapt import TargetPlan
 from loratune.adapt.plan import Target
+from loratune.config import NO_TARGETS
 from loratune.data.batch import make_batch
 from loratune.estimation import (
     BaseMemory,
@@ -44,10 +45,10 @@ def test_shape_of_a_config() -> None:
         num_key_value_heads=3,
     )
     # Two norms a layer and one at the end, shared out among the layers.
-    assert shape_of(smol) == Shape(30, 576, 1536, 576, 192, 9, 61 * 576 // 30, 49152)
-    assert shape_of(GPT2Config()) == Shape(12, 768, 3072, 768, 768, 12, 25 * 768 // 12, 50257)
+    assert shape_of(smol) == Shape(30, 576, 1536, 576, 192, 9, 61 * 576 // 30, 49152, 30 * 3_538_944)
+    assert shape_of(GPT2Config()) == Shape(12, 768, 3072, 768, 768, 12, 25 * 768 // 12, 50257, 12 * 7_077_888)
     # Four norms of the layer, one of the query's heads and one of the key's.
-    assert Shape.of(tiny("gemma3")) == Shape(2, 32, 64, 32, 16, 4, 4 * 32 + 32 + 16 + 32 // 2, 400)
+    assert Shape.of(tiny("gemma3")) == Shape(2, 32, 64, 32, 16, 4, 4 * 32 + 32 + 16 + 32 // 2, 400, 2 * 9216)
     assert Shape.of(tiny("mixtral")).intermediate == 2 * 64
 
 
@@ -167,17 +168,27 @@ def most_held(step: Callable[[], object]) -> int:
 
 def test_flops_formula() -> None:
     plan = plan_of((8, 8), (8, 16), r=2, base=1000)
-    shape = replace(SHAPE, hidden=8, vocabulary=50)
+    shape = replace(SHAPE, hidden=8, vocabulary=50, linears=64 + 128)
     frozen, adapter = 64 + 128, 2 * 16 + 2 * 24
     assert step_flops(plan, shape, 10, 3, recompute=False) == 10 * (4 * frozen + 6 * adapter) + 4 * 3 * 8 * 50
     assert step_flops(plan, shape, 10, 3, recompute=True) == 10 * (6 * frozen + 6 * adapter) + 4 * 3 * 8 * 50
 
 
-def test_flops_against_a_counted_step() -> None:
+EVERYTHING = {"target_modules": NO_TARGETS, "modules_to_save": ["model", "lm_head"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"r": 8, "target_modules": "all-linear"}, {"r": 8, "target_modules": ["q_proj"]}, EVERYTHING],
+    ids=["all linears", "few", "everything"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_against_a_counted_step(settings: dict[str, Any], tied: bool) -> None:
     """torch's own counter over a real step; it also counts attention's products, which are small at this length."""
-    model = tiny(num_hidden_layers=4)
+    wide = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+    model = tiny(num_hidden_layers=2, tie_word_embeddings=tied, **wide)
     use_packed_attention(model)
-    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules="all-linear"))
+    lora = lt.attach(model, lt.LoraConfig(**settings))
     rows = rows_of(9, 14, 6, 11)
     batch = make_batch(rows, packed=True, pad_id=PAD)
     with FlopCounterMode(display=False) as counter:

@@ -182,7 +182,7 @@ def test_listener_hears_everything_in_order(quick: Quick, tmp_path: Path) -> Non
     heard: list[Any] = []
     quick(tmp_path / "run", listen=heard.append)
     topics = [event.topic for event in heard if isinstance(event, Said)]
-    assert topics == ["data", "plan", "checks", "verify", "saved"]
+    assert topics == ["data", "plan", "checks", "verify", "ranks", "saved"]
     assert [event for event in heard if isinstance(event, Begun)] == [Begun(0, 6)]
     assert sum(isinstance(event, StepDone) for event in heard) == 6
     assert isinstance(heard[3], Validated)

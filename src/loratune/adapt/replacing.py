@@ -13,7 +13,7 @@ from loratune.config import LoraConfig
 from loratune.config.lora import name_matches
 from loratune.errors import nearest
 from loratune.lora import Adapting, has_own, names_by_parameter
-from loratune.quant import QuantizedLinear
+from loratune.quant import QuantizedLinear, frozen_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,14 @@ class Replacement:
     """Tensors of one module that an adapter has its own of: `numbers` holds how many values each of them has.
 
     One that is tied to another of them counts there: it has none here.
+
+    Attributes:
+        multiplied: how many weights of a linear map they are, wherever they count.
     """
 
     path: str
     numbers: Mapping[str, int]
+    multiplied: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,9 +75,18 @@ def plan_replacements(
         ]
     counted: set[int] = set()
     return [
-        Replacement(path, _numbers(modules[path], own, counted if config.ensure_weight_tying else set()))
+        Replacement(
+            path,
+            _numbers(modules[path], own, counted if config.ensure_weight_tying else set()),
+            _multiplied(modules[path]) if "weight" in own else 0,
+        )
         for path, own in ordered
     ]
+
+
+def _multiplied(module: nn.Module) -> int:
+    weight = frozen_weight(module)
+    return 0 if weight is None else weight.in_features * weight.out_features
 
 
 def _numbers(module: nn.Module, names: tuple[str, ...], counted: set[int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from loratune.cli.adapters import Json, combine, diff, show
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.config import read_settings
+from loratune.errors import RegressionError
 
 app = typer.Typer(
     name="loratune",
@@ -223,6 +224,54 @@ def evaluate(
                 found["base"] = measure(opened, data, done=done, **options)
     rows = [[key, *(_figure(found[who].get(key)) for who in found)] for key in found["run"]]
     emit(found, as_json=as_json, text=[table(["", *found], rows)])
+
+
+@app.command()
+@with_settings(leave_out=("method", "out", "resume", "log_with"))
+def compare(
+    model: Model,
+    data: Data,
+    methods: Annotated[
+        str, typer.Option("--methods", help="what is compared, the first with full, else with the second; base too")
+    ] = "lora,full",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="runs of each method")] = 2,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", min=0.0, help="how much worse the first may be before exit code 7"),
+    ] = 0.02,
+    answers: Annotated[int, typer.Option("--answers", min=0, help="held-out rows to answer; 0 for none")] = 50,
+    elsewhere: Annotated[
+        str | None, typer.Option("--elsewhere", help="text outside the task, for what is forgotten")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", help="folder of the comparison")] = "comparison",
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Does LoRA cost quality here, and what does it save? Several methods on the same rows, and a verdict."""
+    from loratune.report.comparison import PAGE, rows_of
+    from loratune.run.compare import compare as race
+
+    chosen = read_settings(config, set_ or [], parse_given(settings))
+    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    found = race(
+        model,
+        data,
+        methods=names,
+        seeds=seeds,
+        tolerance=tolerance,
+        answers=answers,
+        elsewhere=elsewhere,
+        out=out,
+        say=lambda line: stderr().print(line, highlight=False, soft_wrap=True),
+        **chosen,
+    )
+    heads = ["", "base", *found.found["methods"]]
+    text = [table(heads, [[name, *cells] for name, cells in rows_of(found.found)]), found.found["verdict"]["text"]]
+    emit(found.found, as_json=as_json, text=[*text, str(found.path / PAGE)])
+    if found.regressed:
+        raise RegressionError(found.found["verdict"]["text"], hint="more rank, more data or other targets may close it")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from loratune.adapt import TargetPlan
 from loratune.loss import positions_at_once
 from loratune.model import kept_whole, pairs_at_once
-from loratune.quant import FORMATS, quantized_format, shapes_in_bits
+from loratune.quant import FORMATS, frozen_weight, quantized_format, shapes_in_bits
 
 _MASTER = 4  # bytes of fp32, in which masters, gradients and moments are
 
@@ -23,6 +24,7 @@ class Shape:
         query, kv: widths of all query heads together, and of all key heads.
         intermediate: width of the feed-forward block; of all experts that a token goes through.
         normed: widths of all that a layer's norms give.
+        linears: weights of all linear layers but the output head.
     """
 
     layers: int
@@ -33,11 +35,12 @@ class Shape:
     heads: int
     normed: int
     vocabulary: int
+    linears: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module) -> Shape:
+    def of(cls, model: Any) -> Shape:
         """From a transformers model, which may be on the meta device; missing fields take the usual ratios."""
-        text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+        text: Any = model.config.get_text_config()
         hidden = text.hidden_size
         heads = getattr(text, "num_attention_heads", 1)
         dim = getattr(text, "head_dim", None) or hidden // heads
@@ -46,7 +49,14 @@ class Shape:
         kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
         layers = text.num_hidden_layers
         normed = _normed(model, {"q": heads * dim, "k": kv}) // layers
-        return cls(layers, hidden, intermediate, heads * dim, kv, heads, normed, text.vocab_size)
+        linears = _linears(model, leave=kept_whole(model))
+        return cls(layers, hidden, intermediate, heads * dim, kv, heads, normed, text.vocab_size, linears)
+
+
+def _linears(model: nn.Module, leave: Sequence[nn.Module]) -> int:
+    modules = [module for module in model.modules() if module not in leave]
+    weights = [weight for weight in map(frozen_weight, modules) if weight is not None]
+    return sum(weight.in_features * weight.out_features for weight in weights)
 
 
 def _normed(model: nn.Module, of_heads: dict[str, int]) -> int:
@@ -202,8 +212,14 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass, base: BaseMem
 
 
 def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, recompute: bool) -> float:
-    """Floating-point operations of a LoRA step: 4 a token for each frozen weight, 6 for each of the adapter's."""
-    frozen = sum(target.frozen for target in plan.targets)
-    return (
-        tokens * ((6 if recompute else 4) * frozen + 6 * plan.trainable) + 4 * scored * shape.hidden * shape.vocabulary
-    )
+    """Floating-point operations of a step.
+
+    4 a token for each frozen weight of a linear layer, 2 more for one that trains, 6 for each of a low-rank term's; the
+    head's are counted at scored positions.
+    """
+    head = shape.hidden * shape.vocabulary
+    trained = [part.multiplied for part in plan.replaced if part.multiplied != head]
+    low_rank = sum(target.parameters for target in plan.targets)
+    body = (6 if recompute else 4) * shape.linears + 2 * sum(trained) + 6 * low_rank
+    heads = 6 if any(part.multiplied == head for part in plan.replaced) else 4
+    return float(tokens * body + heads * scored * head)

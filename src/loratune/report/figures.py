@@ -10,7 +10,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Stand-ins while drawing; the colour after the comma serves where the page's variables are out of reach.
-_TRAIN, _HELD_OUT, _BASE, _INK, _LINE, _PAPER = (f"#a1b2c{digit}" for digit in range(6))
+_TRAIN, _HELD_OUT, _BASE, _INK, _LINE, _PAPER, _THIRD, _FOURTH = (f"#a1b2c{digit}" for digit in range(8))
 _COLOURS = {
     _TRAIN: "var(--train, #3f74b5)",
     _HELD_OUT: "var(--held-out, #c8622b)",
@@ -29,6 +29,8 @@ _COLOURS = {
     _INK: "var(--muted, #7d7d7d)",
     _LINE: "var(--line, #c4c4c4)",
     _PAPER: "var(--paper, #ffffff)",
+    _THIRD: "var(--good, #17713f)",
+    _FOURTH: "var(--warn, #8a5a00)",
 }
 _STYLE = {
     "svg.fonttype": "none",
@@ -45,6 +47,9 @@ _STYLE = {
     "lines.solid_capstyle": "round",
     "lines.solid_joinstyle": "round",
 }
+# Of lines that are to be told apart, in their order; more than these are dashed in the same colours.
+LINE_COLOURS = tuple(_COLOURS[colour] for colour in (_TRAIN, _HELD_OUT, _THIRD, _FOURTH))
+DASHES = ((), (5, 3), (1.5, 2.5))
 _DOTTED = 60  # validations that can still be told apart as dots
 _MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 50, 14, 10, 38
 
@@ -94,6 +99,26 @@ def small_figure(
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
         _name_steps(axes)
+        return _svg(figure, label)
+
+
+def race_figure(
+    lines: Sequence[tuple[int, Series]], label: str, *, goal: float, axis: str, width: int, height: int
+) -> str:
+    """Losses of several runs over what they took, each with the number of its method; `goal` is a dashed line."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    colours = (_TRAIN, _HELD_OUT, _THIRD, _FOURTH)
+    with _figure(width, height) as (figure, axes):
+        axes.axhline(goal, color=_BASE, linewidth=1.2, linestyle=(0, (5, 4)))
+        for number, series in lines:
+            dash = DASHES[number // len(colours) % len(DASHES)]
+            style: Any = (0, dash) if dash else "-"
+            colour = colours[number % len(colours)]
+            axes.plot(series.steps, series.values, color=colour, linewidth=2, linestyle=style, marker="o", markersize=4)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(axis, labelpad=3)
         return _svg(figure, label)
 
 

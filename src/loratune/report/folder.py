@@ -92,12 +92,28 @@ class EffectiveRank:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The held-out loss of the trained update cut to rank r."""
+
+    r: int | None = None
+    val_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class SmallerRanks:
+    enough: int | None = None
+    val_loss: float | None = None
+    tried: tuple[Cut, ...] = ()
+
+
+@dataclass(frozen=True)
 class Adapter:
     trainable: int | None = None
     total: int | None = None
     share: float | None = None
     modules: tuple[Module, ...] = ()
     effective_rank: tuple[EffectiveRank, ...] = ()
+    smaller_ranks: SmallerRanks = field(default_factory=SmallerRanks)
 
 
 @dataclass(frozen=True)

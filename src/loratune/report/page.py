@@ -6,6 +6,7 @@ the same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from loratune.files import write_bytes
 from loratune.report import figures, sections, words
 from loratune.report.curves import Curves, curves_of, outcome_of
 from loratune.report.folder import METRICS, RECORD, SAMPLES, Run, read_run
-from loratune.report.ranks import ranks_of
+from loratune.report.ranks import ranks_of, smaller_line
 
 REPORT = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -38,6 +39,11 @@ def write_report(folder: Path) -> Path:
 
 def page_of(run: Run, *, name: str) -> bytes:
     """The HTML of a run in UTF-8; `name` serves where the record has none."""
+    return rendered(_TEMPLATE, _context(run, name))
+
+
+def rendered(template: str, context: Mapping[str, Any]) -> bytes:
+    """A page in UTF-8."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("loratune.report", "."),
         autoescape=True,
@@ -49,7 +55,7 @@ def page_of(run: Run, *, name: str) -> bytes:
     for function in (words.count, words.counted, words.loss, words.perplexity, words.percent, words.date):
         environment.filters[function.__name__] = function
     # Half of a surrogate pair is legal in JSON but not in UTF-8.
-    return environment.get_template(_TEMPLATE).render(_context(run, name)).encode(errors="replace")
+    return environment.get_template(template).render(context).encode(errors="replace")
 
 
 def _context(run: Run, name: str) -> dict[str, Any]:
@@ -73,6 +79,7 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "matches": sections.matches(sections.answers(run.samples or ())),
         "answers": None if run.samples is None else sections.answers(run.samples),
         "ranks": ranks_of(record.adapter.effective_rank),
+        "smaller": smaller_line(record.adapter),
         "comparisons": sections.comparisons(record),
         "plan_facts": sections.plan_facts(record),
         "data_facts": sections.data_facts(record.data),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune.report.folder import EffectiveRank
+from loratune.report.folder import Adapter, EffectiveRank
 
 # With more columns a number no longer fits its cell.
 _NUMBERED_LAYERS = 36
@@ -60,6 +60,18 @@ def ranks_of(items: Sequence[EffectiveRank]) -> Ranks | None:
     rows = [(names[kind], [cells.get((kind, layer)) for layer in layers]) for kind in kinds]
     line = _line([effective for _, effective in known], [item.r for item, _ in known if item.r])
     return Ranks(line, layers, rows, others, len(layers) <= _NUMBERED_LAYERS)
+
+
+def smaller_line(adapter: Adapter) -> str:
+    """Whether a smaller rank would have done, in a sentence; empty where that was not measured."""
+    found = adapter.smaller_ranks
+    tried = [(cut.r, cut.val_loss) for cut in found.tried if cut.r is not None and cut.val_loss is not None]
+    if found.enough is None or found.val_loss is None or not tried:
+        return ""
+    losses = ", ".join(f"{loss:.4f} at rank {r}" for r, loss in tried)
+    is_less = any(r == found.enough for r, _ in tried)
+    words = f"Rank {found.enough} would have done" if is_less else f"All of rank {found.enough} is used"
+    return f"{words}: held-out loss {found.val_loss:.4f}, and with the update cut to fewer directions {losses}."
 
 
 def _short_names(kinds: Sequence[str]) -> dict[str, str]:

@@ -2,10 +2,25 @@
 
 from loratune.run.answer import evaluate, generate
 from loratune.run.combine import combine
+from loratune.run.compare import Comparison, compare
 from loratune.run.diff import diff
 from loratune.run.merge import merge
 from loratune.run.opened import Opened, open_run
 from loratune.run.show import inspect, show
 from loratune.run.train import Run, train
 
-__all__ = ["Opened", "Run", "combine", "diff", "evaluate", "generate", "inspect", "merge", "open_run", "show", "train"]
+__all__ = [
+    "Comparison",
+    "Opened",
+    "Run",
+    "combine",
+    "compare",
+    "diff",
+    "evaluate",
+    "generate",
+    "inspect",
+    "merge",
+    "open_run",
+    "show",
+    "train",
+]

@@ -85,7 +85,7 @@ def decide_val(decisions: Decisions, rows: int) -> Any:
 def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_rank: int) -> None:
     """Epochs, steps, rank, alpha, dropout and learning rate, in that order: later ones use earlier ones."""
     steps_per_epoch = math.ceil(fit.rows / decisions["batch_size"])
-    _decide_steps(decisions, fit.rows, steps_per_epoch)
+    decide_steps(decisions, fit.rows)
     if not parameters_per_rank:
         _decide_rate(decisions, hidden)
         return
@@ -116,14 +116,17 @@ def learning_rate(hidden: int) -> tuple[float, str]:
     return float(f"{rate:.2g}"), f"10 × 5e-5 × (2000 / {hidden})^0.78, from the model's width"
 
 
-def _decide_steps(decisions: Decisions, rows: int, steps_per_epoch: int) -> None:
+def decide_steps(decisions: Decisions, rows: int) -> int:
+    """Optimizer steps: so many epochs that there are about a hundred."""
+    steps_per_epoch = math.ceil(rows / decisions["batch_size"])
     if "max_steps" in decisions.values:
         decisions.decide("epochs", decisions["max_steps"] / steps_per_epoch, "from max_steps")
-        return
+        return int(decisions["max_steps"])
     epochs = min(3, max(1, math.ceil(100 / steps_per_epoch)))
     why = f"{rows} rows make {steps_per_epoch} steps an epoch; about 100 steps are wanted, in at most 3 epochs"
     epochs = decisions.decide("epochs", epochs, why)
-    decisions.decide("max_steps", math.ceil(epochs * steps_per_epoch), f"{epochs:g} epochs of {steps_per_epoch} steps")
+    why = f"{epochs:g} epochs of {steps_per_epoch} steps"
+    return int(decisions.decide("max_steps", math.ceil(epochs * steps_per_epoch), why))
 
 
 def _decide_rank(decisions: Decisions, supervised: int, per_rank: int) -> int:

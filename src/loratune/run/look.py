@@ -14,7 +14,7 @@ from loratune.data.fit import show_mask
 from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
 from loratune.model import context_of, empty_model, load_tokenizer, may_be_fused
 from loratune.run.decide import Decisions, describe, lora_config
-from loratune.run.prepare import Prepared, data_line, prepare
+from loratune.run.prepare import Prepared, Rows, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
 from loratune.run.setup import all_of, decide_adapter
 
@@ -25,7 +25,7 @@ def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any)
     """Rows, lengths, what is left out, and the loss mask of the first rows as (text, supervised) pieces."""
     decisions = Decisions(TrainConfig(**settings))
     tokenizer = load_tokenizer(model)
-    prepared = prepare(data, decisions, tokenizer, context_of(empty_model(model)))
+    prepared = prepare(Rows(data), decisions, tokenizer, context_of(empty_model(model)))
     return {
         "line": data_line(prepared),
         **data_facts(prepared),
@@ -52,7 +52,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         tokens = scored = decisions["batch_size"] * 512
         longest = 512
     else:
-        prepared = prepare(data, decisions, load_tokenizer(model), context_of(empty))
+        prepared = prepare(Rows(data), decisions, load_tokenizer(model), context_of(empty))
         lora, targets = decide_adapter(empty, decisions, prepared, shape)
         tokens, scored, longest = _step_tokens(prepared, decisions)
         found = {"data": data_line(prepared), "steps": decisions["max_steps"], "lr": decisions["lr"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,16 @@ from loratune.data.fit import Fit, fit
 from loratune.data.read import read
 from loratune.data.render import Rendered, RenderedCorpus, render
 from loratune.data.split import Split, split
+from loratune.errors import ConfigError
 from loratune.run.decide import Decisions, decide_length, decide_val
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What to train on, and what to validate on where that is not for the setting `val` to say."""
+
+    data: Any
+    held_out: Any = None
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,10 @@ class Prepared:
         return self.split.val or self.split.train
 
 
-def prepare(data: Any, decisions: Decisions, tokenizer: Any, context: int | None) -> Prepared:
+def prepare(rows: Rows, decisions: Decisions, tokenizer: Any, context: int | None) -> Prepared:
     """Read, hold out, render; every bad row of the file is reported at once."""
-    corpus = read(data, columns=decisions["columns"])
-    val = decide_val(decisions, len(corpus))
-    held_out = split(corpus, _validation(val, decisions["columns"]), decisions["seed"])
+    corpus = read(rows.data, columns=decisions["columns"])
+    held_out = split(corpus, _validation(rows.held_out, decisions, len(corpus)), decisions["seed"])
     settings = {
         "loss": decisions["loss"],
         "max_length": decide_length(decisions, context),
@@ -50,8 +57,17 @@ def prepare(data: Any, decisions: Decisions, tokenizer: Any, context: int | None
     return Prepared(corpus, held_out, train, rendered_val, fit(train, tokenizer))
 
 
-def _validation(val: Any, columns: Mapping[str, str]) -> Any:
-    return read(Path(val), columns=columns) if isinstance(val, str) else val
+def _validation(held_out: Any, decisions: Decisions, rows: int) -> Any:
+    """A share, a count or a corpus."""
+    columns = decisions["columns"]
+    if held_out is None:
+        val = decide_val(decisions, rows)
+        return read(Path(val), columns=columns) if isinstance(val, str) else val
+    if decisions.values.get("val") is not None:
+        raise ConfigError("val and held_out both say what is held out", hint="give one of them")
+    corpus = read(held_out, columns=columns)
+    decisions.decide("val", len(corpus), "rows of their own")
+    return corpus
 
 
 def data_line(prepared: Prepared) -> str:

@@ -35,7 +35,7 @@ from loratune.model import (
     why_not_packed,
 )
 from loratune.run.decide import Decisions, decide_training, lora_config
-from loratune.run.prepare import Prepared, prepare
+from loratune.run.prepare import Prepared, Rows, prepare
 
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
 _WHICH_MODULES = (
@@ -65,7 +65,7 @@ class Setup:
         return self.base.model
 
 
-def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
+def set_up(base: Base, rows: Rows, config: TrainConfig) -> Setup:
     """Read the data, look at the model, decide what was left open. Nothing is changed but the base's kernels.
 
     Raises:
@@ -78,7 +78,7 @@ def set_up(base: Base, data: Any, config: TrainConfig) -> Setup:
     if base.quant is not None:
         decisions.decide("quant", base.quant, "the loaded model's")
     shape = Shape.of(base.model)
-    prepared = prepare(data, decisions, base.tokenizer, context_of(base.model))
+    prepared = prepare(rows, decisions, base.tokenizer, context_of(base.model))
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
     _decide_packing(base.model, decisions)
     order = _decide_sharing(base.model, decisions, prepared.rows)

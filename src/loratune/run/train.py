@@ -22,12 +22,13 @@ from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
 from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
 from loratune.run.journal import Journal
-from loratune.run.prepare import data_line
+from loratune.run.prepare import Rows, data_line
 from loratune.run.proof import Proof
 from loratune.run.record import effective_ranks, first_record
 from loratune.run.samples import take_samples
 from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals
+from loratune.run.smaller import smaller_ranks
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
@@ -49,6 +50,7 @@ def train(
     data: Any,
     *,
     tokenizer: Any = None,
+    held_out: Any = None,
     listen: RunListener | None = None,
     **settings: Any,
 ) -> Run:
@@ -58,6 +60,7 @@ def train(
         model: hub id, folder, GGUF file, or a loaded model (which is given back as it was).
         data: file, hub data set id, rows, or a `datasets.Dataset`.
         tokenizer: for a loaded model whose tokenizer is not found by its name.
+        held_out: rows to validate on, as `data`, in place of the setting `val`.
         listen: told everything that happens, as events.
         settings: the options of `loratune train` by name; see `TrainConfig`.
 
@@ -69,17 +72,17 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes cannot train one adapter yet", hint="start one process")
     with given_back(model), memory_errors():
-        return _run(model, data, tokenizer, config, listen)
+        return _run(model, Rows(data, held_out), tokenizer, config, listen)
 
 
-def _run(model: Any, data: Any, tokenizer: Any, config: TrainConfig, listen: RunListener | None) -> Run:
+def _run(model: Any, rows: Rows, tokenizer: Any, config: TrainConfig, listen: RunListener | None) -> Run:
     folder = choose_folder(config.out)
     before = refuse_foreign(folder)
     loftq = config.init_lora_weights == "loftq"
     base = find_base(
         model, tokenizer, dtype=config.dtype, device=config.device, quant=config.quant, keep_originals=loftq
     )
-    setup = set_up(base, data, config)
+    setup = set_up(base, rows, config)
     if before is not None:
         keep_plan(setup.decisions, before["settings"])
     record = first_record(setup, folder.name)
@@ -125,6 +128,8 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
         progress = _fit(setup, folder, journal, lora, resume=resume)
         if checked:
             journal.take("verify", proof.after(lora))
+        if decisions["checks"] == "full":
+            _look_at_smaller_ranks(setup, journal, lora)
         _save(setup, folder, journal, lora, progress)
     finally:
         lora.detach()
@@ -215,6 +220,20 @@ def _evaluation(setup: Setup) -> Callable[[], float] | None:
     limit, pad_id = decisions["micro_batch_tokens"], setup.base.pad_id
     held_out = batches(rows, decisions.layout, limit=limit, pad_id=pad_id)
     return lambda: held_out_loss(setup.model, held_out, setup.base.device).loss
+
+
+def _look_at_smaller_ranks(setup: Setup, journal: Journal, lora: Adapters) -> None:
+    evaluate = _evaluation(setup)
+    if evaluate is None:
+        return
+    base = journal.record["result"]["base_val_loss"]
+    found = smaller_ranks(lora, evaluate, base=base, tuned=evaluate())
+    if found is not None:
+        journal.record["adapter"]["smaller_ranks"] = found
+        losses = ", ".join(f"{one['val_loss']:.4f} at rank {one['r']}" for one in found["tried"])
+        r = setup.decisions["r"]
+        words = f"rank {found['enough']} would do" if found["enough"] < r else f"all of rank {r} is used"
+        journal.say("ranks", f"{words}: held-out loss {found['val_loss']:.4f}, cut to fewer directions {losses}")
 
 
 def _save(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, progress: Progress) -> None:

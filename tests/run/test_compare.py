@@ -1,0 +1,188 @@
+"""A comparison: the same rows and steps for every method, a rate searched on other rows, a verdict that can be bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loratune.run.compare  # noqa: F401 - the module, which the function of its name hides in the package
+from loratune.errors import ConfigError, DivergedError, LoratuneError
+from loratune.run import Comparison, compare
+from loratune.run.apart import apart
+from loratune.run.contender import Task
+from tests.run.conftest import QUICK
+
+MODULE = sys.modules["loratune.run.compare"]
+SETTINGS = {name: value for name, value in QUICK.items() if name not in ("lr", "samples", "r")}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Runs in this process instead of one of their own; the tasks are kept."""
+    tasks: list[Task] = []
+
+    def in_this_process(function: Callable[[Any], Any], task: Task) -> Any:
+        tasks.append(task)
+        return json.loads(json.dumps(function(task)))
+
+    monkeypatch.setattr(MODULE, "apart", in_this_process)
+    return tasks
+
+
+def run(base: str, data: str, out: Path, **changes: Any) -> Comparison:
+    return compare(base, data, out=str(out), **{**SETTINGS, "answers": 2, **changes})
+
+
+def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> None:
+    said: list[str] = []
+    found = run(base, data, tmp_path / "c", methods=("lora", "full"), seeds=2, val=6, say=said.append)
+    runs = [task for task in here if "search" not in task.folder and task.method != "base"]
+    assert [(task.method, task.settings["seed"]) for task in runs] == [
+        ("lora", 0),
+        ("full", 0),
+        ("lora", 1),
+        ("full", 1),
+    ]
+    assert len({task.train.sha256 for task in runs}) == len({task.held_out.sha256 for task in runs}) == 1
+    assert {task.settings["max_steps"] for task in runs} == {6}
+    # The rate: by rows that are in no held-out set, one for each method, more of them where the best is at the end.
+    search = [task for task in here if "search" in task.folder]
+    held = {str(example.place) for example in runs[0].held_out.examples}
+    for task in search:
+        assert not held & {str(example.place) for example in (*task.train.examples, *task.held_out.examples)}
+    content = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    for method in ("lora", "full"):
+        tried = content["methods"][method]["search"]["tried"]
+        assert len(tried) >= 3
+        best = min(tried, key=lambda one: math.inf if one["val_loss"] is None else one["val_loss"])
+        assert {task.settings["lr"] for task in runs if task.method == method} == {best["lr"]}
+        for one in content["methods"][method]["runs"]:
+            assert one["answered"] == 2
+            assert one["to_goal"]["val_loss"] <= content["goal"]
+            assert one["curve"][-1]["step"] == 6
+            tokens = [point["tokens"] for point in one["curve"]]
+            assert tokens == sorted(tokens)
+    full, lora = (content["methods"][name]["runs"][0] for name in ("full", "lora"))
+    assert full["trainable"] > 2 * lora["trainable"]
+    assert full["adapter_bytes"] > 2 * lora["adapter_bytes"]
+    assert full["curve"][-1]["flops"] != lora["curve"][-1]["flops"] > 0
+    assert content["base"]["val_loss"] == pytest.approx(lora["base_val_loss"], rel=1e-4)
+    page = (tmp_path / "c" / "comparison.html").read_text()
+    assert found.found["verdict"]["text"] in page
+    assert said[-1] == found.found["verdict"]["text"]
+
+
+def test_goes_on_with_what_is_there(base: str, data: str, tmp_path: Path, here: list[Task]) -> None:
+    first = run(base, data, tmp_path / "c", methods=("lora", "rslora"), seeds=1, lr=1e-2)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*/adapter_model.safetensors")}
+    again = run(base, data, tmp_path / "c", methods=("lora", "rslora"), seeds=1, lr=1e-2)
+    assert len(times) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert again.found["verdict"] == first.found["verdict"]
+    assert not any("search" in task.folder for task in here)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "regressed", "words"),
+    [
+        ([1.0, 1.0], [1.0, 1.01], False, "costs no quality"),
+        ([1.1, 1.0], [1.0, 1.0], True, "is worse"),
+        ([1.03, 1.0], [1.0, 1.0], False, "costs no quality"),
+        ([0.9, 0.9], [1.0, 1.0], False, "is better"),
+    ],
+)
+def test_verdict(ours: list[float], theirs: list[float], regressed: bool, words: str) -> None:
+    runs = [[{"val_loss": loss} for loss in losses] for losses in (ours, theirs)]
+    found = MODULE.verdict("lora", runs[0], "full", runs[1], 0.02)
+    assert found["regressed"] is regressed
+    assert words in found["text"]
+
+
+def test_a_rate_that_diverges_is_no_failure(
+    base: str, data: str, tmp_path: Path, here: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contend(task: Task) -> dict[str, Any]:
+        lr = task.settings.get("lr", 1e-2)
+        if lr > 1e-2:
+            raise DivergedError("nan")
+        loss = 1 / lr
+        took = {"tokens": 1, "flops": 1, "seconds": 1}
+        points = [{"step": step, "val_loss": at, **took} for step, at in ((0, 999), (1, loss))]
+        sizes = {"adapter_bytes": 1, "trainable": 1, "peak_memory_bytes": 1}
+        return {"val_loss": loss, "seconds": 1.0, "curve": points, **sizes}
+
+    monkeypatch.setattr(MODULE, "contend", contend)
+    monkeypatch.setattr(MODULE, "learning_rate", lambda _: (5e-3, ""))
+    found = run(base, data, tmp_path / "c", methods=("lora", "dora"), seeds=1, answers=0)
+    tried = found.found["methods"]["lora"]["search"]["tried"]
+    assert [one["val_loss"] is None for one in tried] == [False, False, True]
+    assert found.found["methods"]["lora"]["search"]["lr"] == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("lora",)}, "nothing to compare"),
+        ({"methods": ("lora", "ful")}, "did you mean 'full'"),
+        ({"methods": ("base", "lora")}, "nothing to compare"),
+        ({"seeds": 0}, "at least one"),
+        ({"tolerance": 2.0}, "a share"),
+        ({"method": "lora"}, "decides it"),
+        ({"methods": ("lora", "full"), "r": 8}, "full: r=8"),
+        ({"methods": ("lora", "full"), "quant": "nf4"}, "full: quant"),
+        ({"val": 0}, "held-out rows"),
+    ],
+    ids=str,
+)
+def test_refused_before_anything_starts(
+    base: str, data: str, tmp_path: Path, here: list[Task], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(base, data, tmp_path / "c", **changes)
+    assert not here
+    assert not (tmp_path / "c").exists()
+
+
+# -- a process of its own ----------------------------------------------------------------------------------------------
+
+
+def double(number: int) -> int:
+    print("noise")
+    return 2 * number
+
+
+def refuse(_: Any) -> None:
+    raise ConfigError(["one", "two"], hint="three")
+
+
+def die(_: Any) -> None:
+    os.kill(os.getpid(), 9)
+
+
+def test_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert apart(double, 21) == 42
+    with pytest.raises(ConfigError) as refused:
+        apart(refuse, None)
+    assert (refused.value.problems, refused.value.hint) == (("one", "two"), "three")
+    with pytest.raises(LoratuneError, match="signal 9"):
+        apart(die, None)
+
+
+@pytest.mark.full
+def test_the_command(base: str, data: str, tmp_path: Path) -> None:
+    """Processes of their own, from the command line, with an exit code that tells."""
+    words = ["--methods", "lora,qlora", "--seeds", "1", "--lr", "1e-2", "--max-steps", "4", "--dtype", "fp32"]
+    command = [sys.executable, "-m", "loratune", "compare", base, data, "--out", str(tmp_path / "c"), "--json", *words]
+    done = subprocess.run([*command, "--tolerance", "0.5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verdict"]["regressed"] is False
+    assert (tmp_path / "c" / "comparison.html").is_file()
