@@ -24,6 +24,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "tie_word_embeddings": True,
     },
+    "tinyllama-1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "llama-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,

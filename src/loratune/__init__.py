@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
+    from loratune.quant import quantize
     from loratune.run import Run, combine, compare, diff, evaluate, generate, inspect, merge, open_run, show, train
 
 _ROOM_OF = {
@@ -34,6 +35,7 @@ _ROOM_OF = {
     "merge": "run",
     "open_run": "run",
     "plan": "adapt",
+    "quantize": "quant",
     "show": "run",
     "train": "run",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "merge",
     "open_run",
     "plan",
+    "quantize",
     "show",
     "train",
 ]

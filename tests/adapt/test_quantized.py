@@ -13,7 +13,6 @@ from torch import nn
 import loratune as lt
 from loratune.errors import AdapterStateError, TargetError
 from loratune.lora import base_modules
-from loratune.model import quantize_linears
 from loratune.quant import FORMATS, QuantizedLinear, drop_originals, frozen_weight, quantize, stored_in
 from tests.models import rows_of, tiny
 
@@ -24,7 +23,7 @@ FAMILIES = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "mixtral"]
 
 def in_bits(family: str = "llama", kind: str = "nf4", **options: Any) -> Any:
     model = tiny(family)
-    quantize_linears(model, kind, CPU, **options)
+    quantize(model, kind, **options)
     return model
 
 
@@ -116,7 +115,7 @@ def test_one_base_whatever_its_format(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(IDS).logits, model.eval()(IDS).logits)
     stranger = tiny("llama")
     stranger.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
-    quantize_linears(stranger, "nf4", CPU)
+    quantize(stranger, "nf4")
     with pytest.raises(lt.errors.AdapterFileError, match="another base"):
         lt.attach(stranger, tmp_path / "adapter")
 
@@ -263,4 +262,4 @@ def test_a_layer_that_bitsandbytes_packed_anew() -> None:
 
 def test_quantize_is_public() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    assert quantize(model, "int8", device=CPU) == 1
+    assert quantize(model, "int8") == 1

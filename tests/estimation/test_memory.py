@@ -30,8 +30,8 @@ from loratune.estimation import (
 )
 from loratune.lora import base_modules
 from loratune.loss import summed_loss
-from loratune.model import fuse, quantize_linears, recompute_activations, use_packed_attention
-from loratune.quant import FORMATS, stored_in
+from loratune.model import fuse, recompute_activations, use_packed_attention
+from loratune.quant import FORMATS, quantize, stored_in
 from tests.models import PAD, rows_of, tiny
 
 
@@ -135,7 +135,7 @@ def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
     quant = how if how in FORMATS else None
     planned = BaseMemory.of(model, 2, quant)
     if quant is not None:
-        quantize_linears(model, quant, torch.device("cpu"))
+        quantize(model, quant)
         held_by_base = sum(tensor.numel() * tensor.itemsize for _, tensor in stored_in(base_modules(model)))
         assert planned.weights + planned.constants == held_by_base
         assert BaseMemory.of(model, 2, quant) == planned

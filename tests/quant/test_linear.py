@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.errors import ConfigError
 from loratune.quant import FORMATS, QuantizedLinear, Sample, frozen_weight, quantize
 
 CPU = torch.device("cpu")
@@ -132,9 +133,12 @@ def test_a_model() -> None:
             self.tied, self.head = nn.Linear(64, 10, bias=False), nn.Linear(32, 7)
             self.tied.weight = self.embedding.weight
 
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
     model = Model()
     conv, sample = model.second.weight.detach().clone(), Sample.of(model.second.weight)
-    assert quantize(model, "int8", device=CPU, leave=[model.head]) == 2
+    assert quantize(model, "int8") == 2
     assert isinstance(model.first, QuantizedLinear)
     assert isinstance(model.second, QuantizedLinear)
     assert isinstance(model.head, nn.Linear)
@@ -144,3 +148,12 @@ def test_a_model() -> None:
     assert torch.allclose(weight.dense(), conv.T, atol=0.01)
     assert model.second.sample.shape == (64, 32)
     assert torch.equal(model.second.sample.values, sample.values)
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "words"),
+    [(nn.Sequential(nn.Linear(4, 4)), "nf3", "did you mean 'nf4'"), (nn.ReLU(), "nf4", "no linear layers")],
+)
+def test_refused(model: nn.Module, format: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        quantize(model, format)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -34,10 +34,3 @@ def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
 def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """Paths of the heads that the task added to the base; a fresh one holds random numbers, so it has to train."""
     return tuple(name for name in HEADS_OF_TASK.get(task or "", ()) if name in model._modules)
-
-
-def output_head(model: Any) -> nn.Module | None:
-    """The module that gives the logits of a language model."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return head if isinstance(head, nn.Module) else None

@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 
 from torch import nn
 
-from loratune.adapt.heads import new_heads, output_head, task_of_class, with_task
+from loratune.adapt.heads import new_heads, task_of_class, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
@@ -23,7 +23,7 @@ from loratune.lora import (
     patched_forward,
     scale_of,
 )
-from loratune.quant import QuantizedLinear, frozen_weight, values_in, why_unreadable
+from loratune.quant import QuantizedLinear, frozen_weight, output_head, values_in, why_unreadable
 
 _SHOWN_NAMES = 40
 # Under this name `torch.compile`'s wrapper holds what it was given.

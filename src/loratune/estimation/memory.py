@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import nn
 
 from loratune.adapt import TargetPlan
 from loratune.loss import positions_at_once
-from loratune.model import kept_whole, pairs_at_once
-from loratune.quant import FORMATS, frozen_weight, quantized_format, shapes_in_bits
+from loratune.model import pairs_at_once
+from loratune.quant import FORMATS, frozen_weight, output_head, quantized_format, shapes_in_bits
 
 _MASTER = 4  # bytes of fp32, in which masters, gradients and moments are
 
@@ -49,12 +48,12 @@ class Shape:
         kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
         layers = text.num_hidden_layers
         normed = _normed(model, {"q": heads * dim, "k": kv}) // layers
-        linears = _linears(model, leave=kept_whole(model))
+        linears = _linears(model, leave=output_head(model))
         return cls(layers, hidden, intermediate, heads * dim, kv, heads, normed, text.vocab_size, linears)
 
 
-def _linears(model: nn.Module, leave: Sequence[nn.Module]) -> int:
-    modules = [module for module in model.modules() if module not in leave]
+def _linears(model: nn.Module, leave: nn.Module | None) -> int:
+    modules = [module for module in model.modules() if module is not leave]
     weights = [weight for weight in map(frozen_weight, modules) if weight is not None]
     return sum(weight.in_features * weight.out_features for weight in weights)
 
@@ -110,7 +109,7 @@ class BaseMemory:
         dense = sum(p.numel() for p in model.parameters()) * itemsize
         if quant is None:
             return cls(dense)
-        held, shapes = FORMATS[quant], shapes_in_bits(model, kept_whole(model))
+        held, shapes = FORMATS[quant], shapes_in_bits(model)
         sizes = [out * inner for out, inner in shapes]
         if quantized_format(model) is None:
             dense -= sum(sizes) * itemsize

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from loratune.errors import ConfigError, MissingExtraError, ModelError, nearest
+from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import new_folder
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
-from loratune.quant import FORMATS, known_by, quantize, quantized_format
+from loratune.quant import known_by, quantize, quantized_format
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def load_base(
         keep_originals: hold on to the weights before quantisation, for `init_lora_weights="loftq"`.
 
     Raises:
-        ModelError: not found, of an unsupported kind, incomplete, or holding NaN.
+        ModelError: not found, of an unsupported kind, incomplete, or holding NaN. ConfigError: no such format.
     """
     keep_few_products()
     where = pick_device(device)
@@ -79,29 +78,11 @@ def load_base(
     model.name_or_path = model.config._name_or_path = name
     known = fingerprint(model.named_parameters())
     if quant is not None:
-        quantize_linears(model, quant, where, keep_originals=keep_originals)
+        quantize(model, quant, device=where, keep_originals=keep_originals)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
     revision = getattr(model.config, "_commit_hash", None)
     return Base(model, load_tokenizer(name), name, source, revision, precision, where, known, quant)
-
-
-def quantize_linears(model: PreTrainedModel, quant: str, device: torch.device, *, keep_originals: bool = False) -> None:
-    """Keep the model's linear layers but its output head in a format of few bits.
-
-    Raises:
-        ConfigError: an unknown format, or a model without linear layers. MissingExtraError: its package is missing.
-    """
-    if quant not in FORMATS:
-        raise ConfigError(f"quant={quant!r}: no such format{nearest(quant, list(FORMATS))}", hint=" or ".join(FORMATS))
-    if not quantize(model, quant, device=device, leave=kept_whole(model), keep_originals=keep_originals):
-        raise ConfigError(f"quant={quant!r}: this model has no linear layers", hint="leave --quant out")
-
-
-def kept_whole(model: PreTrainedModel) -> list[nn.Module]:
-    """What is not quantised whatever it is: the output head."""
-    head = model.get_output_embeddings()
-    return [head] if isinstance(head, nn.Module) else []
 
 
 def find_base(

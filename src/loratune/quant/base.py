@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loratune.errors import ConfigError, nearest
+from loratune.quant.formats import FORMATS
 from loratune.quant.linear import QuantizedLinear, QuantizedWeight
 from loratune.quant.sample import Sample
 from loratune.quant.weight import dense_weight
 
 
-def quantize(
-    model: nn.Module,
-    format: str,
-    *,
-    device: torch.device,
-    leave: Collection[nn.Module] = (),
-    keep_originals: bool = False,
-) -> int:
-    """Put a `QuantizedLinear` in the place of each linear layer, one after the other, and let go of its weight.
+def quantize(model: nn.Module, format: str, *, device: torch.device | None = None, keep_originals: bool = False) -> int:
+    """Keep a model's linear layers in few bits: each gives way to a `QuantizedLinear`, and its weight is let go of.
 
-    Embeddings and norms stay as they are, and so does what shares its weight with another module.
+    Embeddings, norms and the output head stay as they are, and so does what shares its weight with another module.
 
     Args:
-        device: where the stored tensors go; the rest of the model stays where it is.
-        leave: modules that stay too: the output head.
-        keep_originals: hold on to the weights as they were, which LoftQ starts from.
+        format: "nf4" or "int8".
+        device: where the stored tensors go, if not where the weights are; the rest of the model stays where it is.
+        keep_originals: hold on to the weights as they were, which `init_lora_weights="loftq"` starts from.
 
     Returns:
         How many layers were replaced.
+
+    Raises:
+        ConfigError: no such format, or no linear layers. MissingExtraError: the format's package is missing.
     """
-    found = list(quantizable(model, leave))
-    for parent, name in found:
-        child = parent._modules[name]
-        assert child is not None, "it has a weight"
+    if format not in FORMATS:
+        raise ConfigError(
+            f"quant={format!r}: no such format{nearest(format, list(FORMATS))}", hint=" or ".join(FORMATS)
+        )
+    found = list(_dense_layers(model))
+    if not found:
+        raise ConfigError(f"quant={format!r}: this model has no linear layers to quantise", hint="leave it out")
+    for parent, name, child in found:
         parent._modules[name] = QuantizedLinear.of(child, format, device=device, keep_original=keep_originals)
     return len(found)
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The module that gives the logits of a language model."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
 
 
 def decode(model: nn.Module) -> None:
@@ -48,17 +58,18 @@ def decode(model: nn.Module) -> None:
                 parent._modules[name] = child.decoded()
 
 
-def quantizable(model: nn.Module, leave: Collection[nn.Module] = ()) -> Iterator[tuple[nn.Module, str]]:
-    """Parent and name of each linear layer whose weight is its own, but for those in `leave`."""
+def _dense_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and module of each linear layer but the head whose weight is dense and its own."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    head = output_head(model)
     for parent in model.modules():
         for name, child in parent._modules.items():
-            weight = None if child is None or child in leave else dense_weight(child)
-            if weight is not None and owners[id(weight.parameter)] == 1:
-                yield parent, name
+            weight = None if child is None or child is head else dense_weight(child)
+            if child is not None and weight is not None and owners[id(weight.parameter)] == 1:
+                yield parent, name, child
 
 
 def quantized_format(model: nn.Module) -> str | None:
@@ -110,12 +121,10 @@ def values_in(module: nn.Module) -> int:
     return module.in_features * module.out_features if isinstance(module, QuantizedLinear) else 0
 
 
-def shapes_in_bits(model: nn.Module, leave: Collection[nn.Module] = ()) -> list[tuple[int, int]]:
+def shapes_in_bits(model: nn.Module) -> list[tuple[int, int]]:
     """(out, in) of every weight that is quantised, or would be by `quantize`."""
-    bits = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    found = [(module.out_features, module.in_features) for module in bits]
-    for parent, name in quantizable(model, leave):
-        layer = parent._modules[name]
-        weight = None if layer is None else dense_weight(layer)
-        found += [] if weight is None else [(weight.out_features, weight.in_features)]
+    found = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantizedLinear)]
+    for _, _, module in _dense_layers(model):
+        if (weight := dense_weight(module)) is not None:
+            found.append((weight.out_features, weight.in_features))
     return found

@@ -38,11 +38,13 @@ class QuantizedLinear(nn.Module):
         self.instead_of: tuple[nn.Module, ...] = ()
 
     @classmethod
-    def of(cls, module: nn.Module, format: str, *, device: torch.device, keep_original: bool = False) -> Self:
+    def of(
+        cls, module: nn.Module, format: str, *, device: torch.device | None = None, keep_original: bool = False
+    ) -> Self:
         """The layer that stands for `module`, one with a dense weight; its bias is the same parameter."""
         dense = dense_weight(module)
         assert dense is not None, "only dense weights are quantised"
-        found = cls(dense.dense().to(device), module._parameters.get("bias"), format)
+        found = cls(dense.dense().to(device or dense.device), module._parameters.get("bias"), format)
         found.sample = Sample.of(dense.parameter)
         found.original = (dense.dense(),) if keep_original else ()
         found.training = module.training

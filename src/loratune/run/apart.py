@@ -22,7 +22,7 @@ def apart(function: Callable[[Any], Any], task: Any) -> Any:
         LoratuneError: the one that it raised there; or that the process ended without an answer.
         RunInterrupted: Ctrl-C, once the child has ended too.
     """
-    command = [sys.executable, "-m", "loratune.run.apart"]
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - our own module
     try:
         answer, _ = child.communicate(pickle.dumps((function, task)))
@@ -53,7 +53,3 @@ def main() -> None:
         found = error
     answer.write(pickle.dumps(found))
     answer.close()
-
-
-if __name__ == "__main__":
-    main()
