@@ -4,8 +4,8 @@ python benchmarks/few_bits.py            print the table, write benchmarks/resul
 python benchmarks/few_bits.py --quick    does it run?
 
 A model of a billion random weights (the widths of TinyLlama-1.1B), rank 8 on all linears, steps of 4 × 64 tokens, a
-fresh process for each format. `held` are the bytes of the base's tensors; `step` is the most that the process takes in three
-steps, `load` the most that it took before, to load and quantise.
+fresh process for each format. `held` are the bytes of the base's tensors; `step` is the most that the process takes in
+three steps, `load` the most that it took before, to load and quantise.
 """
 
 from __future__ import annotations

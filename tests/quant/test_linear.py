@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -122,6 +123,17 @@ def test_a_delta_folded_in(kind: str) -> None:
     assert folded.keys() == dict(quantized.named_buffers()).keys()
     back = FORMATS[kind].decode(folded, (40, 96), torch.float32)
     assert float((back - wanted).norm() / wanted.norm()) < (0.11 if kind == "nf4" else 0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dense_weight_is_let_go_of(kind: str) -> None:
+    dense = nn.Linear(256, 256, dtype=torch.bfloat16)
+    gone = weakref.ref(dense.weight.untyped_storage())
+    quantized = QuantizedLinear.of(dense, kind)
+    assert gone() is None
+    assert sum(buffer.numel() * buffer.itemsize for buffer in quantized.buffers()) < 256 * 256 * 1.1
+    kept = quantized.sample.values.untyped_storage().nbytes()
+    assert kept <= 2 * 1024
 
 
 def test_a_model() -> None:

@@ -34,6 +34,12 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def give_freed_memory_back() -> None:
+    """What was freed goes back to the system, also from between pieces that are still held. For glibc only."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set(libc: ctypes.CDLL, values: dict[int, int]) -> None:
     for parameter, value in values.items():
         libc.mallopt(parameter, value)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import new_folder
+from loratune.model.allocator import give_freed_memory_back
 from loratune.model.device import Precision, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.kept_products import keep_few_products
@@ -79,10 +80,19 @@ def load_base(
     known = fingerprint(model.named_parameters())
     if quant is not None:
         quantize(model, quant, device=where, keep_originals=keep_originals)
+        _let_go(model)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
     revision = getattr(model.config, "_commit_hash", None)
     return Base(model, load_tokenizer(name), name, source, revision, precision, where, known, quant)
+
+
+def _let_go(model: PreTrainedModel) -> None:
+    """Give back what the dense weights took; tensors that are mapped from a file would keep all of it in memory."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    give_freed_memory_back()
 
 
 def find_base(

@@ -24,4 +24,5 @@ class Sample:
     def of(cls, tensor: Tensor) -> Sample:
         flat = tensor.detach().reshape(-1)
         taken = flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE]
-        return cls(tuple(tensor.shape), taken.to("cpu", torch.bfloat16))
+        # Copied: a view would keep all of the tensor alive.
+        return cls(tuple(tensor.shape), taken.to("cpu", torch.bfloat16, copy=True))

@@ -46,7 +46,7 @@ def save_checkpoint(
             else:
                 scalars[f"{index}.{name}"] = value
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
-    content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = {
         "step": progress.step,
         "micro_batch_tokens": progress.micro_batch_tokens,
@@ -56,12 +56,12 @@ def save_checkpoint(
         "worse": progress.worse,
         "stopped_early": progress.stopped_early,
         "optimizer_scalars": scalars,
-        "sha256": hashlib.sha256(content).hexdigest(),
     }
     path = folder / f"step-{progress.step:08d}"
     with new_folder(path) as temporary:
-        (temporary / _TENSORS).write_bytes(content)
-        (temporary / _STATE).write_bytes(to_json(state))
+        # Straight to the file: as bytes first, they would be held twice.
+        safetensors.torch.save_file(tensors, temporary / _TENSORS)
+        (temporary / _STATE).write_bytes(to_json({**state, "sha256": _hash_of(temporary / _TENSORS)}))
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -108,7 +108,11 @@ def _all(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / _STATE).read_text())
-    content = (path / _TENSORS).read_bytes()
-    if hashlib.sha256(content).hexdigest() != state["sha256"]:
+    if _hash_of(path / _TENSORS) != state["sha256"]:
         raise ValueError("its tensors do not match their hash")
-    return Checkpoint(state["step"], safetensors.torch.load(content), state)
+    return Checkpoint(state["step"], safetensors.torch.load_file(path / _TENSORS), state)
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
