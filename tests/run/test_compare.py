@@ -61,7 +61,7 @@ def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> No
     content = json.loads((tmp_path / "c" / "comparison.json").read_text())
     for method in ("lora", "full"):
         tried = content["methods"][method]["search"]["tried"]
-        assert len(tried) >= 3
+        assert len(tried) >= 4
         best = min(tried, key=lambda one: math.inf if one["val_loss"] is None else one["val_loss"])
         assert {task.settings["lr"] for task in runs if task.method == method} == {best["lr"]}
         for one in content["methods"][method]["runs"]:
@@ -106,6 +106,18 @@ def test_verdict(ours: list[float], theirs: list[float], regressed: bool, words:
     assert words in found["text"]
 
 
+@pytest.mark.parametrize(("least", "found"), [(0.0, 0), (0.4, 0.5), (-0.3, -0.5), (1.9, 2), (2.6, 2.5), (-9.0, -3.5)])
+def test_the_search_ends_near_the_least(least: float, found: float) -> None:
+    asked: list[float] = []
+
+    def loss_at(power: float) -> float:
+        asked.append(power)
+        return (power - least) ** 2
+
+    assert MODULE._best(loss_at) == found
+    assert len(set(asked)) <= 7
+
+
 def test_a_rate_that_diverges_is_no_failure(
     base: str, data: str, tmp_path: Path, here: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +135,7 @@ def test_a_rate_that_diverges_is_no_failure(
     monkeypatch.setattr(MODULE, "learning_rate", lambda _: (5e-3, ""))
     found = run(base, data, tmp_path / "c", methods=("lora", "dora"), seeds=1, answers=0)
     tried = found.found["methods"]["lora"]["search"]["tried"]
-    assert [one["val_loss"] is None for one in tried] == [False, False, True]
+    assert [one["val_loss"] is None for one in tried] == [False, False, False, True]
     assert found.found["methods"]["lora"]["search"]["lr"] == 5e-3
 
 

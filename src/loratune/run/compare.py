@@ -25,11 +25,11 @@ from loratune.run.decide import Decisions, decide_steps, decide_val, learning_ra
 from loratune.run.record import hardware, now, versions
 
 COMPARISON = "comparison.json"
-# Learning rates tried for each method: its usual one and a third of a decade to both sides; further out where the best
-# is at the end.
+# Learning rates tried for each method: its usual one and half a decade to both sides, further out where the best is at
+# the end; then one between the best and the better of its neighbours.
 _STEP, _FURTHER = math.sqrt(10), 2
-# A search run has a quarter of the steps, and its rows to validate on are training rows of the comparison.
-_SEARCH_STEPS, _SEARCH_ROWS = 4, 100
+# A search run has a third of the steps, and its rows to validate on are training rows of the comparison.
+_SEARCH_STEPS, _SEARCH_ROWS = 3, 100
 _CURVE_POINTS = 8
 
 Say = Callable[[str], None]
@@ -184,7 +184,7 @@ def _corpus_of(corpus: Corpus, examples: Sequence[Example]) -> Corpus:
 
 
 def _searched(plan: _Plan, method: str, config: TrainConfig, say: Say) -> dict[str, Any]:
-    """The best of a few learning rates after a quarter of the steps, and what finding it cost."""
+    """The best of a few learning rates after a third of the steps, and what finding it cost."""
     if config.lr is not None:
         return {"lr": config.lr, "tried": [], "seconds": 0.0}
     usual, _ = learning_rate(Shape.of(empty_model(plan.model)).hidden)
@@ -192,15 +192,10 @@ def _searched(plan: _Plan, method: str, config: TrainConfig, say: Say) -> dict[s
     parts = split(plan.train, min(_SEARCH_ROWS, max(2, len(plan.train) // 10)), config.seed + 1)
     rows = _corpus_of(plan.train, parts.train), _corpus_of(plan.train, parts.val)
     steps = max(4, plan.steps // _SEARCH_STEPS)
-    quick: dict[str, Any] = {
-        "max_steps": steps,
-        "eval_every": steps,
-        "samples": 0,
-        "checks": "off",
-    }
-    tried: dict[int, dict[str, Any]] = {}
+    quick: dict[str, Any] = {"max_steps": steps, "eval_every": steps, "samples": 0, "checks": "off"}
+    tried: dict[float, dict[str, Any]] = {}
 
-    def try_out(power: int) -> float:
+    def try_out(power: float) -> float:
         if power not in tried:
             lr = float(f"{usual * _STEP**power:.2g}")
             task = plan.trial(method, f"search/{method}-{lr:g}", *rows, lr=lr, seed=config.seed, **quick)
@@ -208,22 +203,25 @@ def _searched(plan: _Plan, method: str, config: TrainConfig, say: Say) -> dict[s
             say(f"{method}: lr {lr:g} gives {tried[power]['val_loss']:.4f} after {steps} steps")
         return float(tried[power]["val_loss"])
 
-    best = min((-1, 0, 1), key=try_out)
-    for _ in range(_FURTHER):
-        outwards = best + (1 if best > 0 else -1)
-        if best == 0 or try_out(outwards) >= try_out(best):
-            break
-        best = outwards
+    best = _best(try_out)
     # JSON has no infinity; a loss of None says that it diverged.
     shown = [
-        {
-            "lr": one["lr"],
-            "val_loss": one["val_loss"] if math.isfinite(one["val_loss"]) else None,
-            "seconds": one["seconds"],
-        }
+        {"lr": one["lr"], "seconds": one["seconds"], "val_loss": _finite(one["val_loss"])}
         for _, one in sorted(tried.items())
     ]
     return {"lr": tried[best]["lr"], "tried": shown, "seconds": sum(one["seconds"] for one in shown), "steps": steps}
+
+
+def _best(loss_at: Callable[[float], float]) -> float:
+    """The power of `_STEP` with the least loss of those that are looked at."""
+    best: float = min((-1, 0, 1), key=loss_at)
+    for _ in range(_FURTHER):
+        outwards = best + (1 if best > 0 else -1)
+        if best == 0 or loss_at(outwards) >= loss_at(best):
+            break
+        best = outwards
+    towards_better = 0.5 if loss_at(best + 1) < loss_at(best - 1) else -0.5
+    return min((best, best + towards_better), key=loss_at)
 
 
 def _finite(value: float) -> float | None:
