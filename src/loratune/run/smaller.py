@@ -8,8 +8,8 @@ from typing import Any
 from loratune.adapt import Adapters
 from loratune.adapter import combine
 
-# A rank is enough where the held-out loss gives up no more than this share of what training gained.
-ENOUGH = 0.01
+# A rank is enough where the held-out loss is higher by no more than this share of it.
+ENOUGH = 0.02
 
 
 def smaller_ranks(lora: Adapters, evaluate: Callable[[], float], *, base: float, tuned: float) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def smaller_ranks(lora: Adapters, evaluate: Callable[[], float], *, base: float,
         rank //= 2
         loss = _loss_at(lora, rank, evaluate)
         tried.append({"r": rank, "val_loss": loss})
-        if loss > tuned + ENOUGH * (base - tuned):
+        if loss > (1 + ENOUGH) * tuned:
             break
         enough = rank
     return {"enough": enough, "val_loss": tuned, "tried": tried}
