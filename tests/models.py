@@ -55,6 +55,7 @@ ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo": ("OlmoForCausalLM", "OlmoConfig", {}),
     "nemotron": ("NemotronForCausalLM", "NemotronConfig", {}),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"moe_intermediate_size": 24, "num_experts": 4}),
 }
 
 _GPT2 = {

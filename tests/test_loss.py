@@ -13,10 +13,11 @@ from torch import Tensor
 
 import loratune as lt
 from loratune import loss as loss_module
-from loratune.data.batch import Batch, make_batch, tree_of
+from loratune.data.batch import Batch, make_batch, offsets, tree_of
 from loratune.data.render import Rendered
+from loratune.lora import TokenCounter
 from loratune.loss import cross_entropy, logits_of, summed_loss
-from loratune.model import has_separate_head, use_packed_attention
+from loratune.model import adapter_training, has_separate_head, use_packed_attention
 from tests.models import FAMILIES, PAD, branching_rows, exact, rows_of, tiny
 from tests.oracle.loss import row_loss, supervised
 from tests.training.loops import assert_close
@@ -219,3 +220,52 @@ class Elsewhere(torch.nn.Module):
 
 def test_a_head_that_is_not_all_there_is_is_found_out() -> None:
     assert not has_separate_head(Elsewhere(tiny("llama")))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("targets", [["lm_head"], "all-linear", ["lm_head", "q_proj"]])
+def test_masks_of_the_head_depend_neither_on_chunks_nor_on_the_split(
+    targets: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SEMANTICS 4: a token's mask is its own, wherever its logits are computed."""
+    model = tiny("llama", tie_word_embeddings=False)
+    handle = lt.attach(model, lt.LoraConfig(r=4, target_modules=targets, lora_dropout=0.5))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    use_packed_attention(model)
+    adapter_training(model)
+    starts = offsets(ROWS)
+    found = []
+    for chunk, split in ((256, [5]), (3, [5]), (256, [2, 3]), (4, [1] * 5)):
+        monkeypatch.setattr(loss_module, "_CHUNK", {"cpu": chunk})
+        begin, loss = 0, torch.zeros(())
+        for size in split:
+            part = slice(begin, begin + size)
+            batch = make_batch(ROWS[part], packed=packed, pad_id=PAD, starts=starts[part])
+            with handle.counting(TokenCounter(0, 3, batch.tokens)):
+                loss = loss + summed_loss(model, batch)
+            begin += size
+        found.append([loss.detach(), *torch.autograd.grad(loss, handle.parameters())])
+    for other in found[1:]:
+        assert_close(other, found[0], rel=1e-5)
+    batch = make_batch(ROWS, packed=packed, pad_id=PAD)
+    with handle.counting(TokenCounter(0, 3, batch.tokens)):
+        whole = torch.nn.functional.cross_entropy(logits_of(model, batch), batch.targets, reduction="sum")
+    assert whole.item() == pytest.approx(found[0][0].item(), rel=1e-5)
+    with handle.counting(TokenCounter(0, 4, batch.tokens)):
+        assert summed_loss(model, batch).item() != pytest.approx(whole.item(), rel=1e-4), "nothing was dropped"
+
+
+def test_hooks_of_the_trunk_hear_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK", {"cpu": 5})
+    model = tiny("llama")
+    batch = make_batch(ROWS, packed=False, pad_id=PAD)
+    assert has_separate_head(model)
+    before = vars(model.model).keys()
+    heard: list[int] = []
+    model.model.register_forward_hook(lambda *_: heard.append(1))
+    summed_loss(model, batch)
+    assert heard == [1]
+    assert vars(model.model).keys() == before

@@ -34,14 +34,17 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not has_separate_head(model):
         return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
     hidden = hidden_at(model, batch.scored, _inputs(batch))
-    return _summed(hidden, batch.targets, batch.times, lambda some: logits_from(model, some), _trained(model, hidden))
+    trained = _trained(model, hidden, batch.scored)
+    return _summed(
+        hidden, batch.targets, batch.times, lambda some, part: logits_from(model, some, batch.scored[part]), trained
+    )
 
 
-def _trained(model: nn.Module, hidden: Tensor) -> list[nn.Parameter]:
+def _trained(model: nn.Module, hidden: Tensor, scored: Tensor) -> list[nn.Parameter]:
     """The parameters behind `hidden` that get a gradient; none where what is trained of the head is switched off."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     found = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return found if found and logits_from(model, hidden[:0].detach()).requires_grad else []
+    return found if found and logits_from(model, hidden[:0].detach(), scored[:0]).requires_grad else []
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None = None) -> Tensor:
@@ -51,7 +54,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None = None) 
         logits: (N, vocabulary) of any float dtype; targets: (N,).
         times: (N,), how often each counts; once without it.
     """
-    return _summed(logits, targets, times, lambda some: some, [])
+    return _summed(logits, targets, times, lambda some, _: some, [])
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
@@ -65,10 +68,10 @@ def _summed(
     hidden: Tensor,
     targets: Tensor,
     times: Tensor | None,
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor, slice], Tensor],
     trained: list[nn.Parameter],
 ) -> Tensor:
-    """The loss of `logits_of(hidden)`, where `trained` are the parameters that it depends on."""
+    """The loss of `logits_of(hidden[part], part)`, where `trained` are the parameters that it depends on."""
     loss: Tensor = _SummedLoss.apply(hidden, targets, times, logits_of, *trained)  # type: ignore[no-untyped-call]
     return loss
 
@@ -80,7 +83,7 @@ class _SummedLoss(torch.autograd.Function):
         hidden: Tensor,
         targets: Tensor,
         times: Tensor | None,
-        logits_of: Callable[[Tensor], Tensor],
+        logits_of: Callable[[Tensor, slice], Tensor],
         *trained: Tensor,
     ) -> Tensor:
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
@@ -91,7 +94,7 @@ class _SummedLoss(torch.autograd.Function):
             part = slice(begin, begin + size)
             with torch.set_grad_enabled(any(wanted)):
                 some = hidden[part].detach().requires_grad_(wanted[0])
-                logits = logits_of(some)
+                logits = logits_of(some, part)
             slope = torch.empty_like(logits)
             often = None if times is None else times[part]
             total += _loss_and_slope(logits.detach(), targets[part], often, slope)

@@ -151,6 +151,49 @@ def test_an_own_bias_and_one_behind_b_are_rounded_together() -> None:
     assert model[0].bias.tolist() == [1 + 2**-7] * 2
 
 
+@pytest.mark.parametrize("stored", NAMES, ids=NAMES.values())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("path", ["blocks.0.q", "blocks.0.v"])  # stored (out, in), and (in, out)
+def test_a_delta_is_added_to_the_weight_that_another_adapter_puts_there(
+    path: str, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    model = net(stored)
+    handle = lt.attach(model, BASE.replace(target_modules=[path], init_lora_weights=False))
+    handle.add(lt.LoraConfig(r=2, target_modules=["blocks.1.v"], modules_to_save=[path]), "whole")
+    handle.activate("default", "whole")
+    own = handle.replaced("whole")[f"{path}.weight"]
+    with torch.no_grad():
+        own.add_(torch.randn(own.shape, generator=torch.Generator().manual_seed(0)))
+    unmerged, before = model(IDS), picture(model, handle)
+    W = oracle.exact(own)
+    expected = weight_of(handle.factors("default")[path], W if path.endswith("q") else W.T)
+    handle.activate("default", "whole")
+    handle.merge(dtype=dtype)
+    found = oracle.exact(own_of(model, f"{path}.weight"))
+    right = oracle.rounded(expected, NAMES[stored])
+    right = right if path.endswith("q") else right.T
+    if dtype == torch.float64:
+        assert np.array_equal(found, right)
+    else:
+        assert np.allclose(found, right, rtol=2**-7 if stored != torch.float32 else 1e-5, atol=1e-6)
+    if stored == torch.float32:
+        assert (model(IDS) - unmerged).norm() < 1e-5 * unmerged.norm()
+    handle.unmerge()
+    assert picture(model, handle) == before
+
+
+def test_dora_on_a_weight_that_another_adapter_has_its_own_of_is_refused() -> None:
+    model, handle = moved("dora")
+    handle.add(lt.LoraConfig(r=2, target_modules=["head"], modules_to_save=["blocks.1.q"]), "whole")
+    before = picture(model, handle)
+    with pytest.raises(AdapterStateError) as caught:
+        handle.activate("default", "whole")
+    assert caught.value.problems == (
+        "'default' is DoRA, which brings the base's rows to a length, and 'whole' has its own blocks.1.q.weight",
+    )
+    assert picture(model, handle) == before
+
+
 # -- refused, and nothing changed --------------------------------------------------------------------------------------
 
 

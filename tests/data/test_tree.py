@@ -40,6 +40,7 @@ def test_a_node_holds_what_its_rows_have_in_common_and_is_worth_it(rows: list[Ro
         assert node.length > 0
         assert len({rows[i][: node.stop] for i in node.rows}) == 1
         assert list(node.rows) == sorted(node.rows)
+        assert node.owner == min(node.rows)
         assert len(node.rows) == 1 or node.length >= least
 
 

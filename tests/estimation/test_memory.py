@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
 
 import loratune as lt
 from loratune.adapt import TargetPlan
@@ -49,7 +49,36 @@ def test_shape_of_a_config() -> None:
     assert shape_of(GPT2Config()) == Shape(12, 768, 3072, 768, 768, 12, 25 * 768 // 12, 50257, 12 * 7_077_888)
     # Four norms of the layer, one of the query's heads and one of the key's.
     assert Shape.of(tiny("gemma3")) == Shape(2, 32, 64, 32, 16, 4, 4 * 32 + 32 + 16 + 32 // 2, 400, 2 * 9216)
-    assert Shape.of(tiny("mixtral")).intermediate == 2 * 64
+
+
+def test_a_token_meets_its_own_experts_only() -> None:
+    # Two layers: attention 32 (32 + 16 + 16 + 32), three matrices 32 · 64 of two experts of four; no router, which is
+    # small and in some families no linear layer.
+    mixtral = Shape.of(tiny("mixtral"))
+    assert mixtral.intermediate == 2 * 64
+    assert mixtral.linears == 2 * (32 * (32 + 16 + 16 + 32) + 2 * 3 * 32 * 64)
+    # Experts narrower than the layers without any, and one that all tokens go through.
+    narrow = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "mlp_only_layers": [0]}
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 400}
+    qwen3 = shape_of(Qwen3MoeConfig(**config, num_attention_heads=4, num_key_value_heads=2, head_dim=8, **narrow))
+    assert qwen3.intermediate == 3 * 24
+    attention = 32 * (32 + 16 + 16 + 32)
+    assert qwen3.linears == 2 * attention + 3 * 32 * 64 + 3 * 3 * 32 * 24
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_flops_of_experts_against_a_counted_step(family: str) -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+    narrow = {"moe_intermediate_size": 192, "num_experts": 4, "num_experts_per_tok": 2}
+    model = tiny(family, **wide, **(narrow if family == "qwen3_moe" else {}))
+    model.set_experts_implementation("eager")
+    use_packed_attention(model)
+    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    batch = make_batch(rows_of(9, 14, 6, 11), packed=True, pad_id=PAD)
+    with FlopCounterMode(display=False) as counter:
+        summed_loss(model, batch).backward()
+    estimated = step_flops(lora.plan(), Shape.of(model), batch.computed_tokens, batch.supervised, recompute=False)
+    assert estimated == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def shape_of(config: Any) -> Shape:

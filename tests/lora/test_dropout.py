@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import loratune as lt
+from loratune.errors import AdapterStateError
 from loratune.lora import TokenCounter
 from loratune.lora.dropout import drop, keep_mask
 from tests.oracle import lora_reference as oracle
@@ -123,11 +124,12 @@ def test_a_flattened_batch_has_the_masks_of_its_tokens() -> None:
         assert torch.equal(drop(x.view(shape), 0.5, TokenCounter(0, 0, tokens), 1).view(6, 8), expected)
 
 
-def test_a_selection_of_tokens_is_counted_by_itself() -> None:
+def test_tokens_that_nobody_counted_are_refused() -> None:
+    """An expert sees some of the tokens, and nobody says which: its masks would depend on the micro-batch."""
     counter = TokenCounter(0, 0, torch.arange(12).view(2, 6))
-    first, second = (drop(torch.ones(5, 64), 0.5, counter, 1) for _ in range(2))
-    assert torch.equal(first, second)
-    assert len({tuple(row.tolist()) for row in first}) == 5, "each token has a mask of its own"
+    with pytest.raises(AdapterStateError, match=r"sees 5 of 12 tokens") as caught:
+        drop(torch.ones(5, 64), 0.5, counter, 1)
+    assert "lora_dropout=0" in caught.value.hint
 
 
 # -- in a layer ------------------------------------------------------------------------------------------------------

@@ -240,3 +240,19 @@ def test_whoever_listens_to_all_modules_hears_each_projection() -> None:
     finally:
         handle.remove()
     assert {id(net.q), id(net.k), id(net.v)} <= {id(module) for module in heard}
+
+
+@pytest.mark.parametrize("between", ["eval", "train"])
+def test_a_change_of_mode_before_the_backward_pass_changes_no_gradient(between: str) -> None:
+    net, handle = adapted(lora_dropout=0.5)
+    net.train(between == "eval")
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    gradients = []
+    for change in (False, True):
+        net.train(between == "eval")
+        with handle.counting(TokenCounter(0, 3, torch.arange(8).view(2, 4))):
+            loss = net(x).square().sum()
+            if change:
+                net.train(between == "train")
+            gradients.append(torch.autograd.grad(loss, handle.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

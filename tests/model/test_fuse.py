@@ -295,3 +295,27 @@ def test_families_with_a_formula_or_angles_of_their_own(family: str, clip: float
     assert (after - before).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * before.norm()
     clipped = any(type(layer.self_attn).__name__.startswith("Fused") for layer in model.model.layers) and clip
     assert not clipped
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_norm_of_an_adapters_own_may_have_zeros(frozen: bool) -> None:
+    """What is not kept of a norm's input is its output divided by the weight: not where an adapter's has a zero."""
+    gradients = []
+    for with_blocks in (False, True):
+        model = tiny("llama")
+        if with_blocks:
+            fuse(model)  # on the base's weight, which has none
+        saved = ["input_layernorm"]
+        handle = lt.attach(model, lt.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+        with torch.no_grad():
+            for name, own in handle.replaced().items():
+                if "norm" in name:
+                    own[3] = 0.0
+                    own.requires_grad_(not frozen)
+        gradients.append(loss_and_gradients_of(model, [p for p in handle.parameters() if p.requires_grad]))
+    assert_close(gradients[1], gradients[0], rel=1e-5)
+
+
+def loss_and_gradients_of(model: Any, parameters: list[Any]) -> list[Tensor]:
+    loss = summed_loss(model, make_batch(ROWS, packed=False, pad_id=PAD))
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]

@@ -50,8 +50,6 @@ def step(model: Any, handle: lt.Adapters, batch: Any) -> tuple[float, list[torch
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_loss_gradients_and_masks_are_those_of_the_whole_layer(family: str, shared: bool, dropout: float) -> None:
-    if dropout and family == "mixtral":
-        pytest.skip("experts count the tokens that they see")
     model, handle = attached(family, dropout)
     adapter_training(model)
     rows = branching_rows() if shared else ROWS
@@ -127,3 +125,12 @@ def test_unfused() -> None:
     model, _ = attached("llama")
     unfuse(model)
     assert not ends_early(model)
+
+
+def test_it_is_the_decoders_last_layer_whatever_stands_behind_it() -> None:
+    model = tiny("llama")
+    use_packed_attention(model)
+    model.draft = tiny("llama", seed=1).model.layers[0]  # a head that guesses ahead, say
+    fuse(model)
+    assert isinstance(last(model), FusedLast)
+    assert not isinstance(model.draft, FusedLast)

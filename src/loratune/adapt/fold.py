@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
-from loratune.quant import rounded_once
+from loratune.quant import DenseWeight, rounded_once
 
 # Full name of a merged tensor → what computes it; for a quantised weight, which has no tensor of its own, those that it
 # is stored in.
@@ -92,7 +93,7 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
         if low_ranks:
-            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, dtype)
+            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype)
         biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
         if biased and layer._parameters["bias"] is None:
             problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
@@ -102,7 +103,7 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
 
 
 def _weight(
-    path: str, layer: LoraLayer, low_ranks: Sequence[LowRank], dtype: torch.dtype
+    path: str, layer: LoraLayer, low_ranks: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype
 ) -> Callable[[], Mapping[str, Tensor]]:
     def values() -> Mapping[str, Tensor]:
         weight = weight_of(layer)
@@ -110,6 +111,13 @@ def _weight(
         delta = low_ranks[0].delta(dense)
         for low_rank in low_ranks[1:]:
             delta = delta + low_rank.delta(dense)
+        if own is not None:  # another adapter's, in the place of the base's: only dense ones are trained whole
+            mine = replace(cast(DenseWeight, weight), parameter=nn.Parameter(own.detach().to(dtype)))
+            return {
+                f"{path}.weight": rounded_once(
+                    mine.plus(delta)["weight"], cast(Tensor, layer._parameters["weight"]).dtype
+                )
+            }
         return {f"{path}.{name}": tensor for name, tensor in weight.plus(delta).items()}
 
     return values

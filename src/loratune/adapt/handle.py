@@ -193,13 +193,14 @@ class Adapters:
         """These adapters and no others; their deltas add up. Without names the model is the base.
 
         Raises:
-            AdapterStateError: an unknown name, or two adapters that have their own of one tensor.
+            AdapterStateError: an unknown name, two adapters that have their own of one tensor, or DoRA on a weight that
+                another one has its own of.
         """
         self._refuse_merged()
         if self._state.view.batch is not None:
             raise AdapterStateError("each row has its own adapter inside this rows() block", hint="activate after it")
         wanted = self._register.all_known(names)
-        problems = self._register.shared_tensors(wanted) if len(wanted) > 1 else []
+        problems = self._register.clashes(wanted) if len(wanted) > 1 else []
         if problems:
             raise AdapterStateError(problems, hint="activate one of them at a time")
         self._state.change(active=wanted)

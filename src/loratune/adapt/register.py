@@ -79,14 +79,22 @@ class Register:
     def rename(self, old: str, new: str) -> None:
         self.entries = {new if name == old else name: entry for name, entry in self.entries.items()}
 
-    def shared_tensors(self, names: tuple[str, ...]) -> list[str]:
-        """Sentences about base tensors of which several of these adapters have their own."""
+    def clashes(self, names: tuple[str, ...]) -> list[str]:
+        """Sentences about base tensors for which these adapters together say nothing definite."""
         owner: dict[str, str] = {}
         tensors = [
             (name, full) for name in names for part in self.entries[name].plan.replaced for full in part.full_names()
         ]
-        return [
+        both = [
             f"{owner[full]!r} and {name!r} both have their own {full}"
             for name, full in tensors
             if owner.setdefault(full, name) != name
         ]
+        stretched = [
+            f"{name!r} is DoRA, which brings the base's rows to a length, and {owner[full]!r} has its own {full}"
+            for name in names
+            if self.entries[name].config.use_dora
+            for target in self.entries[name].plan.targets
+            if (full := f"{target.path}.weight") in owner
+        ]
+        return both + stretched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,9 @@ class Shape:
 
     Attributes:
         query, kv: widths of all query heads together, and of all key heads.
-        intermediate: width of the feed-forward block; of all experts that a token goes through.
+        intermediate: width of the feed-forward block; of all experts that a token goes through together.
         normed: widths of all that a layer's norms give.
-        linears: weights of all linear layers but the output head.
+        linears: weights of the linear layers but the output head that a token meets: of experts, its own.
     """
 
     layers: int
@@ -43,19 +44,58 @@ class Shape:
         hidden = text.hidden_size
         heads = getattr(text, "num_attention_heads", 1)
         dim = getattr(text, "head_dim", None) or hidden // heads
-        intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-        intermediate *= getattr(text, "num_experts_per_tok", None) or 1
         kv = (getattr(text, "num_key_value_heads", None) or heads) * dim
         layers = text.num_hidden_layers
         normed = _normed(model, {"q": heads * dim, "k": kv}) // layers
-        linears = _linears(model, leave=output_head(model))
-        return cls(layers, hidden, intermediate, heads * dim, kv, heads, normed, text.vocab_size, linears)
+        experts = _Experts.of(text)
+        linears = _linears(model, experts, leave=output_head(model))
+        return cls(
+            layers, hidden, _intermediate(text, experts), heads * dim, kv, heads, normed, text.vocab_size, linears
+        )
 
 
-def _linears(model: nn.Module, leave: nn.Module | None) -> int:
-    modules = [module for module in model.modules() if module is not leave]
-    weights = [weight for weight in map(frozen_weight, modules) if weight is not None]
-    return sum(weight.in_features * weight.out_features for weight in weights)
+def _first(config: Any, *names: str) -> int:
+    """The first of these fields that the config has a number in, or 0."""
+    return next((value for name in names if (value := getattr(config, name, None))), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """How many a layer has, and through how many of them a token goes; 0 of 0 where it has none."""
+
+    there: int
+    chosen: int
+
+    @classmethod
+    def of(cls, config: Any) -> _Experts:
+        there = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+        return cls(there, _first(config, "num_experts_per_tok", "num_experts_per_token") if there else 0)
+
+
+def _intermediate(config: Any, experts: _Experts) -> int:
+    """Of the widest kind of layer: some families have layers without experts between those that have some."""
+    dense = _first(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
+    if not experts.chosen:
+        return dense
+    own = _first(config, "moe_intermediate_size")
+    shared = _first(config, "shared_expert_intermediate_size") or own * _first(config, "n_shared_experts")
+    return max(dense, own * experts.chosen + shared) if own else dense * experts.chosen + shared
+
+
+def _linears(model: nn.Module, experts: _Experts, leave: nn.Module | None) -> int:
+    found = 0
+    for path, module in model.named_modules():
+        weight = frozen_weight(module)
+        if weight is not None and module is not leave:
+            one_of_them = experts.chosen and _ONE_EXPERT.search(path)
+            size = weight.in_features * weight.out_features
+            found += size * experts.chosen // experts.there if one_of_them else size
+        stacked = [p for p in module._parameters.values() if p is not None and p.ndim == 3 and len(p) == experts.there]
+        found += sum(p[0].numel() * experts.chosen for p in stacked)
+    return found
+
+
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")  # where each is a module of its own
 
 
 def _normed(model: nn.Module, of_heads: dict[str, int]) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratune.errors import AdapterStateError
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
 
@@ -29,13 +31,18 @@ class TokenCounter:
 
 
 def drop(x: Tensor, p: float, counter: TokenCounter, layer: int) -> Tensor:
-    """x (..., tokens, features) with each feature zeroed with probability `p`, the others divided by 1 - p."""
-    tokens = counter.tokens
-    if x.shape[:-1].numel() == tokens.numel():
-        tokens = tokens.reshape(x.shape[:-1])  # some models flatten the batch on the way
-    else:
-        # Modules that see a selection of tokens (experts) count what they see: still a function of the step alone.
-        tokens = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
+    """x (..., tokens, features) with each feature zeroed with probability `p`, the others divided by 1 - p.
+
+    Raises:
+        AdapterStateError: x holds another number of tokens than are counted, so that nobody knows which they are.
+    """
+    if x.shape[:-1].numel() != counter.tokens.numel():
+        raise AdapterStateError(
+            f"lora_dropout in a module that sees {x.shape[:-1].numel()} of {counter.tokens.numel()} tokens (an expert "
+            "does): its masks would depend on the micro-batch",
+            hint="train with lora_dropout=0, or leave these modules out of target_modules",
+        )
+    tokens = counter.tokens.reshape(x.shape[:-1])  # some models flatten the batch on the way
     keep = keep_mask(tokens, x.shape[-1], p, seed=counter.seed, step=counter.step, layer=layer)
     # As two factors: 1 / (1 - p) rounded to bf16 would shift the mean by up to 0.2 %.
     return (x * keep.to(x.dtype)).mul_(1.0 / (1.0 - p))

@@ -45,7 +45,7 @@ class LoraLayer(Adapting):
         for name in view.active:
             if name in self.lora:
                 low_rank = cast(LowRank, self.lora[name])
-                update = low_rank(self._dropped(x, low_rank.dropout, view.counter)).to(y.dtype)
+                update = low_rank(self._dropped(x, low_rank, view.counter)).to(y.dtype)
                 y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
         return y
 
@@ -77,9 +77,11 @@ class LoraLayer(Adapting):
         return self.lora_weight(self).computed_by(base_of(type(self)).forward)
 
     def _dropping(self, low_rank: LowRank, counter: TokenCounter | None) -> Linear | None:
-        """What A sees of its input, where that is not all of it."""
+        """What A sees of its input, where a counter decides it; asked again in the backward pass, it is the same."""
         p = low_rank.dropout
-        return (lambda x: self._dropped(x, p, counter)) if self.training and p > 0 else None
+        if counter is None or p == 0.0 or not self.training:
+            return None
+        return lambda x: drop(x, p, counter, self.lora_index)
 
     def _stretched(self, low_rank: LowRank, base: Tensor, update: Tensor) -> Tensor:
         """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
@@ -88,11 +90,12 @@ class LoraLayer(Adapting):
         Wx = base if bias is None else base - bias.to(base.dtype)  # autocast leaves the bias in its own dtype
         return (g - 1).to(base.dtype) * Wx + g.to(base.dtype) * update
 
-    def _dropped(self, x: Tensor, p: float, counter: TokenCounter | None) -> Tensor:
-        if not self.training or p == 0.0:
-            return x
+    def _dropped(self, x: Tensor, low_rank: LowRank, counter: TokenCounter | None) -> Tensor:
+        dropping = self._dropping(low_rank, counter)
+        if dropping is not None:
+            return dropping(x)
         # In somebody else's loop no counter is set: then torch's own generator is what its users expect.
-        return F.dropout(x, p) if counter is None else drop(x, p, counter, self.lora_index)
+        return F.dropout(x, low_rank.dropout, self.training)
 
 
 def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

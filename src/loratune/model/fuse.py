@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loratune.lora import base_modules, base_of, take_off, wears
-from loratune.model.attention import NAME, packed_inputs
+from loratune.model.attention import NAME
 from loratune.model.fused import Fused, deviation, furthest, is_near
 from loratune.model.gated import fuse_gated, is_gated
 from loratune.model.last_layer import fuse_last
 from loratune.model.modes import evaluating
 from loratune.model.norm import fuse_norm
-from loratune.model.self_attention import fuse_attention
+from loratune.model.self_attention import fuse_attention, trial_rows
 
 
 def fuse(model: nn.Module) -> int:
@@ -75,11 +75,11 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
 def _furthest(model: PreTrainedModel) -> tuple[float, str]:
     """The largest relative deviation of a fused module from its own class's forward, and its path."""
     embeddings: Any = model.get_input_embeddings()
-    ids = torch.arange(16, device=model.device)[None] % embeddings.weight.shape[0]
+    packed, positions = trial_rows(model.device)
+    ids = torch.arange(positions.shape[1], device=model.device)[None] % embeddings.weight.shape[0]
     inputs: dict[str, Any] = {"use_cache": False}
     if model.config._attn_implementation == NAME:
-        positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
-        inputs = {"position_ids": positions.to(model.device), **packed_inputs((9, 7))}
+        inputs = {"position_ids": positions, **packed}
     found = [(0.0, "")]
 
     def compare(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

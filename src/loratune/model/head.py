@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from loratune.lora import selecting
 from loratune.model.last_layer import ends_early
 from loratune.model.modes import evaluating
 
@@ -22,7 +24,7 @@ def only_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
     happens to the chosen ones. `index` counts positions in the flattened (rows × tokens); logits come out as
     (1, len(index), vocabulary).
     """
-    with _before_head(model, lambda hidden: hidden.reshape(-1, hidden.shape[-1])[index].unsqueeze(0)):
+    with _before_head(model, lambda hidden: hidden.reshape(-1, hidden.shape[-1])[index].unsqueeze(0), index):
         yield
 
 
@@ -38,20 +40,24 @@ def hidden_at(model: nn.Module, index: Tensor, inputs: dict[str, Any]) -> Tensor
         seen.append(flat if picked else flat[index])
         return hidden[:, :0]
 
-    with _before_head(model, keep):
+    with _before_head(model, keep, index[:0]):
         model(**inputs)
     return seen[0]
 
 
-def logits_from(model: nn.Module, hidden: Tensor) -> Tensor:
+def logits_from(model: nn.Module, hidden: Tensor, index: Tensor) -> Tensor:
     """Logits (N, vocabulary) of hidden states (N, features) before the head: by the model's own `forward`.
 
     What stands before the head is stepped over, so that the head, what is adapted of it, and all that the family does
     with its logits afterwards are the model's own.
+
+    Args:
+        index: (N,), the positions that they are the hidden states of; their dropout masks are those of these tokens.
     """
     trunk: Any = model.base_model
     ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
-    with _answering(trunk, lambda *_, **__: _OUTPUTS[model](last_hidden_state=hidden.unsqueeze(0))):
+    answer = partial(_OUTPUTS[model], last_hidden_state=hidden.unsqueeze(0))
+    with _answering(trunk, lambda *_, **__: answer()), selecting(model, index):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.flatten(0, 1)  # a view; picking the one row would fill and copy its gradient
 
@@ -84,31 +90,47 @@ def _tried(model: Any) -> Any:
         whole = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         handle.remove()
-    hidden = hidden_at(model, torch.arange(3, device=model.device), {"input_ids": ids, "use_cache": False})
+    hidden = hidden_at(model, ids[0], {"input_ids": ids, "use_cache": False})
     _OUTPUTS[model] = kinds[0]
-    same = torch.allclose(logits_from(model, hidden), whole, rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+    same = torch.allclose(logits_from(model, hidden, ids[0]), whole, rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
     return kinds[0] if same else None
 
 
 @contextmanager
-def _before_head(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _before_head(model: nn.Module, change: Callable[[Tensor], Tensor], index: Tensor) -> Iterator[None]:
+    """Inside the block the head is given what `change` makes of its input: the hidden states at `index`."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    inside = ExitStack()
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inside.enter_context(selecting(head, index))
+        return change(args[0]), *args[1:]
+
+    def after(*_: Any) -> None:
+        inside.close()
+
+    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
     try:
         yield
     finally:
-        handle.remove()
+        inside.close()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
 def _answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block a call of the module gives `answer(...)` and computes nothing."""
-    before = vars(module).get("forward")
-    module.forward = answer
+    """Inside the block a call of the module gives `answer(...)`: nothing is computed, and no hook hears of it."""
+    before = vars(module).get(_CALLED)
+    vars(module)[_CALLED] = answer
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            del vars(module)[_CALLED]
         else:
-            module.forward = before
+            vars(module)[_CALLED] = before
+
+
+# Where a module keeps what runs instead of its hooks and its `forward` (`nn.Module.compile` puts it there).
+_CALLED = "_compiled_call_impl"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import base_modules, put_on, selecting, take_off, wears
+from loratune.lora import put_on, selecting, take_off, wears
 from loratune.model.fused import Fused, agree
 from loratune.model.modes import evaluating
 from loratune.model.self_attention import FusedAttention, trial_inputs
@@ -41,16 +41,22 @@ def fuse_last(model: nn.Module) -> bool:
 
     Only above fused attention, and where a layer is these parts and two sums.
     """
-    layers = [module for _, module in base_modules(model) if module._modules.keys() >= _PARTS]
-    if not layers or layers[-1]._modules.keys() != _PARTS:
+    last = _last_layer(model)
+    if last is None or last._modules.keys() != _PARTS:
         return False
-    last = layers[-1]
     if not wears(cast(nn.Module, last.self_attn), FusedAttention.order):
         return False
     if not wears(last, FusedLast.order) and not _tried(last):
         take_off(last, FusedLast.order)
         return False
     return True
+
+
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    """The layer before the head: the last of the decoder's own list, where something else may stand behind it."""
+    decoder: Any = getattr(model, "get_decoder", lambda: None)()
+    layers = getattr(decoder, "layers", None)
+    return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
 def ends_early(model: nn.Module) -> bool:

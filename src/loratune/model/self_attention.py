@@ -102,13 +102,19 @@ def _tried(module: nn.Module, weight: Tensor) -> bool:
 
 def trial_inputs(module: nn.Module, weight: Tensor) -> dict[str, Any]:
     """Two short packed rows, as an attention module and the layer around it are given them."""
-    segments, dim = (9, 7), cast(int, module.head_dim)
+    packed, positions = trial_rows(weight.device)
+    tokens, dim = positions.shape[1], cast(int, module.head_dim)
     dice = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, weight.shape[1], generator=dice).to(weight.device)
+    x = torch.randn(1, tokens, weight.shape[1], generator=dice).to(weight.device)
     # So large that the scores spread by about two: else every rotation gives the same mean of all values.
     x = x * (2**0.5 / (x @ weight.float().T).std().clamp(min=1e-3))
-    angles = (torch.rand(1, 16, dim // 2, generator=dice) * 6).repeat(1, 1, 2).to(weight.device)
+    angles = (torch.rand(1, tokens, dim // 2, generator=dice) * 6).repeat(1, 1, 2).to(weight.device)
     turned = (angles.cos().to(weight.dtype), angles.sin().to(weight.dtype))
-    positions = torch.cat([torch.arange(9), torch.arange(7)])[None].to(weight.device)
-    packed = packed_inputs(segments)
     return {"hidden_states": x.to(weight.dtype), "position_embeddings": turned, "position_ids": positions, **packed}
+
+
+def trial_rows(device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """What a model is told of two short packed rows, and their position_ids (1, tokens)."""
+    segments = (9, 7)
+    positions = torch.cat([torch.arange(length) for length in segments])[None]
+    return packed_inputs(segments), positions.to(device)

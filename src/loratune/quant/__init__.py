@@ -17,10 +17,11 @@ from loratune.quant.formats import FORMATS
 from loratune.quant.frozen import frozen_weight
 from loratune.quant.linear import QuantizedLinear
 from loratune.quant.sample import Sample
-from loratune.quant.weight import FrozenWeight, rounded_once
+from loratune.quant.weight import DenseWeight, FrozenWeight, rounded_once
 
 __all__ = [
     "FORMATS",
+    "DenseWeight",
     "FrozenWeight",
     "QuantizedLinear",
     "Sample",
