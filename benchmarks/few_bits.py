@@ -4,8 +4,9 @@ python benchmarks/few_bits.py            print the table, write benchmarks/resul
 python benchmarks/few_bits.py --quick    does it run?
 
 A model of a billion random weights (the widths of TinyLlama-1.1B), rank 8 on all linears, steps of 4 × 64 tokens, a
-fresh process for each format. `held` are the bytes of the base's tensors; `step` is the most that the process takes in
-three steps, `load` the most that it took before, to load and quantise.
+fresh process for each format. `held` are the bytes of the base's tensors; `peak` is the most that tensors hold in a
+step: those, the adapter with its gradients and moments, and what a step makes; `process` is the most that the process
+takes in three steps, imports and all, `load` the most that it took before, to load and quantise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import weights
+from clock import live_bytes
 from comparison import RESULTS, say, write
 from measuring import surroundings
 
@@ -43,8 +45,9 @@ class Found:
     """Bytes."""
 
     held: int
+    peak: int
+    process: int
     load: int
-    step: int
 
 
 def resident(name: str = "VmHWM") -> int:
@@ -69,14 +72,20 @@ def measured(base: str, quant: str) -> Found:
     ids = torch.randint(3, 1000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Rendered(tuple(row), (False, *[True] * (LENGTH - 1)), Place("", 1), False) for row in ids]
     batch = make_batch(rows, packed=True, pad_id=0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        (summed_loss(found.model, batch) / batch.supervised).backward()
+        optimizer.step()
+
     forget()
     with freed_memory_kept(found.device):
         for _ in range(STEPS):
-            optimizer.zero_grad()
-            (summed_loss(found.model, batch) / batch.supervised).backward()
-            optimizer.step()
-        step = resident()
-    return Found(held, load, step)
+            step()
+        process = resident()
+        live = live_bytes(step, cuda=False)
+    of_adapter = sum(4 * parameter.numel() * parameter.itemsize for parameter in lora.parameters())
+    return Found(held, held + of_adapter + live, process, load)
 
 
 def write_random(shape: str, folder: Path) -> Path:
@@ -97,10 +106,11 @@ def write_random(shape: str, folder: Path) -> Path:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'MiB':10}{'held':>10}{'step':>10}{'load':>10}{'step, of bf16':>16}"]
+    columns, whole = ("held", "peak", "process", "load"), result["formats"]["bf16"]
+    lines = [f"{'MiB, of bf16':14}{''.join(f'{column:>16}' for column in columns)}"]
     for name, found in result["formats"].items():
-        sizes = "".join(f"{found[key] / 2**20:>10.0f}" for key in ("held", "step", "load"))
-        lines.append(f"{name:10}{sizes}{found['step'] / result['formats']['bf16']['step']:>16.2f}")
+        sizes = (f"{found[key] / 2**20:.0f} ({found[key] / whole[key]:.2f})" for key in columns)
+        lines.append(f"{name:14}{''.join(f'{size:>16}' for size in sizes)}")
     return "\n".join(lines)
 
 

@@ -9,11 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loratune.adapt import Adapters, TargetPlan, adapters, attach, plan
+    from loratune.adapt import Adapters, TargetPlan, adapters, attach, dequantize, plan, quantize
     from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
-    from loratune.quant import quantize
     from loratune.run import Run, combine, compare, diff, evaluate, generate, inspect, merge, open_run, show, train
 
 _ROOM_OF = {
@@ -27,6 +26,7 @@ _ROOM_OF = {
     "attach": "adapt",
     "combine": "run",
     "compare": "run",
+    "dequantize": "adapt",
     "diff": "run",
     "evaluate": "run",
     "generate": "run",
@@ -35,7 +35,7 @@ _ROOM_OF = {
     "merge": "run",
     "open_run": "run",
     "plan": "adapt",
-    "quantize": "quant",
+    "quantize": "adapt",
     "show": "run",
     "train": "run",
 }
@@ -52,6 +52,7 @@ __all__ = [
     "attach",
     "combine",
     "compare",
+    "dequantize",
     "diff",
     "evaluate",
     "generate",

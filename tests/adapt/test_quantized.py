@@ -96,6 +96,19 @@ def test_the_bytes_never_change() -> None:
     assert torch.equal(model(IDS).logits, in_bits()(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_rows_of_a_batch_have_adapters_of_their_own(kind: str) -> None:
+    model = in_bits(kind=kind).eval()
+    lora = lt.attach(model, config(), name="a")
+    lora.add(config(r=2), "b")
+    alone = []
+    for names in (("a",), (), ("b",)):
+        lora.activate(*names)
+        alone.append(model(IDS[:1]).logits)
+    with lora.rows(["a", None, "b"]):
+        assert torch.allclose(model(IDS[:1].repeat(3, 1)).logits, torch.cat(alone), atol=1e-5)
+
+
 def test_counts_are_of_weights_not_of_bytes() -> None:
     dense, bits = lt.attach(tiny("llama"), config()), lt.attach(in_bits(), config())
     assert bits.count() == dense.count()
@@ -121,18 +134,62 @@ def test_one_base_whatever_its_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))
-def test_merge_and_unmerge(kind: str) -> None:
+def test_merge_and_unmerge(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = in_bits(kind=kind)
     lora = lt.attach(model, config())
     live = model(IDS).logits
     before = {name: tensor.clone() for name, tensor in stored_in(base_modules(model))}
-    lora.merge()
+    with caplog.at_level("WARNING", logger="loratune"):
+        missed = lora.merge()
+    assert missed.keys() == lora.factors().keys()
+    for path, low_rank in lora.factors().items():
+        weight, plain = frozen_weight(model.get_submodule(path)), frozen_weight(in_bits(kind=kind).get_submodule(path))
+        assert weight is not None
+        assert plain is not None
+        delta = low_rank.delta(plain.dense(torch.float32))
+        away = weight.dense(torch.float32) - (plain.dense(torch.float32) + delta)
+        assert missed[path] == pytest.approx(float(away.norm() / delta.norm()), rel=1e-4)
+    assert f"at worst {max(missed.values()):.0%}" in caplog.text
     merged = model(IDS).logits
     assert float((merged - live).norm() / live.norm()) < (0.5 if kind == "nf4" else 0.05)
     assert not torch.equal(merged, live)
     lora.unmerge()
     assert all(torch.equal(tensor, before[name]) for name, tensor in stored_in(base_modules(model)))
     assert torch.equal(model(IDS).logits, live)
+
+
+def test_a_dense_weight_is_merged_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    assert lt.attach(tiny("llama"), config()).merge() == {}
+    assert not caplog.text
+
+
+def test_the_format_is_changed_only_where_no_adapter_stands() -> None:
+    """A layer that gives way would take its adapter with it, in silence."""
+    model = tiny("llama")
+    lora = lt.attach(model, config())
+    before = model(IDS).logits
+    for change in (lambda: lt.quantize(model, "nf4"), lambda: lt.dequantize(model)):
+        with pytest.raises(AdapterStateError, match="adapters already"):
+            change()
+    assert torch.equal(model(IDS).logits, before)
+    lora.detach()
+    layers = lt.quantize(model, "nf4")
+    bits = model(IDS).logits
+    assert lt.dequantize(model) == layers > 0
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert torch.allclose(model(IDS).logits, bits, atol=1e-5)
+
+
+def test_an_adapter_of_bits_is_merged_exactly_into_the_decoded_base(tmp_path: Path) -> None:
+    model = in_bits()
+    lora = lt.attach(model, config())
+    live = model(IDS).logits
+    lora.save(tmp_path / "adapter")
+    lora.detach()
+    lt.dequantize(model)
+    dense = lt.attach(model, tmp_path / "adapter", any_base=True)
+    assert dense.merge() == {}
+    assert torch.allclose(model(IDS).logits, live, atol=1e-5)
 
 
 def test_merge_refuses_what_is_not_finite() -> None:

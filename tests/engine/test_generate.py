@@ -10,7 +10,7 @@ import torch
 
 from loratune.engine import Sampling, generate
 from loratune.errors import DataError
-from loratune.model import use_packed_attention
+from loratune.model import fuse, use_packed_attention
 from tests.models import FAMILIES, tiny
 from tests.oracle.decoding import greedy
 from tests.tiny import tiny_tokenizer
@@ -126,3 +126,23 @@ def test_tokenizer_without_a_pad_token() -> None:
     model = tiny()
     answers = generate(model, tiny_tokenizer(pad=None), PROMPTS, frozenset({1}), Sampling(max_new_tokens=4))
     assert answers == generate(model, TOKENIZER, PROMPTS, frozenset({1}), Sampling(max_new_tokens=4))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_fused_model_keeps_what_its_prompts_gave(family: str) -> None:
+    """Samples are taken of a model in the middle of training; its fused attention knows of no cache."""
+    model = tiny(family)
+    naive = [tuple(greedy(model, prompt, (), 6)[0]) for prompt in PROMPTS]
+    use_packed_attention(model)
+    assert fuse(model)
+    answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6))
+    assert [answer.ids for answer in answers] == naive
+
+
+def test_the_attention_is_what_it_was() -> None:
+    for name in ("sdpa", "eager"):
+        model = tiny()
+        model.set_attn_implementation(name)
+        for _ in range(2):
+            generate(model, TOKENIZER, PROMPTS[:2], frozenset(), Sampling(max_new_tokens=2))
+            assert model.config._attn_implementation == name

@@ -156,7 +156,7 @@ WIDTHS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("how", ["fused", "stock", "recomputed", "nf4", "int8"])
+@pytest.mark.parametrize("how", ["fused", "stock", "recomputed", "nf4", "int8", "everything"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
     """What the allocator itself says a step holds at most, beyond the base, the adapter and its gradients."""
@@ -169,7 +169,8 @@ def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
         assert planned.weights + planned.constants == held_by_base
         assert BaseMemory.of(model, 2, quant) == planned
     use_packed_attention(model)
-    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules="all-linear"))
+    config = EVERYTHING if how == "everything" else {"r": 8, "target_modules": "all-linear"}
+    lora = lt.attach(model, lt.LoraConfig(**config))
     if how != "stock":
         assert fuse(model)
     if how == "recomputed":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-from typing import Any
+import sys
 
 import numpy as np
 import pytest
@@ -83,14 +82,7 @@ def test_nf4_takes_four_bits_and_an_eighth() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("bitsandbytes"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(MissingExtraError, match="needs the package bitsandbytes") as error:
         NF4.encode(matrix((8, 64)))
     assert "loratune[quant]" in error.value.hint

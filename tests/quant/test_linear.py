@@ -169,3 +169,9 @@ def test_a_model() -> None:
 def test_refused(model: nn.Module, format: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         quantize(model, format)
+
+
+def test_refused_where_codes_are_not_made() -> None:
+    with pytest.raises(ConfigError, match=r"quant='nf4' on 'meta'.*cpu, cuda") as caught:
+        quantize(nn.Sequential(nn.Linear(64, 64)), "nf4", device=torch.device("meta"))
+    assert "--quant" in caught.value.hint

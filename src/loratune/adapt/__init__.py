@@ -6,19 +6,24 @@ has the verbs.
 """
 
 from loratune.adapt.attach import adapters, attach
-from loratune.adapt.handle import Adapters, Count
+from loratune.adapt.bits import dequantize, quantize
+from loratune.adapt.handle import Adapters
+from loratune.adapt.mixing import Mixed
 from loratune.adapt.plan import Target, TargetPlan, plan
-from loratune.adapt.summary import by_kind, by_replaced, share_line
+from loratune.adapt.summary import Count, by_kind, by_replaced, share_line
 
 __all__ = [
     "Adapters",
     "Count",
+    "Mixed",
     "Target",
     "TargetPlan",
     "adapters",
     "attach",
     "by_kind",
     "by_replaced",
+    "dequantize",
     "plan",
+    "quantize",
     "share_line",
 ]

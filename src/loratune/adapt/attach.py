@@ -46,8 +46,7 @@ def attach(
     if not isinstance(given, LoraConfig | str | os.PathLike | SavedAdapter):
         kind = type(given).__name__
         raise ConfigError(f"a {kind} describes no adapter", hint="give a LoraConfig, or the folder of a saved adapter")
-    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Adapting) for _, m in base_modules(model)):
-        raise AdapterStateError("this model has adapters already", hint="use adapters(model).add(...) or .load(...)")
+    refuse_adapted(model, hint="use adapters(model).add(...) or .load(...)")
     model = inside_compiled(model)
     handle = Adapters(model)
     if isinstance(config_or_path, LoraConfig):
@@ -68,6 +67,12 @@ def attach(
     handle.activate(name)
     setattr(model, ATTRIBUTE, handle)
     return handle
+
+
+def refuse_adapted(model: nn.Module, *, hint: str) -> None:
+    """Raise where adapters stand on the model."""
+    if getattr(model, ATTRIBUTE, None) is not None or any(isinstance(m, Adapting) for _, m in base_modules(model)):
+        raise AdapterStateError("this model has adapters already", hint=hint)
 
 
 def adapters(model: nn.Module) -> Adapters:

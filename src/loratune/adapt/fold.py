@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,25 @@ from torch import Tensor, nn
 from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
 from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
-from loratune.quant import DenseWeight, rounded_once
+from loratune.quant import DenseWeight, QuantizedWeight, rounded_once
+
+_log = logging.getLogger("loratune")
 
 # Full name of a merged tensor → what computes it; for a quantised weight, which has no tensor of its own, those that it
 # is stored in.
 Merged = dict[str, Callable[[], Mapping[str, Tensor]]]
+
+
+class Folded(NamedTuple):
+    """What a merge leaves behind.
+
+    Attributes:
+        kept: the original tensors by name, or None where nobody asked to keep them.
+        missed: by module path, how far a weight in few bits is from W + ΔW, relative to ΔW.
+    """
+
+    kept: dict[str, Tensor] | None
+    missed: dict[str, float]
 
 
 def fold(
@@ -26,7 +41,7 @@ def fold(
     keep_base: bool,
     dtype: torch.dtype,
     begin: Callable[[], None],
-) -> dict[str, Tensor] | None:
+) -> Folded:
     """Add the named adapters' summed deltas to the weights, and put their own tensors in the base's place.
 
     The sum is formed in `dtype`, added to the weight in it and rounded once. Every merged tensor is computed and
@@ -34,9 +49,6 @@ def fold(
 
     Args:
         begin: called right before the first tensor changes.
-
-    Returns:
-        The original tensors by name, or None without `keep_base`.
 
     Raises:
         AdapterStateError: a tied weight would part from its twin, a merged tensor would not be finite, a bias has no
@@ -46,7 +58,8 @@ def fold(
     gone = placement.gone(names)
     if gone:
         raise AdapterStateError([f"{name}: {why}" for name, why in gone.items()], hint="adapt the model as it is now")
-    merged, problems = _merged(placement, names, dtype)
+    missed: dict[str, float] = {}
+    merged, problems = _merged(placement, names, dtype, missed)
     problems |= _tied(placement, names, [name for name in merged if name not in problems])
     values: dict[str, Tensor] = {}
     for name in [name for name in merged if name not in problems]:
@@ -58,16 +71,29 @@ def fold(
     if problems:
         raise AdapterStateError([f"{name}: {why}" for name, why in problems.items()], hint="nothing was merged")
     begin()
+    if missed:
+        _say(missed)
     if not keep_base:
         # Computed again: all of them at once would be the second copy of the base that nobody asked for.
         for compute in merged.values():
             for name, value in compute().items():
                 placement.base_tensor(name).data.copy_(value)
-        return None
+        return Folded(None, missed)
     kept = {name: placement.base_tensor(name).data for name in values}
     for name, value in values.items():
         placement.base_tensor(name).data = value
-    return kept
+    return Folded(kept, missed)
+
+
+def _say(missed: Mapping[str, float]) -> None:
+    """A warning that a merge into few bits rounded again, with what it cost."""
+    worst = max(missed, key=missed.__getitem__)
+    mean = sum(missed.values()) / len(missed)
+    _log.warning(
+        f"merged into few bits, which rounds {len(missed)} weights again: they are off by {mean:.0%} of what the "
+        f"adapter adds, at worst {missed[worst]:.0%} ({worst}); unmerge restores them, and a base that dequantize() "
+        "made dense takes the adapter without this"
+    )
 
 
 def unfold(placement: Placement, kept: Mapping[str, Tensor] | None) -> None:
@@ -83,7 +109,9 @@ def unfold(placement: Placement, kept: Mapping[str, Tensor] | None) -> None:
         tensor.data = original.to(tensor.device, tensor.dtype)
 
 
-def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> tuple[Merged, dict[str, str]]:
+def _merged(
+    placement: Placement, names: Sequence[str], dtype: torch.dtype, missed: dict[str, float]
+) -> tuple[Merged, dict[str, str]]:
     """What each tensor becomes, and why some cannot."""
     merged: Merged = {}
     problems: dict[str, str] = {}
@@ -93,7 +121,7 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
         if low_ranks:
-            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype)
+            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype, missed)
         biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
         if biased and layer._parameters["bias"] is None:
             problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
@@ -103,7 +131,12 @@ def _merged(placement: Placement, names: Sequence[str], dtype: torch.dtype) -> t
 
 
 def _weight(
-    path: str, layer: LoraLayer, low_ranks: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype
+    path: str,
+    layer: LoraLayer,
+    low_ranks: Sequence[LowRank],
+    own: Tensor | None,
+    dtype: torch.dtype,
+    missed: dict[str, float],
 ) -> Callable[[], Mapping[str, Tensor]]:
     def values() -> Mapping[str, Tensor]:
         weight = weight_of(layer)
@@ -118,7 +151,10 @@ def _weight(
                     mine.plus(delta)["weight"], cast(Tensor, layer._parameters["weight"]).dtype
                 )
             }
-        return {f"{path}.{name}": tensor for name, tensor in weight.plus(delta).items()}
+        stored = weight.plus(delta)
+        if isinstance(weight, QuantizedWeight):
+            missed[path] = weight.missed(stored, delta)
+        return {f"{path}.{name}": tensor for name, tensor in stored.items()}
 
     return values
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.groups import param_groups
 from loratune.adapt.heads import with_task
-from loratune.adapt.mixing import check_mixed, expecting, names_of_rows, rows_of
+from loratune.adapt.mixing import Mixed, check_mixed, expecting, names_of_rows, rows_of
 from loratune.adapt.placement import Placement, refuse_meta
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
 from loratune.adapt.register import Register
 from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd, with_tokenizer
-from loratune.adapt.summary import summary_of
+from loratune.adapt.summary import Count, summary_of
 from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError, Refusals
@@ -36,17 +36,6 @@ from loratune.quant import known_by, values_in
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
 ATTRIBUTE = "_loratune"
-
-
-class Count(NamedTuple):
-    """Parameters: those that train, all there are (the base's and every adapter's), and their ratio."""
-
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        return self.trainable / self.total
 
 
 class Adapters:
@@ -233,6 +222,13 @@ class Adapters:
         with expecting(self.model, self._state), self._state.suspending(used, batch=len(names), **fields):
             yield
 
+    def mixed(self, *names: str) -> Mixed:
+        """These adapters, as they are now, for passes in which each token has its own; raises as `rows`."""
+        self._refuse_merged()
+        used = self._register.all_known(names)
+        check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(used) + 1)
+        return Mixed(self._placement, used)
+
     def counting(self, counter: TokenCounter) -> AbstractContextManager[None]:
         """Inside the block dropout masks are drawn from `counter` instead of torch's generator."""
         return self._state.counting(counter)
@@ -297,13 +293,16 @@ class Adapters:
 
     # -- merging -------------------------------------------------------------------------------------------------
 
-    def merge(self, *, keep_base: bool = True, dtype: torch.dtype = torch.float32) -> None:
-        """Fold the active adapters into the weights.
+    def merge(self, *, keep_base: bool = True, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        """Fold the active adapters into the weights; those in few bits are quantised again, which a warning tells.
 
         Args:
             keep_base: hold the original tensors, so that `unmerge` restores their bits (costs their memory again);
                 without it nothing is held and the merge cannot be undone.
             dtype: fp32 or fp64; what the deltas are computed and added in before the one rounding.
+
+        Returns:
+            Of weights in few bits, by module path: how far each is from W + ΔW, relative to ΔW.
 
         Raises:
             AdapterStateError: a tied weight would part, or a merged tensor would not be finite; nothing was changed.
@@ -324,7 +323,8 @@ class Adapters:
             self._merged, self._gone = active, gone
             self._state.change(active=())
 
-        self._kept = fold(self._placement, active, keep_base=keep_base, dtype=dtype, begin=begin)
+        self._kept, missed = fold(self._placement, active, keep_base=keep_base, dtype=dtype, begin=begin)
+        return missed
 
     def unmerge(self) -> None:
         """The exact weights from before `merge`, and the adapters active again beside them."""

@@ -11,24 +11,59 @@ import torch
 from torch import Tensor, nn
 
 from loratune.adapt.entry import Entry
-from loratune.adapt.placement import Placement
+from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError
-from loratune.lora import AdapterState, Bank, LowRank, Rows, bank_of
+from loratune.lora import AdapterState, Bank, LowRank, Rows, Stack, TokenRows, bank_of
 
 
-@torch.no_grad()
 def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
     """The adapter of each row by its name; None is the base. The tensors are copied as they are now."""
     distinct = (None, *sorted({name for name in names if name is not None}))
-    banks: dict[nn.Module, Bank] = {}
+    return Rows(torch.tensor([distinct.index(name) for name in names]), dict(_banks(placement, distinct)))
+
+
+class Mixed:
+    """Some adapters, ready for passes in which each token has its own; their tensors are copied as they are now."""
+
+    def __init__(self, placement: Placement, names: Sequence[str]) -> None:
+        """Raises AdapterStateError where a tensor is not finite: it would reach the tokens of all the others."""
+        _refuse_broken(placement, names)
+        self.names = tuple(names)
+        self._state = placement.state
+        self._stacks = {layer: Stack.of(bank) for layer, bank in _banks(placement, self.names)}
+
+    @contextmanager
+    def passing(self, names: Sequence[str | None], counts: Sequence[int], device: torch.device) -> Iterator[None]:
+        """Inside the block a pass has `counts` tokens with the adapter of each name; None is the base."""
+        chosen = torch.zeros(sum(counts), len(self.names), dtype=torch.bool)
+        start = 0
+        for name, count in zip(names, counts, strict=True):
+            if name is not None:
+                chosen[start : start + count, self.names.index(name)] = True
+            start += count
+        rows = TokenRows(chosen.to(device), self._stacks)
+        with self._state.suspending(self.names, active=(), rows=rows):
+            yield
+
+
+def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
+    broken = [
+        f"{name!r} holds NaN or infinity: {path}"
+        for name in names
+        for path, low_rank in placement.low_ranks(name).items()
+        if not all(bool(parameter.isfinite().all()) for parameter in low_rank.parameters())
+    ]
+    if broken:
+        raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
+
+
+@torch.no_grad()
+def _banks(placement: Placement, names: Sequence[str | None]) -> Iterator[tuple[nn.Module, Bank]]:
     for layer in placement.layers.values():
-        low_ranks = [
-            None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in distinct
-        ]
-        bank = bank_of(low_ranks, cast(nn.Parameter, layer._parameters["weight"]).dtype)
+        low_ranks = [None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
+        bank = bank_of(low_ranks, weight_of(layer).dtype)
         if bank is not None:
-            banks[layer] = bank
-    return Rows(torch.tensor([distinct.index(name) for name in names]), banks)
+            yield layer, bank
 
 
 def names_of_rows(names: object) -> tuple[str | None, ...]:
@@ -75,7 +110,7 @@ def expecting(model: nn.Module, state: AdapterState) -> Iterator[None]:
         view = state.view
         # Of the innermost block, which may be another one than that which set this hook.
         tokens = None if view.batch is None else _tokens_of(model, args, kwargs, view.batch)
-        if view.rows is not None:
+        if isinstance(view.rows, Rows):
             state.change(rows=replace(view.rows, tokens=tokens))
 
     hook = model.register_forward_pre_hook(look, with_kwargs=True)

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from loratune.adapt.plan import TargetPlan
+
+
+class Count(NamedTuple):
+    """Parameters: those that train, all there are (the base's and every adapter's), and their ratio."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
 
 
 def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[int, int]]:
@@ -32,7 +44,7 @@ def share_line(trainable: int, total: int) -> str:
     return f"trainable {trainable:,} of {total:,} ({trainable / total:.2%})"
 
 
-def summary_of(count: tuple[int, int], plans: Mapping[str, TargetPlan], active: Sequence[str]) -> str:
+def summary_of(count: Count, plans: Mapping[str, TargetPlan], active: Sequence[str]) -> str:
     lines = [share_line(*count)]
     for name, target_plan in plans.items():
         state = "active" if name in active else "not active"

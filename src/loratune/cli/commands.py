@@ -13,6 +13,7 @@ import typer
 from loratune.cli.adapters import Json, combine, diff, show
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
+from loratune.cli.serve import serve
 from loratune.config import read_settings
 from loratune.errors import RegressionError
 
@@ -291,7 +292,7 @@ def merge(
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
-for command in (show, diff, combine):
+for command in (show, diff, combine, serve):
     app.command()(command)
 
 

@@ -23,7 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "bitfit": {"target_modules": NO_TARGETS, "bias": "all"},
 }
 # What a method without low-rank terms has no use for.
-_OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform")
+_OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
+                 "lora_plus_ratio")  # fmt: skip
 _METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "full", "bitfit"]
 
 
@@ -97,9 +98,15 @@ class TrainConfig(Settings):
         "cosine", "learning rate after warm-up", group=_OPTIMISATION
     )
     warmup: float | int = setting(0.05, "warm-up: a share of the steps below 1, or a count", group=_OPTIMISATION, ge=0)
+    lora_plus_ratio: float | None = setting(
+        None, "B learns at so many times the rate (LoRA+)", group=_OPTIMISATION, gt=0
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of A and B", group=_OPTIMISATION, ge=0)
     clip: float = setting(1.0, "largest norm of the gradient; 0 for no clipping", group=_OPTIMISATION, ge=0)
-    optimizer: Literal["adamw", "sgd"] = setting("adamw", "adamw, or sgd with momentum 0.9", group=_OPTIMISATION)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"] = setting(
+        "adamw", "adamw; on CUDA also with moments in eight bits, or paged; or sgd with momentum 0.9",
+        group=_OPTIMISATION,
+    )  # fmt: skip
 
     micro_batch_tokens: int | None = setting(
         None, "tokens that go through the model at once; changes memory, never the result", group=_MACHINE, ge=1

@@ -1,5 +1,7 @@
-"""Decoding."""
+"""Decoding: rows with adapters of their own, continued together."""
 
-from loratune.engine.generate import GREEDY, Answer, Sampling, generate
+from loratune.engine.batch import Chosen, Engine, Limits, Request
+from loratune.engine.choose import GREEDY, Sampling
+from loratune.engine.generate import Answer, generate
 
-__all__ = ["GREEDY", "Answer", "Sampling", "generate"]
+__all__ = ["GREEDY", "Answer", "Chosen", "Engine", "Limits", "Request", "Sampling", "generate"]

@@ -1,29 +1,20 @@
-"""Batch generation over prompts of any lengths."""
+"""Answers to many prompts of any lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.engine.batch import Engine, Limits, Request
+from loratune.engine.choose import GREEDY, Sampling
 from loratune.errors import DataError
-from loratune.model import context_of, evaluating
+from loratune.model import context_of, evaluating, packing
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest one."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Sampling()
+_Done = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +26,6 @@ class Answer:
     stopped: bool
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -44,40 +34,81 @@ def generate(
     sampling: Sampling = GREEDY,
     *,
     batch_size: int = 16,
-    done: Callable[[int], None] | None = None,
+    done: _Done | None = None,
 ) -> list[Answer]:
-    """Continue each prompt (token ids); answers come back in the prompts' order.
+    """Continue each prompt (token ids) with what is active on the model; answers come back in the prompts' order.
 
-    Prompts of similar lengths share a batch, padded on the left; answers end where the longest of them leaves no room
-    in the model's context. `done` is told how many rows a batch finished.
+    An answer ends where the model's context does. Sampled answers have seeds of their own, counted from the one given.
+
+    Args:
+        done: told how many answers have just been finished.
 
     Raises:
         DataError: a prompt that fills the model's context alone.
     """
-    context = context_of(model)
-    _refuse_full(prompts, context)
+    _refuse_full(prompts, context_of(model))
+    with packing(model) as packed:
+        write = _together if packed else _padded
+        rows = write(model, prompts, stop_ids, sampling, batch_size, done or (lambda _: None))
+    return [_answer(row, stop_ids, tokenizer) for row in rows]
+
+
+def _together(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: frozenset[int],
+    sampling: Sampling,
+    batch_size: int,
+    done: _Done,
+) -> list[list[int]]:
+    """By the engine: a prompt begins where another answer has ended. The longest first, so that the last are short."""
+    longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
+    engine = Engine(model, limits=Limits(slots=batch_size, longest=longest))
+    place = {}
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        own = replace(sampling, seed=sampling.seed + i)
+        place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
+    rows: list[list[int]] = [[] for _ in prompts]
+    while engine.running or engine.waiting:
+        told = engine.step()
+        for chosen in told:
+            rows[place[chosen.ticket]].append(chosen.token)
+        ended = sum(chosen.finish is not None for chosen in told)
+        if ended:
+            done(ended)
+    return rows
+
+
+@torch.no_grad()
+def _padded(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: frozenset[int],
+    sampling: Sampling,
+    batch_size: int,
+    done: _Done,
+) -> list[list[int]]:
+    """By the family's own generation, for those that cannot take packed rows: batches of similar lengths, padded."""
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
-    answers: dict[int, Answer] = {}
+    rows: list[list[int]] = [[] for _ in prompts]
     generation: Any = model.generate
+    context, pad = context_of(model), min(stop_ids, default=0)
     with evaluating(model):
         for group in _by_length(prompts, batch_size):
             width = max(len(prompts[i]) for i in group)
             most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
-            config = _config(sampling, most, stop_ids, tokenizer)
-            pad = config.pad_token_id
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
             output = generation(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                generation_config=config,
+                generation_config=_config(sampling, most, stop_ids, pad),
             )
             for i, row in zip(group, output[:, width:].tolist(), strict=True):
-                answers[i] = _answer(row, stop_ids, tokenizer)
-            if done is not None:
-                done(len(group))
-    return [answers[i] for i in range(len(prompts))]
+                rows[i] = row
+            done(len(group))
+    return rows
 
 
 def _refuse_full(prompts: Sequence[Sequence[int]], context: int | None) -> None:
@@ -87,18 +118,11 @@ def _refuse_full(prompts: Sequence[Sequence[int]], context: int | None) -> None:
         raise DataError(problems, hint="shorten it, so that there is room for an answer")
 
 
-def _config(
-    sampling: Sampling, most: int, stop_ids: frozenset[int], tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
+def _config(sampling: Sampling, most: int, stop_ids: frozenset[int], pad: int) -> GenerationConfig:
     sampled = sampling.temperature > 0
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
-    pad = tokenizer.pad_token_id
     return GenerationConfig(
-        max_new_tokens=most,
-        do_sample=sampled,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=pad if pad is not None else min(stop_ids, default=0),
-        **chosen,
+        max_new_tokens=most, do_sample=sampled, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad, **chosen
     )
 
 

@@ -163,7 +163,7 @@ class MemoryEstimate:
 
     Attributes:
         base: its weights, in its dtype or quantised. constants: what quantised ones are decoded with.
-        masters: what trains, in fp32. gradients: of these. optimizer: both moments of Adam.
+        masters: what trains, in fp32. gradients: of these. optimizer: what it keeps of each, Adam's both moments.
         activations: kept for the backward pass, with what trains rounded to the base's dtype.
         logits: what stands beside them for a moment where the loss is formed. layer: where one layer's gradients are.
     """
@@ -223,11 +223,14 @@ def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
     return attention + norms + gated
 
 
-def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory) -> MemoryEstimate:
+def estimate_memory(
+    plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory, *, state: int = 2 * _MASTER
+) -> MemoryEstimate:
     """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it.
 
     Args:
         base: what the model itself holds.
+        state: bytes that the optimizer keeps of each trained parameter.
     """
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
@@ -237,17 +240,23 @@ def estimate_memory(plan: TargetPlan, shape: Shape, through: Pass, base: BaseMem
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
     # the head, with its gradient.
     logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
+    if _trains_head(plan, shape):  # its gradient as it was gathered, multiplied, and in its master's dtype
+        logits += shape.hidden * shape.vocabulary * (2 * size + _MASTER)
     beside = through.tokens * (layer - _block_gradients(shape, size)) + _products(shape, through)
     return MemoryEstimate(
         base=base.weights,
         constants=base.constants,
         masters=plan.trainable * _MASTER,
         gradients=plan.trainable * _MASTER,
-        optimizer=plan.trainable * 2 * _MASTER,
+        optimizer=plan.trainable * state,
         activations=through.tokens * kept + rounded,
         logits=logits,
         layer=max(through.tokens * layer, beside) + base.decoded,
     )
+
+
+def _trains_head(plan: TargetPlan, shape: Shape) -> bool:
+    return any(part.multiplied == shape.hidden * shape.vocabulary for part in plan.replaced)
 
 
 def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, recompute: bool) -> float:
@@ -260,5 +269,5 @@ def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, reco
     trained = [part.multiplied for part in plan.replaced if part.multiplied != head]
     low_rank = sum(target.parameters for target in plan.targets)
     body = (6 if recompute else 4) * shape.linears + 2 * sum(trained) + 6 * low_rank
-    heads = 6 if any(part.multiplied == head for part in plan.replaced) else 4
+    heads = 6 if _trains_head(plan, shape) else 4
     return float(tokens * body + heads * scored * head)

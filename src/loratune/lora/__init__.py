@@ -6,7 +6,7 @@ from loratune.lora.init import decomposed_factors, generator_for, initial_factor
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
-from loratune.lora.rows import Bank, Rows, bank_of
+from loratune.lora.rows import Bank, Rows, Stack, TokenRows, bank_of
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
     Adapting,
@@ -33,8 +33,10 @@ __all__ = [
     "Mixin",
     "Recomputed",
     "Rows",
+    "Stack",
     "Tensors",
     "TokenCounter",
+    "TokenRows",
     "View",
     "adapt_in_place",
     "adapter_prefixes",

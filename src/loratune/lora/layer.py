@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Linear, Projection, Weight, lora_linears
+from loratune.lora.rows import TokenRows
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import Adapting, base_of, put_on, take_off
 
@@ -113,14 +114,18 @@ def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 @contextmanager
 def selecting(module: nn.Module, index: Tensor) -> Iterator[None]:
-    """Inside the block `module` sees the tokens at `index` alone; their dropout masks are those of these tokens."""
+    """Inside the block `module` sees the tokens at `index` alone: their dropout masks, and adapters, are theirs."""
     state = next((layer.lora_state for layer in module.modules() if isinstance(layer, LoraLayer)), None)
-    counter = None if state is None else state.view.counter
-    if state is None or counter is None:
+    if state is None:
         yield
-    else:
-        with state.counting(replace(counter, tokens=counter.tokens.flatten()[index])):
-            yield
+        return
+    counter, rows = state.view.counter, state.view.rows
+    if counter is not None:
+        counter = replace(counter, tokens=counter.tokens.flatten()[index])
+    if isinstance(rows, TokenRows):
+        rows = replace(rows, chosen=rows.chosen[index])
+    with state.seeing(state.view._replace(counter=counter, rows=rows)):
+        yield
 
 
 def _overheard(module: nn.Module) -> bool:

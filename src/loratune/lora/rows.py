@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loratune.errors import AdapterStateError
@@ -102,3 +103,60 @@ class Rows:
             )
         tokens = self.tokens if flattened else math.prod(x.shape[1:-1])
         return x.reshape(rows, cast(int, tokens), x.shape[-1])
+
+
+class Stack(NamedTuple):
+    """Several adapters of one layer as one matrix each: every token meets all of them, and keeps its own part.
+
+    For the few that stand beside each other in serving this is two plain products; gathering an adapter for each token
+    would copy more than the products read.
+
+    Attributes:
+        A: (adapters · r, in), B: (adapters · r, out), scale: (adapters,), bias: (adapters, out) or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, bank: Bank) -> Stack:
+        return cls(bank.A.flatten(0, 1), bank.B.mT.flatten(0, 1).contiguous(), bank.scale, bank.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Which adapter each token of a pass has, whatever rows these stand in.
+
+    Attributes:
+        chosen: (tokens, adapters) bool, each token's adapter; none of them for the base.
+        stacks: the adapters of each layer that has some.
+    """
+
+    chosen: Tensor
+    stacks: Mapping[nn.Module, Stack]
+
+    def update(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """s · B A x of each token's own adapter for x (..., in); None where no adapter is on this layer.
+
+        Raises:
+            AdapterStateError: x has another number of tokens.
+        """
+        stack = self.stacks.get(layer)
+        if stack is None:
+            return None
+        tokens, adapters = self.chosen.shape
+        if x.shape[:-1].numel() != tokens:
+            raise AdapterStateError(
+                f"{tokens} tokens have an adapter each, and a layer was given {tuple(x.shape)}",
+                hint="a layer that sees some of the tokens only cannot be mixed",
+            )
+        h = F.linear(x.reshape(tokens, -1), stack.A).view(tokens, adapters, -1)
+        # The scale is a factor in fp32: rounded to bf16 it would be up to 0.4 % off.
+        # What overflows in somebody else's adapter is left out, not multiplied by zero.
+        h = (h * stack.scale[:, None]).to(x.dtype).masked_fill_(~self.chosen[..., None], 0)
+        y = h.flatten(1) @ stack.B
+        if stack.bias is not None:
+            y = y + self.chosen.to(y.dtype) @ stack.bias
+        return y.view(*x.shape[:-1], -1)

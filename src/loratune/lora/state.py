@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from loratune.errors import AdapterStateError
 from loratune.lora.dropout import TokenCounter
-from loratune.lora.rows import Rows
+from loratune.lora.rows import Rows, TokenRows
 
 
 class View(NamedTuple):
@@ -17,13 +17,13 @@ class View(NamedTuple):
 
     Attributes:
         active: names of the adapters whose updates add up.
-        rows: an adapter for each row of the batch instead.
+        rows: an adapter for each row of the batch, or for each token, instead.
         counter: where dropout masks are drawn from; torch's generator without one.
         batch: how many rows the model must be given, where somebody said one adapter for each.
     """
 
     active: tuple[str, ...] = ()
-    rows: Rows | None = None
+    rows: Rows | TokenRows | None = None
     counter: TokenCounter | None = None
     batch: int | None = None
 

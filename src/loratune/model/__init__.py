@@ -1,10 +1,17 @@
 """Base models: where they come from, on what they run, and the attention that packed rows need."""
 
 from loratune.model.allocator import freed_memory_kept
-from loratune.model.attention import packed_inputs, use_packed_attention, why_no_shared_prefixes, why_not_packed
+from loratune.model.attention import (
+    packed_inputs,
+    packing,
+    use_packed_attention,
+    why_no_shared_prefixes,
+    why_not_packed,
+)
 from loratune.model.device import (
     available_memory,
     device_name,
+    kind_of_device,
     peak_memory,
     pick_device,
     pick_dtype,
@@ -29,11 +36,13 @@ from loratune.model.load import (
 from loratune.model.modes import adapter_training, evaluating
 from loratune.model.recompute import recompute_activations
 from loratune.model.save import save_plain
+from loratune.model.slot_attention import SlotStep
 from loratune.model.tiny import tiny_model
 from loratune.model.tree_attention import pairs_at_once
 
 __all__ = [
     "Base",
+    "SlotStep",
     "adapter_training",
     "available_memory",
     "base_of",
@@ -49,12 +58,14 @@ __all__ = [
     "given_back",
     "has_separate_head",
     "hidden_at",
+    "kind_of_device",
     "load_base",
     "load_tokenizer",
     "logits_from",
     "may_be_fused",
     "only_positions",
     "packed_inputs",
+    "packing",
     "pairs_at_once",
     "peak_memory",
     "pick_device",

@@ -6,8 +6,10 @@ padded batches, other people's code) is passed on to the stock scaled-dot-produc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
 from loratune.model.modes import evaluating
+from loratune.model.slot_attention import SlotStep, slot_attention
 from loratune.model.tree_attention import plan_of, tree_attention
 
 NAME = "loratune_packed"
@@ -42,6 +45,7 @@ def packed_attention(
     sliding_window: int | None = None,
     segments: tuple[int, ...] | None = None,
     above: tuple[tuple[int, ...], ...] | None = None,
+    step: SlotStep | None = None,
     asked: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -51,6 +55,7 @@ def packed_attention(
         query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim).
         segments: lengths of the segments, in order; their sum is the number of tokens.
         above: for each segment, those whose tokens come before its own, in order; none without it.
+        step: of rows that go on by one token each: query, key and value are then those of `slot_attention`.
         asked: here the family's scale and window are noted, for who wants to know them.
 
     Returns:
@@ -61,6 +66,8 @@ def packed_attention(
         raise CannotPackError(f"its attention uses {', '.join(foreign)}")
     if asked is not None:
         asked.update(scaling=scaling, sliding_window=sliding_window)
+    if step is not None:
+        return slot_attention(query, key, value, step, sliding_window, scaling), None
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -142,6 +149,25 @@ def packed_inputs(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch to the attention that packed rows need; calls without segments get the stock one either way."""
     model.set_attn_implementation(NAME)
+
+
+# Whether a model takes packed rows, where that was asked by `packing`.
+_TAKES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def packing(model: PreTrainedModel) -> Iterator[bool]:
+    """Inside the block the model takes packed rows, if it can: says whether. Its attention is then what it was."""
+    before = model.config._attn_implementation
+    if model not in _TAKES:
+        _TAKES[model] = why_not_packed(model) is None
+    elif _TAKES[model]:
+        use_packed_attention(model)
+    try:
+        yield _TAKES[model]
+    finally:
+        if before is not None and model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:

@@ -31,10 +31,22 @@ def pick_device(wanted: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)
+        if device.type == "meta":
+            raise RuntimeError("it holds shapes alone, no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={wanted!r}: {str(error).splitlines()[0]}", hint="cpu always works") from None
     return device
+
+
+def kind_of_device(wanted: str | None) -> str:
+    """The type of the device that `pick_device` would take; a named one need not be here."""
+    if wanted is None:
+        return pick_device(None).type
+    try:
+        return torch.device(wanted).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={wanted!r}: {str(error).splitlines()[0]}", hint="cpu always works") from None
 
 
 def pick_dtype(wanted: str, device: torch.device) -> Precision:

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import new_folder
 from loratune.model.allocator import give_freed_memory_back
-from loratune.model.device import Precision, pick_device, pick_dtype
+from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
-from loratune.quant import known_by, quantize, quantized_format
+from loratune.quant import known_by, quantize, quantized_format, refuse_format
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,13 @@ def load_base(
         keep_originals: hold on to the weights before quantisation, for `init_lora_weights="loftq"`.
 
     Raises:
-        ModelError: not found, of an unsupported kind, incomplete, or holding NaN. ConfigError: no such format.
+        ModelError: not found, of an unsupported kind, incomplete, or holding NaN. ConfigError: no such format, or not
+            on this device.
     """
     keep_few_products()
     where = pick_device(device)
+    if quant is not None:
+        refuse_format(quant, where.type)
     precision = pick_dtype(dtype, where)
     folder, source = _folder_of(name)
     with quietly(), _as_model_error(name):
@@ -117,7 +120,8 @@ def _refuse_changing(model: PreTrainedModel, dtype: str, device: str | None, qua
     """A loaded model is somebody's: it is neither moved, cast nor quantised, and told to be otherwise it is refused."""
     problems = []
     where = next(model.parameters()).device
-    if device is not None and pick_device(device) != where and device != where.type:
+    elsewhere = device is not None and kind_of_device(device) != where.type
+    if elsewhere or (device not in (None, where.type) and torch.device(str(device)) != where):
         problems.append(f"device={device!r}: the loaded model is on {where}")
     if dtype != "auto" and pick_dtype(dtype, where).dtype != model.dtype:
         problems.append(f"dtype={dtype!r}: the loaded model is in {str(model.dtype).removeprefix('torch.')}")

@@ -47,6 +47,8 @@ class FusedAttention(Fused):
         angles = kwargs.get("position_embeddings")
         if kwargs.get("segments") is None or angles is None or torch.compiler.is_compiling():
             return False
+        if kwargs.get("past_key_values") is not None:  # somebody keeps keys and values, which the family gives them
+            return False
         return bool(angles[0].shape[-1] == self.head_dim) and not (
             self.training and vars(self).get("attention_dropout")
         )

@@ -1,7 +1,7 @@
 """What a frozen weight is, whatever its storage: its shape as a map, its numbers, and how a delta is folded into it."""
 
 from loratune.quant.base import (
-    decode,
+    dequantize,
     drop_originals,
     known_by,
     lost,
@@ -13,9 +13,10 @@ from loratune.quant.base import (
     values_in,
 )
 from loratune.quant.foreign import keep_readable, why_unreadable
-from loratune.quant.formats import FORMATS
+from loratune.quant.formats import FORMATS, refuse_format
 from loratune.quant.frozen import frozen_weight
-from loratune.quant.linear import QuantizedLinear
+from loratune.quant.library import bitsandbytes
+from loratune.quant.linear import QuantizedLinear, QuantizedWeight
 from loratune.quant.sample import Sample
 from loratune.quant.weight import DenseWeight, FrozenWeight, rounded_once
 
@@ -24,8 +25,10 @@ __all__ = [
     "DenseWeight",
     "FrozenWeight",
     "QuantizedLinear",
+    "QuantizedWeight",
     "Sample",
-    "decode",
+    "bitsandbytes",
+    "dequantize",
     "drop_originals",
     "frozen_weight",
     "keep_readable",
@@ -34,6 +37,7 @@ __all__ = [
     "output_head",
     "quantize",
     "quantized_format",
+    "refuse_format",
     "rounded_once",
     "shapes_in_bits",
     "stored_in",

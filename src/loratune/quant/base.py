@@ -8,37 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.errors import ConfigError, nearest
-from loratune.quant.formats import FORMATS
+from loratune.errors import ConfigError
+from loratune.quant.formats import refuse_format
 from loratune.quant.linear import QuantizedLinear, QuantizedWeight
 from loratune.quant.sample import Sample
-from loratune.quant.weight import dense_weight
+from loratune.quant.weight import DenseWeight, dense_weight
 
 
 def quantize(model: nn.Module, format: str, *, device: torch.device | None = None, keep_originals: bool = False) -> int:
-    """Keep a model's linear layers in few bits: each gives way to a `QuantizedLinear`, and its weight is let go of.
-
-    Embeddings, norms and the output head stay as they are, and so does what shares its weight with another module.
-
-    Args:
-        format: "nf4" or "int8".
-        device: where the stored tensors go, if not where the weights are; the rest of the model stays where it is.
-        keep_originals: hold on to the weights as they were, which `init_lora_weights="loftq"` starts from.
-
-    Returns:
-        How many layers were replaced.
-
-    Raises:
-        ConfigError: no such format, or no linear layers. MissingExtraError: the format's package is missing.
-    """
-    if format not in FORMATS:
-        raise ConfigError(
-            f"quant={format!r}: no such format{nearest(format, list(FORMATS))}", hint=" or ".join(FORMATS)
-        )
+    """Keep a model's linear layers in few bits, as `loratune.adapt.quantize` says; nothing may stand on them."""
     found = list(_dense_layers(model))
+    refuse_format(format, (device or next((weight.device for *_, weight in found), torch.device("cpu"))).type)
     if not found:
         raise ConfigError(f"quant={format!r}: this model has no linear layers to quantise", hint="leave it out")
-    for parent, name, child in found:
+    for parent, name, child, _ in found:
         parent._modules[name] = QuantizedLinear.of(child, format, device=device, keep_original=keep_originals)
     return len(found)
 
@@ -50,16 +33,21 @@ def output_head(model: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def decode(model: nn.Module) -> None:
-    """Put dense layers back in the place of quantised ones, with the weights that the bits stand for."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, QuantizedLinear):
-                parent._modules[name] = child.decoded()
+def dequantize(model: nn.Module) -> int:
+    """Put dense layers back in the place of quantised ones, with the weights that the bits stand for; says how many."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, QuantizedLinear)
+    ]
+    for parent, name, child in found:
+        parent._modules[name] = child.decoded()
+    return len(found)
 
 
-def _dense_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and module of each linear layer but the head whose weight is dense and its own."""
+def _dense_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, DenseWeight]]:
+    """Parent, name, module and weight of each linear layer but the head whose weight is dense and its own."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -69,7 +57,7 @@ def _dense_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]
         for name, child in parent._modules.items():
             weight = None if child is None or child is head else dense_weight(child)
             if child is not None and weight is not None and owners[id(weight.parameter)] == 1:
-                yield parent, name, child
+                yield parent, name, child, weight
 
 
 def quantized_format(model: nn.Module) -> str | None:
@@ -124,7 +112,4 @@ def values_in(module: nn.Module) -> int:
 def shapes_in_bits(model: nn.Module) -> list[tuple[int, int]]:
     """(out, in) of every weight that is quantised, or would be by `quantize`."""
     found = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, QuantizedLinear)]
-    for _, _, module in _dense_layers(model):
-        if (weight := dense_weight(module)) is not None:
-            found.append((weight.out_features, weight.in_features))
-    return found
+    return found + [(weight.out_features, weight.in_features) for *_, weight in _dense_layers(model)]

@@ -37,6 +37,12 @@ class ForeignWeight:
         return cast(Tensor, self._weight).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        if hasattr(self._weight, "quant_state"):
+            return cast(torch.dtype, self._weight.quant_state.dtype)
+        return torch.bfloat16 if self.device.type == "cpu" else torch.float16
+
+    @property
     def version(self) -> int:
         return cast(Tensor, self._weight)._version
 
@@ -71,7 +77,7 @@ class ForeignWeight:
         codes = self._weight.data if state.CB is None else state.CB
         largest = self._weight.SCB if state.SCB is None else state.SCB
         decoded: Tensor = codes * (largest.float() / 127)[:, None]
-        return decoded.to(torch.bfloat16 if codes.device.type == "cpu" else torch.float16)
+        return decoded.to(self.dtype)
 
 
 def _in_blocks(state: Any) -> Any:

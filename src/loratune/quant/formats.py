@@ -6,14 +6,14 @@ pack their bytes anew in an evaluation pass, with coarser scales.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from loratune.errors import MissingExtraError
+from loratune.errors import ConfigError, nearest
+from loratune.quant.library import bitsandbytes
 
 Stored = Mapping[str, Tensor]
 
@@ -25,9 +25,11 @@ class Format(Protocol):
         name: as `--quant` has it.
         decoded_bytes: of each weight, beside the result, while a matrix is decoded.
         coarseness: what is lost of a matrix at most, relative, where its weights are spread as networks' are.
+        devices: the types of device on which it is encoded and decoded.
     """
 
     name: str
+    devices: tuple[str, ...]
     decoded_bytes: int
     coarseness: float
 
@@ -52,6 +54,7 @@ class NF4:
     """
 
     name = "nf4"
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps", "xpu")
     block, outer_block = 64, 256
     decoded_bytes = 0
     coarseness = 0.15  # 0.09 for a normal distribution
@@ -61,7 +64,7 @@ class NF4:
         return blocks * self.block // 2, blocks + 4 * -(-blocks // self.outer_block) + 4
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        functional = _bitsandbytes()
+        functional = bitsandbytes("functional", "quant='nf4'")
         flat = weight.detach().reshape(-1)
         # A whole number of blocks, each a row: the decoder on the CPU expects blocks to end with longer rows.
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % self.block)).reshape(-1, self.block).contiguous()
@@ -76,7 +79,7 @@ class NF4:
         }
 
     def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        functional = _bitsandbytes()
+        functional = bitsandbytes("functional", "quant='nf4'")
         packed = stored["packed"]
         blocks = len(stored["scales"])
         state = functional.QuantState(
@@ -105,6 +108,7 @@ class Int8:
     """
 
     name = "int8"
+    devices: tuple[str, ...] = ("cpu", "cuda", "mps", "xpu")
     decoded_bytes = 4
     coarseness = 0.03  # 0.006 for rows of a thousand weights of a normal distribution
 
@@ -124,24 +128,28 @@ class Int8:
 
 FORMATS: dict[str, Format] = {found.name: found for found in (NF4(), Int8())}
 
+
+def refuse_format(name: str, device_type: str) -> None:
+    """Raise unless there is such a format, and it can be used on such a device.
+
+    Raises:
+        ConfigError: says which there are, and where.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"quant={name!r}: no such format{nearest(name, list(FORMATS))}", hint=" or ".join(FORMATS))
+    devices = FORMATS[name].devices
+    if device_type not in devices:
+        raise ConfigError(
+            f"quant={name!r} on {device_type!r}: its codes are made and read on {', '.join(devices)} only",
+            hint=f"--device {devices[0]}, or leave --quant out",
+        )
+
+
 _maps: dict[torch.device, Tensor] = {}
 
 
 def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of bitsandbytes' eight-bit format for statistics."""
     if device not in _maps:
-        _maps[device] = _bitsandbytes().create_dynamic_map().to(device)
+        _maps[device] = bitsandbytes("functional", "quant='nf4'").create_dynamic_map().to(device)
     return _maps[device]
-
-
-def _bitsandbytes() -> Any:
-    log = logging.getLogger("bitsandbytes")
-    before = log.level
-    log.setLevel(logging.ERROR)  # on import it warns of a kernel that nothing here calls
-    try:
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise MissingExtraError("NF4 needs the package bitsandbytes", hint="pip install 'loratune[quant]'") from error
-    finally:
-        log.setLevel(before)
-    return bitsandbytes.functional

@@ -104,6 +104,10 @@ class QuantizedWeight:
         return self._stored()["packed"].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
     def version(self) -> int:
         return sum(tensor._version for tensor in self._stored().values())
 
@@ -124,6 +128,13 @@ class QuantizedWeight:
     def plus(self, delta: Tensor) -> Mapping[str, Tensor]:
         """Quantised again, which rounds both the weight's own values and what is added."""
         return FORMATS[self.module.format].encode((self.dense(delta.dtype) + delta).float())
+
+    def missed(self, stored: Mapping[str, Tensor], delta: Tensor) -> float:
+        """How far what `plus` gave is from W + `delta`, relative to the delta: from 1 on nothing of it is certain."""
+        shape = self.out_features, self.in_features
+        merged = FORMATS[self.module.format].decode(stored, shape, torch.float32)
+        away = merged - (self.dense(torch.float32) + delta.float())
+        return float(away.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
     def _stored(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self.module._buffers.items() if buffer is not None}

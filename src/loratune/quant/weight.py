@@ -31,6 +31,11 @@ class FrozenWeight(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it is multiplied in unless an input says otherwise."""
+        ...
+
+    @property
     def version(self) -> int:
         """Grows with every change in place."""
         ...
@@ -78,6 +83,10 @@ class DenseWeight:
     @property
     def device(self) -> torch.device:
         return self.parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
 
     @property
     def version(self) -> int:

@@ -11,6 +11,7 @@ from loratune.config import LoraConfig, TrainConfig
 from loratune.data.fit import Fit
 from loratune.data.pack import Layout
 from loratune.errors import ConfigError
+from loratune.training.optimizer import OPTIMIZERS, OptimizerKind
 
 GIVEN, DEFAULT = "given", "default"
 
@@ -101,6 +102,15 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     _decide_rate(decisions, hidden)
 
 
+def decide_optimizer(decisions: Decisions, device_type: str) -> OptimizerKind:
+    """The one that was asked for, or what does the same where its kernels are missing."""
+    kind = OPTIMIZERS[decisions["optimizer"]]
+    if kind.instead and device_type != "cuda":
+        why = f"{decisions['optimizer']} has kernels for CUDA only, and this is {device_type}; moments are in fp32"
+        decisions.values["optimizer"], decisions.reasons["optimizer"] = kind.instead, why
+    return OPTIMIZERS[decisions["optimizer"]]
+
+
 def lora_config(decisions: Decisions) -> LoraConfig:
     """The adapter that the decisions describe."""
     names = [name for name in LoraConfig.names() if name in TrainConfig.model_fields and name in decisions.values]
@@ -141,7 +151,7 @@ def _decide_rank(decisions: Decisions, supervised: int, per_rank: int) -> int:
 def _decide_rate(decisions: Decisions, hidden: int) -> None:
     if "lr" in decisions.values:
         return
-    if decisions["optimizer"] != "adamw":
+    if decisions["optimizer"] == "sgd":
         raise ConfigError(f"lr: no rate is known for {decisions['optimizer']}", hint="give one with --lr")
     rate, why = learning_rate(hidden)
     if decisions["method"] == "full":

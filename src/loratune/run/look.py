@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from loratune.adapt import TargetPlan, share_line
 from loratune.adapt import plan as plan_targets
-from loratune.adapt import share_line
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig, TrainConfig
 from loratune.data.batch import needed
 from loratune.data.fit import show_mask
 from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
-from loratune.model import context_of, empty_model, load_tokenizer, may_be_fused
-from loratune.run.decide import Decisions, describe, lora_config
+from loratune.model import context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
+from loratune.quant import refuse_format
+from loratune.run.decide import Decisions, decide_optimizer, describe, lora_config
 from loratune.run.prepare import Prepared, Rows, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
 from loratune.run.setup import all_of, decide_adapter
@@ -41,6 +42,10 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     """
     config = TrainConfig(**settings)
     decisions = Decisions(config)
+    device_type = kind_of_device(config.device)
+    if config.quant is not None:
+        refuse_format(config.quant, device_type)
+    kind = decide_optimizer(decisions, device_type)
     empty = empty_model(model)
     shape = Shape.of(empty)
     itemsize = _ITEMSIZE[config.dtype]
@@ -61,12 +66,14 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         tokens, scored = int(tokens * share), int(scored * share)
     recompute = decisions["recompute"] == "on"
     fused = may_be_fused(empty) if config.fused is None else config.fused
-    through = Pass(itemsize, tokens, scored, longest, recompute, fused)
-    memory = estimate_memory(targets, shape, through, BaseMemory.of(empty, itemsize, config.quant))
+    through = Pass(itemsize, tokens, scored, longest, recompute, fused, device_type)
+
+    def estimated(plan: TargetPlan, quant: str | None) -> MemoryEstimate:
+        return estimate_memory(plan, shape, through, BaseMemory.of(empty, itemsize, quant), state=kind.state)
+
+    memory = estimated(targets, config.quant)
     methods = {
-        method: _plain(
-            estimate_memory(plan_targets(empty, other), shape, through, BaseMemory.of(empty, itemsize, quant))
-        )
+        method: _plain(estimated(plan_targets(empty, other), quant))
         for method, other, quant in _other_methods(empty, lora)
     }
     return {

@@ -10,7 +10,7 @@ from loratune.adapt import Adapters, attach
 from loratune.adapter import adapter_folder, read_adapter
 from loratune.errors import AdapterFileError, ModelError
 from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
-from loratune.quant import decode
+from loratune.quant import dequantize
 from loratune.run.folder import RunFolder
 
 
@@ -60,7 +60,7 @@ def open_run(
     found = find_base(name, dtype=dtype, device=device, quant=quant)
     decoded = decoded and quant is not None
     if decoded:
-        decode(found.model)
+        dequantize(found.model)
     if record:
         _refuse_strangers(folder, record, found, any_tokenizer=any_tokenizer)
         if record["plan"]["packed"]:

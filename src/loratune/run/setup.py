@@ -34,7 +34,7 @@ from loratune.model import (
     why_not_fused,
     why_not_packed,
 )
-from loratune.run.decide import Decisions, decide_training, lora_config
+from loratune.run.decide import Decisions, decide_optimizer, decide_training, lora_config
 from loratune.run.prepare import Prepared, Rows, prepare
 
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
@@ -83,7 +83,8 @@ def set_up(base: Base, rows: Rows, config: TrainConfig) -> Setup:
     _decide_packing(base.model, decisions)
     order = _decide_sharing(base.model, decisions, prepared.rows)
     _decide_fused(base.model, decisions)
-    memory = _decide_memory(base, decisions, prepared, targets, shape)
+    kind = decide_optimizer(decisions, base.device.type)
+    memory = _decide_memory(base, decisions, prepared, targets, shape, kind.state)
     _decide_rhythm(decisions, prepared)
     seconds = _seconds(base, decisions, prepared)
     return Setup(base, prepared, decisions, lora, targets, memory, seconds, order)
@@ -212,7 +213,7 @@ def _decide_fused(model: Any, decisions: Decisions) -> None:
 
 
 def _decide_memory(
-    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape
+    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape, state: int
 ) -> MemoryEstimate:
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
     itemsize, fused = base.precision.dtype.itemsize, decisions["fused"]
@@ -235,7 +236,7 @@ def _decide_memory(
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
     through = Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type)
-    return estimate_memory(targets, shape, through, BaseMemory.of(base.model, itemsize, base.quant))
+    return estimate_memory(targets, shape, through, BaseMemory.of(base.model, itemsize, base.quant), state=state)
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:

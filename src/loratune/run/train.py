@@ -141,7 +141,8 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     accelerator = make_accelerator(setup.base.device, decisions["log_with"], folder.path)
     if decisions["log_with"]:
         journal.trackers.append(tracker_listener(accelerator, folder.name, decisions.values))
-    groups = lora.param_groups(decisions["lr"], weight_decay=decisions["weight_decay"])
+    plus = decisions.values.get("lora_plus_ratio")
+    groups = lora.param_groups(decisions["lr"], plus, weight_decay=decisions["weight_decay"])
     optimizer = make_optimizer(decisions["optimizer"], groups, decisions["lr"])
     progress = _start(setup, folder, journal, lora, optimizer, resume=resume)
     steps = decisions["max_steps"]

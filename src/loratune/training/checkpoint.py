@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,12 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N` and drop all but the newest `keep`."""
     tensors = {f"adapter.{i}": p.detach() for i, p in enumerate(lora.parameters())}
-    scalars: dict[str, Any] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                scalars[f"{index}.{name}"] = value
+    leaves = dict(_leaves(optimizer.state_dict()["state"]))
+    scalars = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
+    # Tensors that all parameters have in common are written once.
+    first = {id(value): name for name, value in reversed(leaves.items()) if isinstance(value, Tensor)}
+    shared = {name: first[id(value)] for name, value in leaves.items() if first.get(id(value), name) != name}
+    tensors |= {f"optimizer.{name}": leaves[name] for name in first.values()}
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = {
@@ -56,6 +56,7 @@ def save_checkpoint(
         "worse": progress.worse,
         "stopped_early": progress.stopped_early,
         "optimizer_scalars": scalars,
+        "optimizer_shared": shared,
     }
     path = folder / f"step-{progress.step:08d}"
     with new_folder(path) as temporary:
@@ -85,21 +86,37 @@ def restore(checkpoint: Checkpoint, lora: Adapters, optimizer: torch.optim.Optim
         for i, parameter in enumerate(lora.parameters()):
             parameter.copy_(tensors[f"adapter.{i}"])
     saved = optimizer.state_dict()
-    moments: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = tensor
-    for key, value in state["optimizer_scalars"].items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**saved, "state": moments})
+    leaves = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+    shared = {name: leaves[first] for name, first in state["optimizer_shared"].items()}
+    moments = _tree(leaves | shared | state["optimizer_scalars"])
+    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in moments.items()}})
     best = [tensors[f"best.{i}"] for i in range(sum(key.startswith("best.") for key in tensors))]
     progress = Progress(state["step"], state["micro_batch_tokens"], best=best, worse=state["worse"])
     progress.stopped_early = state["stopped_early"]
     if state["best_val"] is not None:
         progress.best_val, progress.best_step = state["best_val"], state["best_step"]
     return progress
+
+
+def _leaves(values: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, by their keys with dots between: bitsandbytes nests what it keeps."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dictionaries that hold these."""
+    found: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *above, last = name.split(".")
+        inner = found
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return found
 
 
 def _all(folder: Path) -> list[Path]:

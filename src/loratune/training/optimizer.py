@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from loratune.quant import bitsandbytes
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerKind:
+    """What is known of an optimizer before there is one.
+
+    Attributes:
+        state: bytes that it keeps of each trained parameter.
+        of_bitsandbytes: the class there that it is; its kernels are for CUDA.
+        instead: the one that is taken elsewhere.
+    """
+
+    state: int
+    of_bitsandbytes: str = ""
+    instead: str = ""
+
+
+# By the names that transformers has for them. In eight bits a moment is one byte, and a scale for 256 of them (Dettmers
+# et al., "8-bit optimizers via block-wise quantization", arXiv:2110.02861); paged ones may stand in the host's memory
+# (Dettmers et al., "QLoRA", arXiv:2305.14314, section 3).
+OPTIMIZERS = {
+    "adamw": OptimizerKind(8),
+    "adamw_8bit": OptimizerKind(2, "AdamW8bit", instead="adamw"),
+    "paged_adamw": OptimizerKind(8, "PagedAdamW", instead="adamw"),
+    "paged_adamw_8bit": OptimizerKind(2, "PagedAdamW8bit", instead="adamw"),
+    "sgd": OptimizerKind(4),
+}
+
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """AdamW (β 0.9, 0.999) or SGD with momentum 0.9; weight decay comes with the groups."""
+    """AdamW (β 0.9, 0.999) of some kind, or SGD with momentum 0.9; weight decay comes with the groups.
+
+    Raises:
+        MissingExtraError: it is one of bitsandbytes', which is not installed.
+    """
+    kind = OPTIMIZERS[name]
+    if kind.of_bitsandbytes:
+        found: torch.optim.Optimizer = getattr(bitsandbytes("optim", f"optimizer={name!r}"), kind.of_bitsandbytes)(
+            groups, lr=lr
+        )
+        return found
     if name == "adamw":
         # One kernel for all tensors: an adapter has hundreds of small ones.
         fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group["params"])

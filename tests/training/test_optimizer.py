@@ -1,0 +1,96 @@
+"""Optimizers of several kinds: what they keep, that they go on after a checkpoint, and where they are not for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loratune.config import TrainConfig
+from loratune.errors import MissingExtraError
+from loratune.run.decide import Decisions, decide_optimizer
+from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
+from loratune.training.loop import Progress
+from loratune.training.optimizer import OPTIMIZERS, make_optimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+class Two:
+    """Two matrices that are drawn towards others; as much of the handle as a checkpoint asks for."""
+
+    def __init__(self, optimizer: str) -> None:
+        dice = torch.Generator().manual_seed(0)
+        self.goals = [torch.randn(64, 256, generator=dice), torch.randn(40, 128, generator=dice)]
+        self.own = [nn.Parameter(torch.zeros_like(goal)) for goal in self.goals]
+        groups: list[dict[str, Any]] = [{"params": [p], "lr": 1e-2, "weight_decay": 0.01} for p in self.own]
+        self.updater = make_optimizer(optimizer, groups, 1e-2)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.own
+
+    def loss(self) -> Tensor:
+        return torch.stack([(p - g).square().sum() for p, g in zip(self.own, self.goals, strict=True)]).sum()
+
+    def run(self, steps: int) -> float:
+        for _ in range(steps):
+            self.updater.zero_grad()
+            self.loss().backward()
+            self.updater.step()
+        return float(self.loss().detach())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_it_keeps_of_a_parameter(name: str) -> None:
+    two = Two(name)
+    two.run(1)
+    kept = {id(t): t for state in two.updater.state.values() for t in state.values() if torch.is_tensor(t)}
+    # The map from codes to values is one for all parameters, and scales are one for 256 values.
+    bytes_kept = sum(t.numel() * t.itemsize for t in kept.values() if t.numel() not in (1, 256))
+    assert bytes_kept == pytest.approx(OPTIMIZERS[name].state * sum(p.numel() for p in two.own), rel=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "adamw" in name])
+def test_kinds_of_adamw_are_near_adamw(name: str) -> None:
+    start, right = Two("adamw").run(0), Two("adamw").run(30)
+    assert Two(name).run(30) == pytest.approx(right, abs=0.002 * start)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_goes_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    whole = Two(name)
+    whole.run(8)
+    first = Two(name)
+    first.run(3)
+    save_checkpoint(tmp_path, first, first.updater, Progress(3, 1), keep=1)  # type: ignore[arg-type]
+    checkpoint, damaged = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert not damaged
+    second = Two(name)
+    restore(checkpoint, second, second.updater)  # type: ignore[arg-type]
+    second.run(5)
+    assert all(torch.equal(a, b) for a, b in zip(second.own, whole.own, strict=True))
+
+
+def test_elsewhere_than_on_cuda_plain_adamw_does_it_and_the_record_says_why() -> None:
+    for name in ("adamw_8bit", "paged_adamw", "paged_adamw_8bit"):
+        decisions = Decisions(TrainConfig(optimizer=name))
+        assert decide_optimizer(decisions, "cpu") is OPTIMIZERS["adamw"]
+        assert decisions["optimizer"] == "adamw"
+        assert decisions.reasons["optimizer"] == (
+            f"{name} has kernels for CUDA only, and this is cpu; moments are in fp32"
+        )
+        decisions = Decisions(TrainConfig(optimizer=name))
+        assert decide_optimizer(decisions, "cuda") is OPTIMIZERS[name]
+        assert decisions["optimizer"] == name
+
+
+def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(MissingExtraError, match=r"optimizer='adamw_8bit' needs the package bitsandbytes") as caught:
+        Two("adamw_8bit")
+    assert caught.value.hint == "pip install 'loratune[quant]'"
