@@ -80,12 +80,12 @@ def measured(base: str, quant: str) -> Found:
 
     forget()
     with freed_memory_kept(found.device):
+        live = live_bytes(step, cuda=False)  # gradients and moments are made in the first step
         for _ in range(STEPS):
             step()
         process = resident()
-        live = live_bytes(step, cuda=False)
-    of_adapter = sum(4 * parameter.numel() * parameter.itemsize for parameter in lora.parameters())
-    return Found(held, held + of_adapter + live, process, load)
+    masters = sum(parameter.numel() * parameter.itemsize for parameter in lora.parameters())
+    return Found(held, held + masters + live, process, load)
 
 
 def write_random(shape: str, folder: Path) -> Path:

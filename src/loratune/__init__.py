@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from loratune.config import LoraConfig, TrainConfig
     from loratune.errors import LoratuneError
     from loratune.lora import lora_parameters
-    from loratune.run import Run, combine, compare, diff, evaluate, generate, inspect, merge, open_run, show, train
+    from loratune.run import (
+        Run,
+        combine,
+        compare,
+        diff,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        merge,
+        open_run,
+        show,
+        train,
+    )
 
 _ROOM_OF = {
     "Adapters": "adapt",
@@ -29,6 +42,7 @@ _ROOM_OF = {
     "dequantize": "adapt",
     "diff": "run",
     "evaluate": "run",
+    "export": "run",
     "generate": "run",
     "inspect": "run",
     "lora_parameters": "lora",
@@ -55,6 +69,7 @@ __all__ = [
     "dequantize",
     "diff",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "lora_parameters",

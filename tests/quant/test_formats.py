@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loratune.errors import MissingExtraError
 from loratune.quant import FORMATS
-from loratune.quant.formats import dynamic_map
+from loratune.quant.formats import Format, dynamic_map
 from tests.oracle import nf4_reference as oracle
 
 NF4, INT8 = FORMATS["nf4"], FORMATS["int8"]
@@ -87,3 +87,18 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         NF4.encode(matrix((8, 64)))
     assert "loratune[quant]" in error.value.hint
     INT8.encode(matrix((8, 64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (257, 128), (64, 4096)], ids=str)
+@pytest.mark.parametrize("held", [NF4, INT8], ids=["nf4", "int8"])
+def test_a_piece_at_a_time_is_the_same(
+    held: Format, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = held.encode(matrix(shape))
+    whole = held.decode(stored, shape, dtype)
+    for at_once in (64 * 256, 1 << 19):
+        monkeypatch.setattr("loratune.quant.formats._AT_ONCE", at_once)
+        room = torch.full((held.size_of(shape) + 7,), torch.nan, dtype=dtype)
+        assert torch.equal(held.decode(stored, shape, dtype, room), whole)
+        assert room[held.size_of(shape) :].isnan().all()

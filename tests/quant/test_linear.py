@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import ConfigError
-from loratune.quant import FORMATS, QuantizedLinear, Sample, frozen_weight, quantize
+from loratune.quant import FORMATS, QuantizedLinear, QuantizedWeight, Sample, frozen_weight, quantize
 
 CPU = torch.device("cpu")
 KINDS = list(FORMATS)
@@ -175,3 +176,30 @@ def test_refused_where_codes_are_not_made() -> None:
     with pytest.raises(ConfigError, match=r"quant='nf4' on 'meta'.*cpu, cuda") as caught:
         quantize(nn.Sequential(nn.Linear(64, 64)), "nf4", device=torch.device("meta"))
     assert "--quant" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_decoded_weights_take_turns_in_one_place(kind: str) -> None:
+    """Of all that a pass decodes nothing is taken from the heap but one matrix of the largest size."""
+    layers = [QuantizedLinear.of(nn.Linear(64, size, bias=False), kind) for size in (96, 32, 128, 64)]
+    weights = [QuantizedWeight(layer) for layer in layers]
+    exact = [weight.dense(torch.float32) for weight in weights]
+    with torch.inference_mode():
+        lent = [weight.lent(torch.float32).clone() for weight in weights]
+    assert all(torch.equal(a, b) for a, b in zip(lent, exact, strict=True))
+    largest = weights[2].lent(torch.float32)
+    assert torch.equal(largest, exact[2])
+    smaller = weights[1].lent(torch.float32)
+    assert smaller.data_ptr() == largest.data_ptr()
+    x = torch.randn(3, 64, requires_grad=True)
+    sum(layer(x).sum() for layer in layers).backward()
+    torch.testing.assert_close(x.grad, sum(weight.sum(0) for weight in exact).expand(3, 64))
+
+
+def test_threads_have_places_of_their_own() -> None:
+    weights = [QuantizedWeight(QuantizedLinear.of(nn.Linear(64, 64, bias=False), "int8")) for _ in range(2)]
+    here = weights[0].lent(torch.float32)
+    with ThreadPoolExecutor(1) as other:
+        there = other.submit(weights[1].lent, torch.float32).result()
+    assert here.data_ptr() != there.data_ptr()
+    assert torch.equal(here, weights[0].dense(torch.float32))

@@ -4,8 +4,10 @@ from loratune.adapter.card import card_of
 from loratune.adapter.combination import Combined, combine
 from loratune.adapter.difference import Difference, diff
 from loratune.adapter.format import config_to_json, read_adapter, read_config, write_adapter
+from loratune.adapter.gguf import gguf_tensors, read_gguf, write_gguf
 from loratune.adapter.hub import adapter_folder
 from loratune.adapter.keys import DTYPES, to_keys
+from loratune.adapter.plain import Plain, plain, same_update
 from loratune.adapter.spectrum import Inspection, effective_rank, inspect, singular_values
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 
@@ -16,6 +18,7 @@ __all__ = [
     "Factors",
     "Inspection",
     "Origin",
+    "Plain",
     "SavedAdapter",
     "adapter_folder",
     "card_of",
@@ -23,10 +26,15 @@ __all__ = [
     "config_to_json",
     "diff",
     "effective_rank",
+    "gguf_tensors",
     "inspect",
+    "plain",
     "read_adapter",
     "read_config",
+    "read_gguf",
+    "same_update",
     "singular_values",
     "to_keys",
     "write_adapter",
+    "write_gguf",
 ]

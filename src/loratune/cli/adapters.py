@@ -150,3 +150,17 @@ def _listed(title: str, lines: Sequence[str]) -> list[str]:
 
 def _figure(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run or adapter folder, or a hub id", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="who reads it: peft, vllm or gguf (llama.cpp)", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="folder for what is written", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", help="where the base is, if not where the run says")] = None,
+    as_json: Json = False,
+) -> None:
+    """An adapter as other programs read it; read back and compared."""
+    from loratune.run.export import export as write
+
+    found = write(run, out, to=to, base=base)
+    emit(found, as_json=as_json, text=[found["out"], *found["notes"], f"✓ {found['verified']}"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from loratune.cli.adapters import Json, combine, diff, show
+from loratune.cli.adapters import Json, combine, diff, export, show
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
@@ -292,7 +292,7 @@ def merge(
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
-for command in (show, diff, combine, serve):
+for command in (show, diff, combine, export, serve):
     app.command()(command)
 
 

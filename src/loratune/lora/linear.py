@@ -31,6 +31,10 @@ class Weight(Protocol):
         """(out_features, in_features), in the stored dtype unless told."""
         ...
 
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The same for one product: the next one that is lent on this thread may be written in its place."""
+        ...
+
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         """Whether `forward`, of the module's class, computes W x + b and nothing else."""
         ...
@@ -172,7 +176,7 @@ class _LoraLinears(torch.autograd.Function):
 
 def _of_input(ctx: Any, x: Tensor, A: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tensor:
     """Σ Wᵀ gy + Aᵀ gh, in x's shape."""
-    weights = (base.weight.dense(gh.dtype) for base in ctx.frozen)
+    weights = (base.weight.lent(gh.dtype) for base in ctx.frozen)  # one after the other
     gx = torch.mm(grads[0], next(weights))
     for gy, weight in zip(grads[1:], weights, strict=True):
         gx.addmm_(gy, weight)

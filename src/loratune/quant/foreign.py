@@ -54,6 +54,9 @@ class ForeignWeight:
         decoded = self._four_bits() if hasattr(self._weight, "quant_state") else self._eight_bits()
         return decoded if dtype is None else decoded.to(dtype)
 
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.dense(dtype)
+
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         return forward.__module__ == "bitsandbytes.nn.modules"
 

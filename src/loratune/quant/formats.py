@@ -17,6 +17,9 @@ from loratune.quant.library import bitsandbytes
 
 Stored = Mapping[str, Tensor]
 
+# Weights that are decoded at once where the whole matrix has a place already.
+_AT_ONCE = 1 << 19
+
 
 class Format(Protocol):
     """How a matrix is stored.
@@ -41,8 +44,16 @@ class Format(Protocol):
         """The tensors that stand for `weight` (out, in), on its device."""
         ...
 
-    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The matrix (out, in) that these tensors stand for."""
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The matrix (out, in) that these tensors stand for.
+
+        Args:
+            into: a flat tensor of that dtype in which it is written, a piece at a time; of `size_of` values at least.
+        """
+        ...
+
+    def size_of(self, shape: tuple[int, int]) -> int:
+        """How many values a matrix of this shape is while it is decoded."""
         ...
 
 
@@ -78,28 +89,45 @@ class NF4:
             "offset": state.offset.reshape(()),
         }
 
-    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        functional = bitsandbytes("functional", "quant='nf4'")
-        packed = stored["packed"]
+    def size_of(self, shape: tuple[int, int]) -> int:
+        return -(-shape[0] * shape[1] // self.block) * self.block
+
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        out, inner = shape
         blocks = len(stored["scales"])
+        if into is None:
+            flat = self._decoded(stored, slice(0, blocks), dtype)
+        else:
+            flat = into[: blocks * self.block]
+            step = _AT_ONCE // (self.block * self.outer_block) * self.outer_block
+            for begin in range(0, blocks, step):
+                part = slice(begin, min(begin + step, blocks))
+                flat[part.start * self.block : part.stop * self.block] = self._decoded(stored, part, dtype)
+        return flat[: out * inner].view(out, inner)
+
+    def _decoded(self, stored: Stored, part: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some blocks, from one at which an outer block begins."""
+        functional = bitsandbytes("functional", "quant='nf4'")
+        packed = stored["packed"][part.start * self.block // 2 : part.stop * self.block // 2]
+        scales = stored["scales"][part]
+        outer = slice(part.start // self.outer_block, -(-part.stop // self.outer_block))
         state = functional.QuantState(
-            absmax=stored["scales"],
-            shape=(blocks, self.block),
+            absmax=scales,
+            shape=(len(scales), self.block),
             dtype=dtype,
             blocksize=self.block,
             quant_type=self.name,
             code=functional.get_4bit_type(self.name, device=packed.device),
             offset=stored["offset"],
             state2=functional.QuantState(
-                absmax=stored["outer_scales"],
+                absmax=stored["outer_scales"][outer],
                 code=dynamic_map(packed.device),
                 blocksize=self.outer_block,
                 dtype=torch.float32,
             ),
         )
-        out, inner = shape
         flat: Tensor = functional.dequantize_4bit(packed.reshape(-1, 1), state)
-        return flat.reshape(-1)[: out * inner].view(out, inner)
+        return flat.reshape(-1)
 
 
 class Int8:
@@ -121,9 +149,20 @@ class Int8:
         steps = fine * (127 / torch.where(largest > 0, largest, 1.0))
         return {"packed": steps.round_().to(torch.int8), "scales": largest / 127}
 
-    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        assert stored["packed"].shape == shape
-        return (stored["packed"] * stored["scales"]).to(dtype)
+    def size_of(self, shape: tuple[int, int]) -> int:
+        return shape[0] * shape[1]
+
+    def decode(self, stored: Stored, shape: tuple[int, int], dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        packed, scales = stored["packed"], stored["scales"]
+        assert packed.shape == shape
+        if into is None:
+            return (packed * scales).to(dtype)
+        found = into[: packed.numel()].view(shape)
+        rows = max(1, _AT_ONCE // shape[1])
+        for begin in range(0, shape[0], rows):
+            part = slice(begin, begin + rows)
+            found[part] = packed[part] * scales[part]
+        return found
 
 
 FORMATS: dict[str, Format] = {found.name: found for found in (NF4(), Int8())}

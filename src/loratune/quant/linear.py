@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loratune.quant.formats import FORMATS
+from loratune.quant.room import room
 from loratune.quant.sample import Sample
 from loratune.quant.weight import dense_weight
 
@@ -122,6 +123,13 @@ class QuantizedWeight:
             return FORMATS[module.format].decode(self._stored(), shape, torch.float32).double()
         return FORMATS[module.format].decode(self._stored(), shape, dtype or module.dtype)
 
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        module, wanted = self.module, dtype or self.module.dtype
+        if wanted == torch.float64:
+            return self.dense(wanted)
+        shape, held = (module.out_features, module.in_features), FORMATS[module.format]
+        return held.decode(self._stored(), shape, wanted, room(held.size_of(shape), wanted, self.device))
+
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         return forward is QuantizedLinear.forward
 
@@ -146,10 +154,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: QuantizedWeight) -> Tensor:
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return F.linear(x, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight.lent(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        gx = gy @ ctx.weight.dense(gy.dtype) if ctx.needs_input_grad[0] else None
+        gx = gy @ ctx.weight.lent(gy.dtype) if ctx.needs_input_grad[0] else None
         gb = gy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return gx, gb, None

@@ -47,6 +47,10 @@ class FrozenWeight(Protocol):
         """(out_features, in_features), detached, in the stored dtype unless told."""
         ...
 
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The same for one product: the next one that is lent on this thread may be written in its place."""
+        ...
+
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         """Whether `forward`, of the module's class, computes W x + b and nothing else."""
         ...
@@ -99,6 +103,9 @@ class DenseWeight:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         stored = self.parameter.detach()
         return (stored.T if self.transposed else stored).to(dtype or stored.dtype)
+
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.dense(dtype)
 
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         if self.transposed:

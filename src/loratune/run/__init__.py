@@ -4,6 +4,7 @@ from loratune.run.answer import evaluate, generate
 from loratune.run.combine import combine
 from loratune.run.compare import Comparison, compare
 from loratune.run.diff import diff
+from loratune.run.export import export
 from loratune.run.merge import merge
 from loratune.run.opened import Opened, open_run
 from loratune.run.show import inspect, show
@@ -17,6 +18,7 @@ __all__ = [
     "compare",
     "diff",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "merge",

@@ -1,0 +1,111 @@
+"""An adapter as a GGUF file, which llama.cpp applies to a base in GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune.adapter.value import SavedAdapter
+from loratune.errors import AdapterFileError, nearest
+
+Array = NDArray[np.float32]
+
+# Families by transformers' model type: llama.cpp's architecture. In llama's the rows of q and k stand in another order.
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+_TURNED = {"llama"}
+
+
+def write_gguf(path: Path, adapter: SavedAdapter, config: Any, *, tied: bool) -> None:
+    """Write a plain adapter (every scale 1).
+
+    Args:
+        config: of the base, as transformers has it.
+        tied: whether the base's output head is its embedding.
+
+    Raises:
+        AdapterFileError: the family has no place in llama.cpp known here, or a module has none in the family.
+    """
+    import gguf
+
+    arch = _architecture(config)
+    tensors = gguf_tensors(adapter, config, tied=tied)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.config.lora_alpha))
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_tensors(adapter: SavedAdapter, config: Any, *, tied: bool) -> dict[str, Array]:
+    """The tensors of the file by name: `.lora_a` (r, in) and `.lora_b` (out, r), in fp32."""
+    names = _names(config)
+    problems, found = [], {}
+    for path, factors in adapter.factors.items():
+        name = names(path)
+        if name is None:
+            problems.append(f"{path}: llama.cpp has no name for it")
+        elif tied and name == "output.weight":
+            problems.append(f"{path}: it is tied to the embedding, and llama.cpp would adapt neither")
+        else:
+            A, B = (tensor.float().numpy() for tensor in (factors.A, factors.B))
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = A, _turned(B, path, config)
+    if problems:
+        raise AdapterFileError(problems, hint="`loratune merge` it into its base")
+    return found
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What a file says of itself, and its tensors."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    return said, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+def _architecture(config: Any) -> str:
+    family = str(config.model_type)
+    if family not in ARCHITECTURES:
+        raise AdapterFileError(
+            f"no GGUF adapters of {family!r} are made here{nearest(family, list(ARCHITECTURES))}",
+            hint=f"{', '.join(ARCHITECTURES)}; `loratune merge` and llama.cpp's own converter do others",
+        )
+    return ARCHITECTURES[family]
+
+
+def _names(config: Any) -> Callable[[str], str | None]:
+    import gguf
+
+    arch = _architecture(config)
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    table: Mapping[Any, Any] = gguf.get_tensor_name_map(number, config.num_hidden_layers)  # type: ignore[assignment]
+    find: Any = table.get_name  # type: ignore[attr-defined]
+    return lambda path: find(f"{path}.weight", try_suffixes=(".weight",))
+
+
+def _turned(B: Array, path: str, config: Any) -> Array:
+    """B with its rows as llama.cpp's llama has those of q and k: the halves of a head's rotation beside each other."""
+    last = path.rpartition(".")[2]
+    if _architecture(config) not in _TURNED or last not in ("q_proj", "k_proj"):
+        return B
+    heads = config.num_attention_heads
+    if last == "k_proj":
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    out, r = B.shape
+    return np.ascontiguousarray(B.reshape(heads, 2, out // heads // 2, r).swapaxes(1, 2).reshape(out, r))

@@ -1,0 +1,103 @@
+"""An adapter as other readers take it: plain low-rank terms of one rank whose scale is 1, and nothing beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loratune.adapter.value import Factors, SavedAdapter
+from loratune.config import LoraConfig
+from loratune.errors import AdapterFileError
+
+
+class Plain(NamedTuple):
+    """The plain adapter, and what was changed for it."""
+
+    adapter: SavedAdapter
+    notes: tuple[str, ...]
+
+
+def plain(adapter: SavedAdapter, reader: str) -> Plain:
+    """The same update with every scale folded into B, and every rank filled up with zeros to the largest.
+
+    Readers scale by alpha / r of the config or of the tensors, without roots and patterns; where both are equal nothing
+    can go wrong.
+
+    Raises:
+        AdapterFileError: it has what `reader` cannot hold; every such thing is listed.
+    """
+    problems = list(_beyond(adapter, reader))
+    if problems:
+        raise AdapterFileError(problems, hint="`loratune merge` it into its base, and export or serve that")
+    r = max(factors.A.shape[0] for factors in adapter.factors.values())
+    scales = {path: adapter.scale(path) for path in adapter.factors}
+    found = {path: _folded(factors, scales[path], r) for path, factors in adapter.factors.items()}
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=tuple(sorted(found)), task_type=adapter.config.task_type)
+    return Plain(
+        replace(adapter, config=config, factors=found, unknown={}, surplus=()), tuple(_notes(adapter, scales, r))
+    )
+
+
+def _folded(factors: Factors, scale: float, r: int) -> Factors:
+    more = r - factors.A.shape[0]
+    B = (factors.B.double() * scale).to(factors.B.dtype)  # rounded once
+    return Factors(F.pad(factors.A, (0, 0, 0, more)).contiguous(), F.pad(B, (0, more)).contiguous())
+
+
+def _notes(adapter: SavedAdapter, scales: dict[str, float], r: int) -> Iterator[str]:
+    different = sorted(set(scales.values()))
+    if different != [1.0]:
+        shown = f"{different[0]:g}" if len(different) == 1 else f"{different[0]:g} to {different[-1]:g}"
+        yield f"the scale, {shown}, is folded into B; alpha is r"
+    ranks = sorted({factors.A.shape[0] for factors in adapter.factors.values()})
+    if len(ranks) > 1:
+        yield f"ranks from {ranks[0]} on are filled up with zeros to {r}"
+
+
+def _beyond(adapter: SavedAdapter, reader: str) -> Iterator[str]:
+    stretched = [path for path, factors in adapter.factors.items() if factors.magnitude is not None]
+    biased = [path for path, factors in adapter.factors.items() if factors.bias is not None]
+    if not adapter.factors:
+        yield f"it has no low-rank terms, and {reader} takes nothing else"
+    if stretched:
+        yield f"{reader} knows no DoRA: {stretched[0]}{_more(stretched)}"
+    if biased:
+        yield f"{reader} knows no bias behind B: {biased[0]}{_more(biased)}"
+    if adapter.replaced:
+        own = list(adapter.replaced)
+        yield f"{reader} takes no tensors in the place of the base's: {own[0]}{_more(own)}"
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def same_update(one: SavedAdapter, other: SavedAdapter) -> float:
+    """The largest relative difference of two adapters' scaled updates, module by module, in fp64.
+
+    ‖X Y - Z W‖ of thin factors, through the small products alone.
+    """
+    worst = 0.0
+    for path, factors in one.factors.items():
+        A, B = _exact(factors, one.scale(path))
+        C, D = _exact(other.factors[path], other.scale(path))
+        joined = torch.cat([B, -D], 1), torch.cat([A, C])
+        size = _norm(B, A)
+        worst = max(worst, _norm(*joined) / size if size else _norm(*joined))
+    return worst
+
+
+def _exact(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
+    return factors.A.double(), factors.B.double() * scale
+
+
+def _norm(B: Tensor, A: Tensor) -> float:
+    """‖B A‖ without forming it, by a QR decomposition of each."""
+    _, left = torch.linalg.qr(B)
+    _, right = torch.linalg.qr(A.T)
+    return float((left @ right.T).norm())
