@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,6 @@ FORMATS = ("bf16", "int8", "nf4")
 ROWS, LENGTH, STEPS, RANK = 4, 64, 3, 8
 
 
-@dataclass(frozen=True)
-class Found:
-    """Bytes."""
-
-    held: int
-    peak: int
-    process: int
-    load: int
-
-
 def resident(name: str = "VmHWM") -> int:
     """The most that this process has taken since the last `forget`, or what it takes now (VmRSS)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
@@ -61,7 +50,8 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measured(base: str, quant: str) -> Found:
+def measured(base: str, quant: str, counted: bool) -> dict[str, int]:
+    """Bytes: of tensors where they are counted, else of the process."""
     found = load_base(base, dtype="bf16", quant=None if quant == "bf16" else quant)
     held = sum(tensor.numel() * tensor.itemsize for _, tensor in stored_in(base_modules(found.model)))
     load = resident()
@@ -78,14 +68,16 @@ def measured(base: str, quant: str) -> Found:
         (summed_loss(found.model, batch) / batch.supervised).backward()
         optimizer.step()
 
+    if counted:  # in a process of its own: counting takes memory too
+        live = live_bytes(step, cuda=False)  # gradients and moments are made in the first step
+        masters = sum(parameter.numel() * parameter.itemsize for parameter in lora.parameters())
+        return {"peak": held + masters + live}
     forget()
     with freed_memory_kept(found.device):
-        live = live_bytes(step, cuda=False)  # gradients and moments are made in the first step
         for _ in range(STEPS):
             step()
-        process = resident()
-    masters = sum(parameter.numel() * parameter.itemsize for parameter in lora.parameters())
-    return Found(held, held + masters + live, process, load)
+        process = resident()  # inside: what is freed goes back afterwards
+    return {"held": held, "process": process, "load": load}
 
 
 def write_random(shape: str, folder: Path) -> Path:
@@ -119,10 +111,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny weights: does it run?")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="OMP_NUM_THREADS (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"where the result goes (default {RESULTS.name})")
-    parser.add_argument("--one", nargs=2, metavar=("BASE", "FORMAT"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("BASE", "FORMAT", "WHAT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print(json.dumps(asdict(measured(*given.one))))
+        print(json.dumps(measured(*given.one[:2], given.one[2] == "tensors")))
         return
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1"}
     shape = "tiny" if given.quick else "tinyllama-1.1b"
@@ -132,9 +124,12 @@ def main() -> None:
         formats = {}
         for quant in FORMATS:
             say(quant)
-            command = [sys.executable, __file__, "--one", str(base), quant]
-            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-            formats[quant] = json.loads(done.stdout.splitlines()[-1])
+            found: dict[str, int] = {}
+            for what in ("process", "tensors"):
+                command = [sys.executable, __file__, "--one", str(base), quant, what]
+                done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                found |= json.loads(done.stdout.splitlines()[-1])
+            formats[quant] = found
     work = {"shape": shape, "rows": ROWS, "length": LENGTH, "rank": RANK}
     result = {"work": work, "formats": formats, **surroundings("loratune", threads=given.threads)}
     print(table(result))
