@@ -203,3 +203,14 @@ def test_threads_have_places_of_their_own() -> None:
         there = other.submit(weights[1].lent, torch.float32).result()
     assert here.data_ptr() != there.data_ptr()
     assert torch.equal(here, weights[0].dense(torch.float32))
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_the_gradient_has_a_gradient(kind: str) -> None:
+    layers = nn.Sequential(*(QuantizedLinear.of(nn.Linear(64, 64, bias=False), kind) for _ in range(2)))
+    x = torch.randn(3, 64, requires_grad=True)
+    (gx,) = torch.autograd.grad(layers(x).square().sum(), x, create_graph=True)
+    gx.square().sum().backward()
+    W = QuantizedWeight(layers[1]).dense(torch.float32) @ QuantizedWeight(layers[0]).dense(torch.float32)
+    H = 2 * W.T @ W
+    torch.testing.assert_close(x.grad, 2 * x.detach() @ H @ H, rtol=1e-4, atol=1e-3)

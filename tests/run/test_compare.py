@@ -90,20 +90,11 @@ def test_goes_on_with_what_is_there(base: str, data: str, tmp_path: Path, here: 
     assert not any("search" in task.folder for task in here)
 
 
-def test_what_was_measured_is_not_measured_again(
-    base: str, data: str, tmp_path: Path, here: list[Task], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings: dict[str, Any] = {"methods": ("lora", "rslora"), "seeds": 1, "lr": 1e-2}
-    first = run(base, data, tmp_path / "c", **settings)
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("it is measured again")
-
-    monkeypatch.setattr("loratune.run.contender._measured", refuse)
-    again = run(base, data, tmp_path / "c", **settings)
-    assert again.found["methods"] == first.found["methods"]
-    with pytest.raises(AssertionError, match="measured again"):
-        run(base, data, tmp_path / "c", **settings, answers=1)
+def test_the_base_is_measured_as_the_runs_are(base: str, data: str, tmp_path: Path, here: list[Task]) -> None:
+    methods = ("lora", "rslora", "base")
+    found = run(base, data, tmp_path / "c", methods=methods, seeds=1, lr=1e-2, loss="all").found
+    (one,) = found["methods"]["lora"]["runs"]
+    assert found["base"]["val_loss"] == pytest.approx(one["base_val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        gx = gy @ ctx.weight.lent(gy.dtype) if ctx.needs_input_grad[0] else None
+        # Where the gradient gets a gradient, the weight is kept for it.
+        weight = ctx.weight.dense if torch.is_grad_enabled() else ctx.weight.lent
+        gx = gy @ weight(gy.dtype) if ctx.needs_input_grad[0] else None
         gb = gy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return gx, gb, None

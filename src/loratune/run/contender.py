@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loratune.data.example import Corpus, hash_of
+from loratune.data.example import Corpus
 from loratune.engine import Sampling
 from loratune.estimation import Shape, step_flops
-from loratune.files import write_json
 from loratune.run.answer import evaluate, generate
 from loratune.run.folder import METRICS
 from loratune.run.opened import Opened, open_run
 from loratune.run.train import train
 
 BASE = "base"
-_MEASURED = "measured.json"
+# Settings that decide which tokens of a row are scored.
+_OF_DATA = ("loss", "max_length", "overlong", "columns")
 
 
 @dataclass(frozen=True)
@@ -42,30 +40,9 @@ class Task:
     answers: int = 0
     elsewhere: tuple[str, ...] = ()
 
-    @property
-    def hash(self) -> str:
-        """Of all that decides what is found."""
-        rows = [hash_of(corpus.examples) for corpus in (self.train, self.held_out)]
-        told = [self.model, self.method, rows, self.settings, self.answers, self.elsewhere, version("loratune")]
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
 
 def contend(task: Task) -> dict[str, Any]:
-    """Train and measure; the run folder stays, with what was measured, so that the same task is not measured again."""
-    kept = Path(task.folder) / _MEASURED
-    try:
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        if before["task"] == task.hash:
-            return dict(before["found"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
-        pass
-    found = _contend(task)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"task": task.hash, "found": found})
-    return found
-
-
-def _contend(task: Task) -> dict[str, Any]:
+    """Train and measure; the run folder stays."""
     if task.method == BASE:
         loading = {name: task.settings[name] for name in ("device", "dtype") if name in task.settings}
         return _measured(task, open_run(task.model, **loading))
@@ -93,7 +70,8 @@ def _measured(task: Task, opened: Opened) -> dict[str, Any]:
     """Answers to held-out rows, and the loss on texts outside the task."""
     found: dict[str, Any] = {}
     if task.method == BASE:
-        found["val_loss"] = evaluate(opened, task.held_out)["loss"]
+        told = {name: task.settings[name] for name in _OF_DATA if name in task.settings}
+        found["val_loss"] = evaluate(opened, task.held_out, **told)["loss"]
     if task.elsewhere:
         rows = [{"text": text} for text in task.elsewhere]
         found["elsewhere_loss"] = evaluate(opened, rows, loss="all", overlong="truncate")["loss"]
