@@ -146,11 +146,7 @@ def _weight(
             delta = delta + low_rank.delta(dense)
         if own is not None:  # another adapter's, in the place of the base's: only dense ones are trained whole
             mine = replace(cast(DenseWeight, weight), parameter=nn.Parameter(own.detach().to(dtype)))
-            return {
-                f"{path}.weight": rounded_once(
-                    mine.plus(delta)["weight"], cast(Tensor, layer._parameters["weight"]).dtype
-                )
-            }
+            return {f"{path}.weight": rounded_once(mine.plus(delta)["weight"], weight.dtype)}
         stored = weight.plus(delta)
         if isinstance(weight, QuantizedWeight):
             missed[path] = weight.missed(stored, delta)

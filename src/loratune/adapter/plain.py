@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loratune.adapter.spectrum import singular_values
 from loratune.adapter.value import Factors, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterFileError
@@ -78,26 +79,16 @@ def _more(names: list[str]) -> str:
 
 
 def same_update(one: SavedAdapter, other: SavedAdapter) -> float:
-    """The largest relative difference of two adapters' scaled updates, module by module, in fp64.
-
-    ‖X Y - Z W‖ of thin factors, through the small products alone.
-    """
+    """The largest relative difference of two adapters' scaled updates, module by module, in fp64."""
     worst = 0.0
     for path, factors in one.factors.items():
-        A, B = _exact(factors, one.scale(path))
-        C, D = _exact(other.factors[path], other.scale(path))
-        joined = torch.cat([B, -D], 1), torch.cat([A, C])
-        size = _norm(B, A)
-        worst = max(worst, _norm(*joined) / size if size else _norm(*joined))
+        A, B = _scaled(factors, one.scale(path))
+        C, D = _scaled(other.factors[path], other.scale(path))
+        size = float(singular_values(A, B).norm())
+        apart = float(singular_values(torch.cat([A, C]), torch.cat([B, -D], 1)).norm())
+        worst = max(worst, apart / size if size else apart)
     return worst
 
 
-def _exact(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
+def _scaled(factors: Factors, scale: float) -> tuple[Tensor, Tensor]:
     return factors.A.double(), factors.B.double() * scale
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    """‖B A‖ without forming it, by a QR decomposition of each."""
-    _, left = torch.linalg.qr(B)
-    _, right = torch.linalg.qr(A.T)
-    return float((left @ right.T).norm())

@@ -22,7 +22,7 @@ from loratune.adapt import Adapters, Mixed
 from loratune.engine.choose import GREEDY, Sampling, choose
 from loratune.engine.slots import Slots
 from loratune.errors import AdapterStateError, DataError
-from loratune.model import SlotStep, context_of, evaluating, only_positions, packed_inputs
+from loratune.model import SlotStep, context_of, only_positions, packed_inputs
 
 Finish = Literal["stop", "length", "broken"]
 
@@ -130,6 +130,11 @@ class Engine:
     def running(self) -> int:
         return len(self._rows)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a row waits or runs."""
+        return bool(self._rows or self._waiting)
+
     def uses(self, adapter: str) -> bool:
         """Whether a row that waits or runs has this adapter."""
         return any(row.request.adapter == adapter for row in (*self._waiting, *self._rows))
@@ -169,10 +174,9 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Chosen]:
         """Let rows in where slots are free, and choose the next token of every row."""
-        with evaluating(self.model):
-            told = self._begin(self._admitted())
-            if self._rows:
-                told += self._go_on()
+        told = self._begin(self._admitted())
+        if self._rows:
+            told += self._go_on()
         return told
 
     def _admitted(self) -> list[_Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,16 @@ from loratune.errors import DataError
 from loratune.model import context_of, evaluating, packing
 
 _Done = Callable[[int], None]
+
+
+class _Work(NamedTuple):
+    """What is to be answered, and how; `done` is told how many answers have just been finished."""
+
+    prompts: Sequence[Sequence[int]]
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    batch_size: int
+    done: _Done
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +57,15 @@ def generate(
         DataError: a prompt that fills the model's context alone.
     """
     _refuse_full(prompts, context_of(model))
-    with packing(model) as packed:
-        write = _together if packed else _padded
-        rows = write(model, prompts, stop_ids, sampling, batch_size, done or (lambda _: None))
+    work = _Work(prompts, stop_ids, sampling, batch_size, done or (lambda _: None))
+    with packing(model) as packed, evaluating(model):
+        rows = _together(model, work) if packed else _padded(model, work)
     return [_answer(row, stop_ids, tokenizer) for row in rows]
 
 
-def _together(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: frozenset[int],
-    sampling: Sampling,
-    batch_size: int,
-    done: _Done,
-) -> list[list[int]]:
+def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the engine: a prompt begins where another answer has ended. The longest first, so that the last are short."""
+    prompts, stop_ids, sampling, batch_size, done = work
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
     engine = Engine(model, limits=Limits(slots=batch_size, longest=longest))
     place = {}
@@ -69,7 +73,7 @@ def _together(
         own = replace(sampling, seed=sampling.seed + i)
         place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
     rows: list[list[int]] = [[] for _ in prompts]
-    while engine.running or engine.waiting:
+    while engine.busy:
         told = engine.step()
         for chosen in told:
             rows[place[chosen.ticket]].append(chosen.token)
@@ -80,34 +84,27 @@ def _together(
 
 
 @torch.no_grad()
-def _padded(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: frozenset[int],
-    sampling: Sampling,
-    batch_size: int,
-    done: _Done,
-) -> list[list[int]]:
+def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the family's own generation, for those that cannot take packed rows: batches of similar lengths, padded."""
+    prompts, stop_ids, sampling, batch_size, done = work
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
     rows: list[list[int]] = [[] for _ in prompts]
     generation: Any = model.generate
     context, pad = context_of(model), min(stop_ids, default=0)
-    with evaluating(model):
-        for group in _by_length(prompts, batch_size):
-            width = max(len(prompts[i]) for i in group)
-            most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
-            output = generation(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=_config(sampling, most, stop_ids, pad),
-            )
-            for i, row in zip(group, output[:, width:].tolist(), strict=True):
-                rows[i] = row
-            done(len(group))
+    for group in _by_length(prompts, batch_size):
+        width = max(len(prompts[i]) for i in group)
+        most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group])
+        output = generation(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=_config(sampling, most, stop_ids, pad),
+        )
+        for i, row in zip(group, output[:, width:].tolist(), strict=True):
+            rows[i] = row
+        done(len(group))
     return rows
 
 

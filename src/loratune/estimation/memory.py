@@ -37,6 +37,11 @@ class Shape:
     vocabulary: int
     linears: int = 0
 
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.hidden * self.vocabulary
+
     @classmethod
     def of(cls, model: Any) -> Shape:
         """From a transformers model, which may be on the meta device; missing fields take the usual ratios."""
@@ -241,7 +246,7 @@ def estimate_memory(
     # the head, with its gradient.
     logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size
     if _trains_head(plan, shape):  # its gradient as it was gathered, multiplied, and in its master's dtype
-        logits += shape.hidden * shape.vocabulary * (2 * size + _MASTER)
+        logits += shape.head * (2 * size + _MASTER)
     beside = through.tokens * (layer - _block_gradients(shape, size)) + _products(shape, through)
     return MemoryEstimate(
         base=base.weights,
@@ -256,7 +261,7 @@ def estimate_memory(
 
 
 def _trains_head(plan: TargetPlan, shape: Shape) -> bool:
-    return any(part.multiplied == shape.hidden * shape.vocabulary for part in plan.replaced)
+    return any(part.multiplied == shape.head for part in plan.replaced)
 
 
 def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, recompute: bool) -> float:
@@ -265,9 +270,8 @@ def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, reco
     4 a token for each frozen weight of a linear layer, 2 more for one that trains, 6 for each of a low-rank term's; the
     head's are counted at scored positions.
     """
-    head = shape.hidden * shape.vocabulary
-    trained = [part.multiplied for part in plan.replaced if part.multiplied != head]
+    trained = [part.multiplied for part in plan.replaced if part.multiplied != shape.head]
     low_rank = sum(target.parameters for target in plan.targets)
     body = (6 if recompute else 4) * shape.linears + 2 * sum(trained) + 6 * low_rank
     heads = 6 if _trains_head(plan, shape) else 4
-    return float(tokens * body + heads * scored * head)
+    return float(tokens * body + heads * scored * shape.head)

@@ -35,7 +35,7 @@ def pick_device(wanted: str | None) -> torch.device:
             raise RuntimeError("it holds shapes alone, no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={wanted!r}: {str(error).splitlines()[0]}", hint="cpu always works") from None
+        raise _no_device(wanted, error) from None
     return device
 
 
@@ -46,7 +46,11 @@ def kind_of_device(wanted: str | None) -> str:
     try:
         return torch.device(wanted).type
     except RuntimeError as error:
-        raise ConfigError(f"device={wanted!r}: {str(error).splitlines()[0]}", hint="cpu always works") from None
+        raise _no_device(wanted, error) from None
+
+
+def _no_device(wanted: str, error: Exception) -> ConfigError:
+    return ConfigError(f"device={wanted!r}: {str(error).splitlines()[0]}", hint="cpu always works")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> Precision:

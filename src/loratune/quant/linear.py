@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loratune.quant.formats import FORMATS
+from loratune.quant.formats import FORMATS, Format
 from loratune.quant.room import room
 from loratune.quant.sample import Sample
 from loratune.quant.weight import dense_weight
@@ -117,32 +117,37 @@ class QuantizedWeight:
         return False
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        module = self.module
-        shape = module.out_features, module.in_features
         if dtype == torch.float64:  # exactly what fp32 holds: both formats are products of two fp32 numbers, rounded
-            return FORMATS[module.format].decode(self._stored(), shape, torch.float32).double()
-        return FORMATS[module.format].decode(self._stored(), shape, dtype or module.dtype)
+            return self._format.decode(self._stored(), self._shape, torch.float32).double()
+        return self._format.decode(self._stored(), self._shape, dtype or self.dtype)
 
     def lent(self, dtype: torch.dtype | None = None) -> Tensor:
-        module, wanted = self.module, dtype or self.module.dtype
+        wanted = dtype or self.dtype
         if wanted == torch.float64:
             return self.dense(wanted)
-        shape, held = (module.out_features, module.in_features), FORMATS[module.format]
-        return held.decode(self._stored(), shape, wanted, room(held.size_of(shape), wanted, self.device))
+        place = room(self._format.size_of(self._shape), wanted, self.device)
+        return self._format.decode(self._stored(), self._shape, wanted, place)
 
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         return forward is QuantizedLinear.forward
 
     def plus(self, delta: Tensor) -> Mapping[str, Tensor]:
         """Quantised again, which rounds both the weight's own values and what is added."""
-        return FORMATS[self.module.format].encode((self.dense(delta.dtype) + delta).float())
+        return self._format.encode((self.dense(delta.dtype) + delta).float())
 
     def missed(self, stored: Mapping[str, Tensor], delta: Tensor) -> float:
         """How far what `plus` gave is from W + `delta`, relative to the delta: from 1 on nothing of it is certain."""
-        shape = self.out_features, self.in_features
-        merged = FORMATS[self.module.format].decode(stored, shape, torch.float32)
+        merged = self._format.decode(stored, self._shape, torch.float32)
         away = merged - (self.dense(torch.float32) + delta.float())
         return float(away.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.module.format]
 
     def _stored(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self.module._buffers.items() if buffer is not None}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from loratune.adapter import Combined, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.adapter import combine as combine_adapters
-from loratune.errors import AdapterFileError, ConfigError, RunFolderError
+from loratune.errors import AdapterFileError, ConfigError
+from loratune.run.folder import refuse_taken
 
 Source = str | Path | SavedAdapter
 
@@ -42,8 +43,8 @@ def combine(
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ConfigError(f"adapters: a {type(given).__name__} is no list", hint="combine([first, second])")
     target = None if out is None else Path(out).expanduser()
-    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target} exists already", hint="name another folder with --out")
+    if target is not None:
+        refuse_taken(target)
     names = [f"adapter {i}" if isinstance(each, SavedAdapter) else str(each) for i, each in enumerate(adapters, 1)]
     chosen = [1.0] * len(adapters) if weights is None else weights
     values = read_adapters(*adapters)

@@ -21,9 +21,10 @@ from loratune.adapter import (
     write_adapter,
     write_gguf,
 )
-from loratune.errors import CheckError, ConfigError, ModelError, RunFolderError, nearest
+from loratune.errors import CheckError, ConfigError, ModelError, nearest
 from loratune.files import new_folder
 from loratune.model import empty_model
+from loratune.run.folder import refuse_taken
 
 READERS = ("peft", "vllm", "gguf")
 # vLLM's own default; a larger rank has to be announced to it.
@@ -52,8 +53,7 @@ def export(run: str, out: str, *, to: str, base: str | None = None) -> dict[str,
     if to not in READERS:
         raise ConfigError(f"--to {to}: no such reader{nearest(to, list(READERS))}", hint=", ".join(READERS))
     target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target} exists already", hint="name another folder with --out")
+    refuse_taken(target)
     saved = read_adapter(adapter_folder(run))
     if base is not None:
         saved = replace(saved, base=base)

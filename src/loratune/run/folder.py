@@ -145,3 +145,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before.get("identity_of", {}), now["identity_of"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise unless the folder can be written anew: it is not there, or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder} exists already", hint="name another folder with --out")

@@ -8,8 +8,9 @@ from typing import Any
 from loratune.data.batch import Batch, make_batch
 from loratune.data.example import Place
 from loratune.data.render import Rendered
-from loratune.errors import AdapterStateError, RunFolderError
+from loratune.errors import AdapterStateError
 from loratune.model import save_plain
+from loratune.run.folder import refuse_taken
 from loratune.run.opened import Opened
 from loratune.training.checks import merged_is_adapter, require
 
@@ -26,8 +27,7 @@ def merge(opened: Opened, out: str) -> dict[str, Any]:
         RunFolderError: the folder is there already.
     """
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target} exists already", hint="name another folder with --out")
+    refuse_taken(target)
     if opened.lora is None:
         raise AdapterStateError(f"{opened.base.name} has no adapter to merge", hint="name a run or an adapter folder")
     model = opened.base.model

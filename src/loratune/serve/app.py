@@ -95,7 +95,8 @@ class _Call:
             text = self.texts[heard.index]
             if text.finish is not None:
                 continue  # its stop sequence has ended it already
-            self.service.metrics.token(self.begun, first=not self.chosen[heard.index])
+            if not self.chosen[heard.index]:
+                self.service.metrics.first_token(self.begun)
             self.chosen[heard.index].append(heard.what)
             pending[heard.index].append(heard.what)
             if heard.what.finish == "broken":

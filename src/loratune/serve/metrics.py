@@ -37,10 +37,9 @@ class Metrics:
             )
         }
 
-    def token(self, begun: float, *, first: bool) -> None:
-        """A token came, of a request that came at `begun` (`time.perf_counter`)."""
-        if first:
-            self._first.observe(time.perf_counter() - begun)
+    def first_token(self, begun: float) -> None:
+        """The first token came, of a request that came at `begun` (`time.perf_counter`)."""
+        self._first.observe(time.perf_counter() - begun)
 
     def ended(self, prompt: int, written: int) -> None:
         self._requests.inc()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from loratune.engine import Chosen
 
+_Zero = Literal[0] | Annotated[float, Field(ge=0, le=0)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -41,8 +42,8 @@ class _Asked(_Body):
     stream_options: StreamOptions | None = None
     # Taken with the values that change nothing.
     n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: _Zero | None = None
+    presence_penalty: _Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None
 

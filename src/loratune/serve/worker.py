@@ -144,11 +144,10 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            busy = bool(self.engine.running or self.engine.waiting)
-            if self._stopping and not busy and self._jobs.empty():
+            if self._stopping and not self.engine.busy and self._jobs.empty():
                 return
-            self._do_jobs(wait=not busy)
-            if self.engine.running or self.engine.waiting:
+            self._do_jobs(wait=not self.engine.busy)
+            if self.engine.busy:
                 self._step()
 
     def _do_jobs(self, *, wait: bool) -> None:
