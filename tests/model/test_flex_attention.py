@@ -100,6 +100,19 @@ def test_output_is_that_of_the_dense_formula(tree: Tree, window: int | None, sca
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_kinds_do_not_count_as_variants_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo keeps eight variants of a function and refuses a ninth."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend="eager", **how))
+    flex._compiled.cache_clear()
+    mask = mask_of((5, 3), None, None)
+    for dim in range(16, 26):
+        q, k, v = tensors(8, dim)
+        attend = flex._compiled(q.dtype, (6, 2), (dim, dim))
+        assert attend(q, k, v, block_mask=mask, scale=None, enable_gqa=True, kernel_options={}).shape == (1, 6, 8, dim)
+    flex._compiled.cache_clear()
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_compiled_kernel_goes_by_the_blocks(window: int | None) -> None:
     """Run without compiling, flex reads the mask's function only; the compiled kernel visits the blocks listed."""
@@ -107,7 +120,8 @@ def test_compiled_kernel_goes_by_the_blocks(window: int | None) -> None:
         q, k, v = tensors(sum(segments), 16)
         with torch.no_grad():
             mask = mask_of(segments, above, window)
-            found = flex._compiled()(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=flex._OPTIONS)
+            attend = flex._compiled(q.dtype, (6, 2), (16, 16))
+            found = attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=flex._OPTIONS)
         expected = dense(q[0], k[0], v[0], segments, above, window)
         torch.testing.assert_close(found[0].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)
 
@@ -206,7 +220,7 @@ def failing(*args: Any, **kwargs: Any) -> Tensor:
 
 @pytest.fixture
 def compilable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(flex, "_can_compile", lambda _: True)
+    monkeypatch.setattr(flex, "triton_available", lambda _: True)
     flex._works.cache_clear()
     yield
     flex._works.cache_clear()

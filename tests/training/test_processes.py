@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 
 from loratune.errors import ConfigError, MissingExtraError
 from loratune.training import processes
@@ -59,3 +61,20 @@ def test_accelerator_keeps_the_dtype(tmp_path: Path) -> None:
     accelerator = processes.make_accelerator(torch.device("cpu"), (), tmp_path)
     assert accelerator.mixed_precision == "no"
     assert accelerator.device.type == "cpu"
+
+
+def test_after_a_run_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate has one state for a process, and refuses `cpu=True` where that is a GPU's."""
+    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="already been initialized"):
+        Accelerator(cpu=True)
+    assert processes.make_accelerator(torch.device("cpu"), (), tmp_path).mixed_precision == "no"
+
+
+def test_mixed_precision_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
+    with pytest.raises(ConfigError, match=r"set up for mixed precision \(bf16\) in this process"):
+        processes.make_accelerator(torch.device("cpu"), (), tmp_path)

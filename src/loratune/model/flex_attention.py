@@ -8,12 +8,12 @@ in each block; nothing has the size of tokens × tokens.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,8 +33,6 @@ _DIMS = range(16, 257)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # As much as a leaking kernel is off by, and more than bf16 is.
 _TOLERANCE = 5e-2
-# Heads, dimensions, dtypes and which tensors want gradients are each compiled for themselves.
-_VARIANTS = 64
 # One kernel for all lengths: below 128 tokens torch would take one that is made for decoding.
 _OPTIONS = {"BACKEND": "TRITON"}
 
@@ -76,17 +74,28 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMa
     """
     if scale is not None and math.isclose(scale, query.shape[-1] ** -0.5, rel_tol=1e-9):
         scale = None
-    attend = _compiled() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
-    grouped = query.shape[1] != key.shape[1]
+    heads = query.shape[1], key.shape[1]
+    dims = query.shape[-1], value.shape[-1]
+    attend = _compiled(query.dtype, heads, dims) if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
+    grouped = heads[0] != heads[1]
     output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=_OPTIONS)
     return output.transpose(1, 2)
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    # A full graph: past the limit of variants a call must fail rather than compute all scores at once.
-    room: dict[str, Any] = {"recompile_limit": _VARIANTS, "isolate_recompiles": True}
-    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True, fullgraph=True, **room))
+@lru_cache(maxsize=64)
+def _compiled(dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]) -> Callable[..., Tensor]:  # noqa: ARG001 - a key
+    """Flex attention compiled for these alone.
+
+    Dynamo counts variants by code object and allows eight of each: every kind has a copy of its own, within which few
+    things differ (a window, which tensors want gradients). A full graph: past the limit a call must fail rather than
+    compute all scores at once.
+    """
+    own = FunctionType(_attend.__code__.replace(), _attend.__globals__, _attend.__name__)
+    return cast(Callable[..., Tensor], torch.compile(own, dynamic=True, fullgraph=True))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    return cast(Tensor, flex_attention(query, key, value, **how))
 
 
 @lru_cache(maxsize=16)
@@ -186,7 +195,7 @@ def _works(kind: _Kind) -> bool:
 
     Compiling needs Triton, a C compiler and a device that both know; the result is used again for what is asked later.
     """
-    if not _can_compile(kind.device):
+    if not triton_available(kind.device):
         return False
     try:
         most, name = _furthest(kind)
@@ -198,12 +207,6 @@ def _works(kind: _Kind) -> bool:
         why = f"{name} deviates from the plain formula by {most:.1%}"
     _log.warning("attention goes segment by segment, which is slower: compiling it failed here (%s)", why)
     return False
-
-
-def _can_compile(device: torch.device) -> bool:
-    # Without isolated variants (torch before 2.13) eight of them, everybody's together, would be all.
-    isolated = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    return isolated and triton_available(device)
 
 
 def _furthest(kind: _Kind) -> tuple[float, str]:

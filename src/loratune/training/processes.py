@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 
 from loratune.errors import ConfigError, MissingExtraError, nearest
 from loratune.training.events import Event, Listener, StepDone, Validated
@@ -33,10 +34,22 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_accelerator(device: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
-    """accelerate on the chosen device, without mixed precision: dtypes are our own matter."""
-    return Accelerator(
-        cpu=device.type == "cpu", mixed_precision="no", log_with=list(trackers) or None, project_dir=str(folder)
-    )
+    """accelerate on the chosen device, without mixed precision: dtypes are our own matter.
+
+    Raises:
+        ConfigError: this process has set accelerate up with mixed precision.
+    """
+    # One state for the process: where a run on a GPU was before this one it is that one's, which nothing here minds,
+    # since models and rows are put on their device without it.
+    first = not is_initialized()
+    if not first and AcceleratorState().mixed_precision != "no":
+        raise ConfigError(
+            f"accelerate is set up for mixed precision ({AcceleratorState().mixed_precision}) in this process, and a "
+            "run has dtypes of its own",
+            hint="train in a process of its own, or with Accelerator(mixed_precision='no') before",
+        )
+    cpu = first and device.type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision="no", log_with=list(trackers) or None, project_dir=str(folder))
 
 
 def tracker_listener(accelerator: Accelerator, name: str, settings: dict[str, Any]) -> Listener:
