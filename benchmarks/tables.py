@@ -64,6 +64,7 @@ def adapters_line(result: dict[str, Any]) -> str:
 
 WORKLOADS = {
     "dense": "rows of 256 tokens, all supervised",
+    "dense_4096": "rows of 4,096 tokens, all supervised",
     "chats": "short function-calling chats",
     "live_multiple": "chats with the functions' JSON schemas",
     "shared_prefix": "chats under one long system prompt",

@@ -39,7 +39,8 @@ def dense(tokenizer: Any, steps: int, length: int = LENGTH) -> Workload:
         ids = ids + ids
     slices = [ids[begin : begin + length] for begin in range(0, count * length, length)]
     rows = [Row(part, [False] + [True] * (length - 1)) for part in slices]
-    return Workload("dense", 4, 4, rows[: 4 * WARM_STEPS], rows[4 * WARM_STEPS :])
+    name = "dense" if length == LENGTH else f"dense_{length}"
+    return Workload(name, 4, 4, rows[: 4 * WARM_STEPS], rows[4 * WARM_STEPS :])
 
 
 def chats(tokenizer: Any, steps: int) -> Workload:
