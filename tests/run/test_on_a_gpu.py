@@ -130,7 +130,7 @@ def test_planned_peak(family: str, how: str) -> None:
     before = torch.cuda.memory_allocated()
     summed_loss(model, batch).backward()
     held = torch.cuda.max_memory_allocated() - before
-    through = Pass(2, batch.computed_tokens, batch.supervised, 256, how == "recomputed", how != "stock")
+    through = Pass(2, batch.computed_tokens, batch.supervised, 256, how == "recomputed", how != "stock", "cuda")
     memory = estimate_memory(lora.plan(), Shape.of(model), through, planned)
     assert memory.activations + memory.working == pytest.approx(held, rel=0.15)
 
