@@ -157,7 +157,7 @@ class Engine:
                 f"no adapter {request.adapter!r}", hint=f"loaded: {', '.join(self.adapters) or 'none'}"
             )
         sampling, dice = request.sampling, None
-        if sampling.temperature > 0:
+        if not sampling.greedy:
             dice = torch.Generator().manual_seed(sampling.seed)
         most = min(sampling.max_new_tokens, self.longest - len(request.prompt))
         row = _Row(next(self._tickets), request, most, dice)
@@ -233,13 +233,12 @@ class Engine:
     def _choose(self, first: int, logits: Tensor) -> list[Chosen]:
         """The next token of the rows from place `first` on; those that end leave."""
         rows = self._rows[first:]
-        tokens = choose(logits, [row.request.sampling for row in rows], [row.dice for row in rows]).tolist()
-        broken = (~logits.isfinite().all(-1)).tolist()
+        chosen, sound = choose(logits, [row.request.sampling for row in rows], [row.dice for row in rows])
         told, gone = [], []
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        for place, (row, token, fine) in enumerate(zip(rows, chosen.tolist(), sound.tolist(), strict=True)):
             row.last, row.written = token, row.written + 1
             finish: Finish | None = None
-            if broken[place]:
+            if not fine:
                 finish = "broken"
             elif token in row.request.stop_ids:
                 finish = "stop"

@@ -87,7 +87,7 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
 def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the family's own generation, for those that cannot take packed rows: batches of similar lengths, padded."""
     prompts, stop_ids, sampling, batch_size, done = work
-    if sampling.temperature > 0:
+    if not sampling.greedy:
         torch.manual_seed(sampling.seed)
     rows: list[list[int]] = [[] for _ in prompts]
     generation: Any = model.generate
@@ -116,7 +116,7 @@ def _refuse_full(prompts: Sequence[Sequence[int]], context: int | None) -> None:
 
 
 def _config(sampling: Sampling, most: int, stop_ids: frozenset[int], pad: int) -> GenerationConfig:
-    sampled = sampling.temperature > 0
+    sampled = not sampling.greedy
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
     return GenerationConfig(
         max_new_tokens=most, do_sample=sampled, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad, **chosen
