@@ -51,6 +51,11 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def is_sound(logits: Tensor) -> Tensor:
+    """(rows,) of (rows, vocabulary): whether there is no NaN or +inf, and something else than -inf."""
+    return logits.amax(-1).isfinite()  # NaN where one is
+
+
 def choose(
     logits: Tensor, samplings: Sequence[Sampling], dice: Sequence[torch.Generator | None]
 ) -> tuple[Tensor, Tensor]:
@@ -61,11 +66,10 @@ def choose(
         dice: of each row, used where it is not greedy.
 
     Returns:
-        (rows,) int64, and (rows,) bool: whether the row's logits are sound, without NaN or +inf and with a finite one.
-        The token of a row that is not means nothing.
+        (rows,) int64, and (rows,) bool: whether the row's logits are sound. The token of a row that is not means
+        nothing.
     """
-    highest, tokens = logits.max(-1)  # NaN where one is
-    sound = highest.isfinite()
+    tokens, sound = logits.argmax(-1), is_sound(logits)
     for row, fine in enumerate(sound.tolist()):
         if fine and not samplings[row].greedy:
             tokens[row] = _drawn(logits[row].float(), samplings[row], dice[row])
