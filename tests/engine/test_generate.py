@@ -47,11 +47,14 @@ def test_greedy_is_the_naive_loop(family: str, batch_size: int) -> None:
         assert answer.text == TOKENIZER.decode(list(answer.ids), skip_special_tokens=True)
 
 
-def test_no_stop_tokens() -> None:
-    model = tiny()
-    for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=5)):
-        assert len(answer.ids) == 5
-        assert not answer.stopped
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_no_stop_tokens(family: str) -> None:
+    """Not those of the model's own generation config either."""
+    model = tiny(family)
+    naive = [tuple(greedy(model, prompt, (), 5)[0]) for prompt in PROMPTS]
+    model.generation_config.eos_token_id = naive[0][2]
+    answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=5))
+    assert [(answer.ids, answer.stopped) for answer in answers] == [(ids, False) for ids in naive]
 
 
 def test_nothing_to_do() -> None:

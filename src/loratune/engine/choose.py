@@ -70,8 +70,10 @@ def choose(
         nothing.
     """
     tokens, sound = logits.argmax(-1), is_sound(logits)
-    for row, fine in enumerate(sound.tolist()):
-        if fine and not samplings[row].greedy:
+    sampled = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
+    fine = sound.tolist() if sampled else []  # which waits for the device
+    for row in sampled:
+        if fine[row]:
             tokens[row] = _drawn(logits[row].float(), samplings[row], dice[row])
     return tokens, sound
 

@@ -114,6 +114,9 @@ def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
     generation: Any = model.generate
     context, pad = context_of(model), min(stop_ids, default=0)
+    embeddings: Any = model.get_input_embeddings()
+    # Without any, those of the model's own config would count: a token then that it has not.
+    stops = sorted(stop_ids) or [embeddings.weight.shape[0]]
     for group in _by_length(prompts, batch_size):
         width = max(len(prompts[i]) for i in group)
         most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
@@ -122,7 +125,7 @@ def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
         output = generation(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=_config(sampling, most, stop_ids, pad),
+            generation_config=_config(sampling, most, stops, pad),
             logits_processor=LogitsProcessorList([_Sound(group)]),
         )
         for i, row in zip(group, output[:, width:].tolist(), strict=True):
@@ -159,12 +162,10 @@ def _refuse_broken(places: Iterable[int]) -> None:
         raise DivergedError(problems, hint="try --dtype fp32, or an earlier checkpoint of the adapter")
 
 
-def _config(sampling: Sampling, most: int, stop_ids: frozenset[int], pad: int) -> GenerationConfig:
+def _config(sampling: Sampling, most: int, stops: list[int], pad: int) -> GenerationConfig:
     sampled = not sampling.greedy
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
-    return GenerationConfig(
-        max_new_tokens=most, do_sample=sampled, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad, **chosen
-    )
+    return GenerationConfig(max_new_tokens=most, do_sample=sampled, eos_token_id=stops, pad_token_id=pad, **chosen)
 
 
 def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
