@@ -11,8 +11,8 @@ import torch
 import loratune as lt
 from loratune.engine.batch import Chosen, Engine, Limits, Request
 from loratune.engine.choose import Sampling
-from loratune.errors import AdapterStateError, DataError
-from loratune.model import why_not_packed
+from loratune.errors import AdapterStateError, DataError, OutOfMemoryError
+from loratune.model import attention, why_not_packed
 from tests.models import VOCABULARY, tiny
 
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "mixtral", "phi3", "gpt2"]
@@ -208,12 +208,28 @@ def test_what_cannot_be_asked() -> None:
         engine.submit(Request((), NEVER))
     with pytest.raises(DataError, match="16 tokens, and a row at most 16"):
         engine.submit(Request(tuple(range(16)), NEVER))
+    for token in (-1, VOCABULARY):
+        with pytest.raises(DataError, match=f"a token {token}, and the model those from 0 to 399"):
+            engine.submit(Request((5, token, 6), NEVER))
+    assert not engine.busy
     with pytest.raises(AdapterStateError, match="no adapter 'z'") as caught:
         engine.submit(Request((5,), NEVER, adapter="z"))
     assert caught.value.hint == "loaded: a, b, c"
     handle.add(lt.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "dora")
     with pytest.raises(AdapterStateError, match="DoRA"):
         engine.refresh()
+
+
+def test_more_alternatives_than_tokens() -> None:
+    """Of tokens that the model forbids, no log of their probability 0 is told."""
+    model = tiny()
+    assert why_not_packed(model) is None
+    engine = Engine(model)
+    model.lm_head.register_forward_hook(lambda *call: call[-1].index_fill(-1, torch.arange(7), -torch.inf))
+    ticket = engine.submit(Request(prompts(1)[0], NEVER, Sampling(1), alternatives=1000))
+    (chosen,) = run(engine)[ticket]
+    assert chosen.finish == "length"
+    assert sorted(token for token, _ in chosen.likeliest) == list(range(7, VOCABULARY))
 
 
 def test_a_model_that_breaks_says_so() -> None:
@@ -241,3 +257,222 @@ def test_the_active_adapters_without_names() -> None:
     ticket = engine.submit(Request(prompt, NEVER, Sampling(6)))
     answer = run(engine)[ticket]
     assert [chosen.token for chosen in answer] == greedy(model, handle, "c", prompt, 6)
+
+
+POISON = VOCABULARY - 1
+
+
+def poisoned(where: str, token: int = POISON, *, layers: int = 3) -> tuple[Any, list[bool]]:
+    """A model in whose middle layer a token has NaN, as long as the list holds True."""
+    model = tiny(num_hidden_layers=layers)
+    assert why_not_packed(model) is None
+    ids, active = list[torch.Tensor](), [False]
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
+
+    def poison(*call: Any) -> torch.Tensor:
+        output: torch.Tensor = call[-1]
+        return output.masked_fill((ids[-1] == token)[..., None], torch.nan) if active[0] else output
+
+    model.get_submodule(where).register_forward_hook(poison)
+    return model, active
+
+
+def alone(model: Any, prompt: tuple[int, ...], sampling: Sampling) -> list[int]:
+    engine = Engine(model)
+    ticket = engine.submit(Request(prompt, NEVER, sampling))
+    return [chosen.token for chosen in run(engine)[ticket]]
+
+
+WAYS = [
+    Sampling(8),
+    Sampling(8, temperature=1.0, seed=4),
+    Sampling(8, temperature=1.0, top_p=0.9, seed=4),
+]
+# Of whole layers, and of what the next row would read of the slot.
+POISONED = ["model.layers.1", "model.layers.1.self_attn.v_proj"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", POISONED)
+def test_a_row_that_breaks_in_its_prompt_disturbs_nobody(where: str, way: Sampling) -> None:
+    model, active = poisoned(where)
+    long, short = tuple(range(3, 38)), (9, 8, 7)
+    expected = alone(model, long, way), alone(model, short, way)
+    active[0] = True
+    engine = Engine(model, limits=Limits(slots=2))
+    beside = engine.submit(Request(long, NEVER, way))
+    broken = engine.submit(Request((*range(3, 32), POISON), NEVER, way))
+    after = engine.submit(Request(short, NEVER, way))  # in the slot of the broken one, while the long one goes on
+    answers = run(engine)
+    assert [chosen.finish for chosen in answers[broken]] == ["broken"]
+    assert [chosen.token for chosen in answers[beside]] == expected[0]
+    assert [chosen.token for chosen in answers[after]] == expected[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", POISONED)
+def test_a_row_that_breaks_in_its_answer_disturbs_nobody(where: str, way: Sampling) -> None:
+    long, first, short = tuple(range(100, 140)), tuple(range(3, 32)), (9, 8, 7)
+    model, _ = poisoned(where)
+    beside, answer, after = (alone(model, prompt, way) for prompt in (long, first, short))
+    others = {*long, *first, *short, *beside, *after}
+    at = next(i for i, token in enumerate(answer) if token not in others)
+    model, active = poisoned(where, answer[at])
+    active[0] = True
+    engine = Engine(model, limits=Limits(slots=2))
+    tickets = [engine.submit(Request(prompt, NEVER, way)) for prompt in (long, first, short)]
+    found = run(engine)
+    assert [chosen.finish for chosen in found[tickets[1]]] == [None] * (at + 1) + ["broken"]
+    assert [chosen.token for chosen in found[tickets[0]]] == beside
+    assert [chosen.token for chosen in found[tickets[2]]] == after
+
+
+def test_a_kernel_that_goes_by_blocks_spreads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that multiplies what a mask hides by zero, as kernels for GPUs do in blocks that are seen in part."""
+
+    def dense(module: Any, query: Any, key: Any, value: Any, *args: Any, segments: Any = None, **kwargs: Any) -> Any:
+        if segments is None:
+            return honest(module, query, key, value, *args, segments=segments, **kwargs)
+        row = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))
+        seen = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        scores = (query @ key.mT * kwargs["scaling"]).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    honest = attention.packed_attention
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, dense)
+    model, active = poisoned(POISONED[1])
+    asked = [((5, POISON), Sampling(6)), ((9, 8, 7), Sampling(6)), ((11, 12), WAYS[2]), ((POISON,), WAYS[2])]
+    expected = [alone(model, *one) for one in asked[1:3]]
+    active[0] = True
+    engine = Engine(model)
+    tickets = [engine.submit(Request(prompt, NEVER, way)) for prompt, way in asked]
+    answers = run(engine)
+    assert [[chosen.token for chosen in answers[ticket]] for ticket in tickets[1:3]] == expected
+    assert [answers[tickets[i]][-1].finish for i in (0, 3)] == ["broken", "broken"]
+
+
+def test_what_a_window_hid_reaches_nobody() -> None:
+    """A row whose answer is one token may leave NaN that nothing of its own has seen."""
+    model = tiny("mistral", sliding_window=4, num_hidden_layers=1, max_position_embeddings=2000)
+    assert why_not_packed(model) is None
+    ids, active = list[torch.Tensor](), [False]
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
+    model.model.layers[0].self_attn.v_proj.register_forward_hook(
+        lambda *call: call[-1].masked_fill((ids[-1] == POISON)[..., None] & torch.tensor(active), torch.inf)
+    )
+    long, short = tuple(range(3, 38)), (9, 8, 7)
+    expected = alone(model, short, Sampling(8))
+    active[0] = True
+    engine = Engine(model, limits=Limits(slots=2))
+    engine.submit(Request(long, NEVER, Sampling(20)))
+    one = engine.submit(Request((*range(3, 20), POISON, *range(3, 390), *range(3, 390)), NEVER, Sampling(1)))
+    after = engine.submit(Request(short, NEVER, Sampling(8)))
+    answers = run(engine)
+    assert [chosen.finish for chosen in answers[one]] == ["length"]
+    assert [chosen.token for chosen in answers[after]] == expected
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+def test_a_slot_that_cannot_grow_loses_nothing(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory ends in any layer, of keys or values; the step can be tried again when there is some."""
+    monkeypatch.setattr("loratune.engine.slots._SHORTEST", 16)
+    model = tiny(num_hidden_layers=3)
+    assert why_not_packed(model) is None
+    long, joining = (tuple(range(3, 14)), 30), (tuple(range(5, 45)), 5)
+    expected = [alone(model, prompt, Sampling(count)) for prompt, count in (long, joining)]
+    engine = Engine(model, limits=Limits(slots=2))
+    tickets = [engine.submit(Request(long[0], NEVER, Sampling(long[1])))]
+    answers: dict[int, list[Chosen]] = {}
+    honest, left, failures = torch.Tensor.new_zeros, [fails_at], 0
+
+    def scarce(tensor: torch.Tensor, *shape: Any, **how: Any) -> torch.Tensor:
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("planted")
+        left[0] -= 1
+        return honest(tensor, *shape, **how)
+
+    def step() -> bool:
+        try:
+            told = engine.step()
+        except torch.OutOfMemoryError:
+            return False
+        for chosen in told:
+            answers.setdefault(chosen.ticket, []).append(chosen)
+        return True
+
+    while engine.busy:
+        if len(answers.get(tickets[0], ())) == 20 and len(tickets) == 1:
+            tickets.append(engine.submit(Request(joining[0], NEVER, Sampling(joining[1]))))
+        if engine.running:
+            left[0] = fails_at
+            monkeypatch.setattr(torch.Tensor, "new_zeros", scarce)
+        if not step():
+            failures += 1
+            monkeypatch.setattr(torch.Tensor, "new_zeros", honest)
+            assert step()
+    assert [[chosen.token for chosen in answers[ticket]] for ticket in tickets] == expected
+    assert failures == 2
+
+
+def test_after_a_failed_pass_the_rows_go_on_or_are_cancelled() -> None:
+    model, _ = poisoned(POISONED[0])
+    failing = [False]
+
+    def fail(*_: Any) -> None:
+        if failing[0]:
+            raise RuntimeError("planted")
+
+    model.model.layers[2].register_forward_hook(fail)
+    asked = [(9, 8, 7), (5, 6), tuple(range(20, 50))]
+    expected = [alone(model, prompt, Sampling(6)) for prompt in asked]
+    engine = Engine(model, limits=Limits(slots=3))
+    tickets = [engine.submit(Request(prompt, NEVER, Sampling(6))) for prompt in asked[:2]]
+    engine.step()
+    failing[0] = True
+    tickets.append(engine.submit(Request(asked[2], NEVER, Sampling(6))))
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.step()
+    assert (engine.running, engine.waiting) == (2, 1)
+    failing[0] = False
+    engine.cancel(tickets[0])
+    found = run(engine)
+    assert [chosen.token for chosen in found[tickets[1]]] == expected[1][-len(found[tickets[1]]) :]
+    assert [chosen.token for chosen in found[tickets[2]]] == expected[2]
+    assert tickets[0] not in found
+
+
+def test_the_slot_of_a_cancelled_row_serves_the_next_one() -> None:
+    model, handle = adapted()
+    engine = Engine(model, handle, Limits(slots=2))
+    first, second, third = (tuple(range(3, 40)), "a", 20), (tuple(range(60, 101)), "b", 20), ((7, 8), "c", 15)
+    tickets = [engine.submit(Request(p, NEVER, Sampling(c), n)) for p, n, c in (first, second, third)]
+    answers: dict[int, list[Chosen]] = {}
+    for _ in range(4):
+        for chosen in engine.step():
+            answers.setdefault(chosen.ticket, []).append(chosen)
+    assert tickets[2] not in answers
+    engine.cancel(tickets[0])
+    assert (engine.running, engine.waiting) == (1, 1)
+    for chosen in engine.step():
+        answers.setdefault(chosen.ticket, []).append(chosen)
+    assert (engine.running, engine.waiting) == (2, 0)
+    run(engine, answers)
+    for ticket, (prompt, name, count) in zip(tickets[1:], (second, third), strict=True):
+        assert [chosen.token for chosen in answers[ticket]] == greedy(model, handle, name, prompt, count)
+    assert len(answers[tickets[0]]) < 10
+
+
+def test_rows_are_as_long_as_memory_allows(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny(max_position_embeddings=2000)
+    assert why_not_packed(model) is None
+    place = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their size, bytes
+    monkeypatch.setattr("loratune.engine.trial.available_memory", lambda _: int(4 * 500 * place / 0.8) + 1)
+    assert Engine(model, limits=Limits(slots=4, longest=500)).longest == 500
+    assert not caplog.messages
+    assert Engine(model, limits=Limits(slots=4)).longest == 500
+    assert caplog.messages == ["a row has 500 tokens at most, not 2000: memory holds no more in 4 slots"]
+    with pytest.raises(OutOfMemoryError, match="memory holds 250 tokens in each of 8 slots") as caught:
+        Engine(model, limits=Limits(slots=8))
+    assert "fewer slots" in caught.value.hint
+    assert Engine(model, limits=Limits(slots=8, longest=250)).longest == 250

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loratune.engine import Sampling, generate
-from loratune.errors import DataError
+from loratune.errors import DataError, DivergedError
 from loratune.model import fuse, use_packed_attention
 from tests.models import FAMILIES, tiny
 from tests.oracle.decoding import greedy
@@ -47,11 +47,14 @@ def test_greedy_is_the_naive_loop(family: str, batch_size: int) -> None:
         assert answer.text == TOKENIZER.decode(list(answer.ids), skip_special_tokens=True)
 
 
-def test_no_stop_tokens() -> None:
-    model = tiny()
-    for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=5)):
-        assert len(answer.ids) == 5
-        assert not answer.stopped
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_no_stop_tokens(family: str) -> None:
+    """Not those of the model's own generation config either."""
+    model = tiny(family)
+    naive = [tuple(greedy(model, prompt, (), 5)[0]) for prompt in PROMPTS]
+    model.generation_config.eos_token_id = naive[0][2]
+    answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=5))
+    assert [(answer.ids, answer.stopped) for answer in answers] == [(ids, False) for ids in naive]
 
 
 def test_nothing_to_do() -> None:
@@ -146,3 +149,32 @@ def test_the_attention_is_what_it_was() -> None:
         for _ in range(2):
             generate(model, TOKENIZER, PROMPTS[:2], frozenset(), Sampling(max_new_tokens=2))
             assert model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_breaks_is_no_answer(family: str, temperature: float) -> None:
+    """By the engine and by the family's own way alike."""
+    model, ids = tiny(family), list[torch.Tensor]()
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
+    model.model.layers[0].register_forward_hook(
+        lambda *call: call[-1].masked_fill((ids[-1] == 399)[..., None], torch.nan)
+    )
+    prompts = [PROMPTS[0], [5, 399, 6], PROMPTS[1], [399]]
+    with pytest.raises(DivergedError) as caught:
+        generate(model, TOKENIZER, prompts, frozenset(), Sampling(4, temperature=temperature, top_p=0.9), batch_size=4)
+    assert caught.value.problems == (
+        "prompt 2: the model's logits are NaN or infinite",
+        "prompt 4: the model's logits are NaN or infinite",
+    )
+
+
+def test_fewer_rows_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    expected = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=8))
+    room = 2 * (19 + 8) * (2 * 2 * 2 * 8 * 4)  # two rows of layers, keys and values, heads, their size, bytes
+    monkeypatch.setattr("loratune.engine.trial.available_memory", lambda _: int(room / 0.8) + 1)
+    rows = list[int]()
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    assert generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=8)) == expected
+    assert max(rows) == 2

@@ -3,5 +3,16 @@
 from loratune.engine.batch import Chosen, Engine, Limits, Request
 from loratune.engine.choose import GREEDY, Sampling
 from loratune.engine.generate import Answer, generate
+from loratune.engine.trial import why_not_batched
 
-__all__ = ["GREEDY", "Answer", "Chosen", "Engine", "Limits", "Request", "Sampling", "generate"]
+__all__ = [
+    "GREEDY",
+    "Answer",
+    "Chosen",
+    "Engine",
+    "Limits",
+    "Request",
+    "Sampling",
+    "generate",
+    "why_not_batched",
+]

@@ -6,23 +6,30 @@ Nothing here knows of threads: whoever asks for the next step decides when.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loratune.adapt import Adapters, Mixed
-from loratune.engine.choose import GREEDY, Sampling, choose
+from loratune.adapt import Adapters
+from loratune.engine.choose import GREEDY, Sampling, choose, is_sound
+from loratune.engine.passes import Passes
 from loratune.engine.slots import Slots
-from loratune.errors import AdapterStateError, DataError
-from loratune.model import SlotStep, context_of, only_positions, packed_inputs
+from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
+from loratune.errors import AdapterStateError, ConfigError, DataError, OutOfMemoryError
+from loratune.model import context_of
+
+# Fewer tokens than this, prompt and answer, are no use to anybody.
+_FEWEST = 256
+
+_log = logging.getLogger("loratune")
 
 Finish = Literal["stop", "length", "broken"]
 
@@ -69,8 +76,12 @@ class _Row:
     most: int
     dice: torch.Generator | None
     last: int = 0
-    length: int = 0
     written: int = 0
+
+    @property
+    def length(self) -> int:
+        """Its tokens, of which the last one has no place in its slot yet."""
+        return len(self.request.prompt) + self.written
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,10 @@ class Limits:
     """What an engine takes on at once.
 
     Attributes:
-        slots: rows. prompt_tokens: of the prompts in one pass, but for a longer one alone.
-        longest: tokens of a row, prompt and answer; the model's context where it is None.
+        slots: rows. prompt_tokens: of the prompts in one pass; a longer one has a pass alone, whose activations grow
+            with it, but not with its square: scores are computed by blocks.
+        longest: tokens of a row, prompt and answer; the model's context where it is None, and less where memory would
+            not hold as many in all slots.
     """
 
     slots: int = 32
@@ -94,6 +107,11 @@ class Engine:
     Attributes:
         model: one that takes packed rows (`why_not_packed`), in evaluation mode.
         lora: its adapters, which requests name; without it every row has what is active on the model.
+        longest: tokens of a row, as the limits, the model's context and memory allow.
+
+    Raises:
+        ConfigError: rows of this model cannot be continued together (`why_not_batched`).
+        OutOfMemoryError: the slots would have no room for rows of any use.
     """
 
     model: PreTrainedModel
@@ -104,11 +122,12 @@ class Engine:
         self._tickets = count()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
-        context = context_of(self.model)
-        known = [length for length in (self.limits.longest, context) if length is not None]
-        self.longest = min(known, default=4096)
+        self._told: list[Chosen] = []
+        self.longest = _longest(self.model, self.limits)
+        embeddings: Any = self.model.get_input_embeddings()
+        self._vocabulary: int = embeddings.weight.shape[0]
         self._slots = Slots(self.limits.slots, self.longest)
-        self._mixed: Mixed | None = None
+        self._passes = Passes(self.model, self._slots)
         self.refresh()
 
     # -- what may be asked for -------------------------------------------------------------------------------------
@@ -116,11 +135,11 @@ class Engine:
     def refresh(self) -> None:
         """Take the adapters as the handle has them now; those that a row still needs must be among them."""
         names = () if self.lora is None else self.lora.names
-        self._mixed = self.lora.mixed(*names) if self.lora is not None and names else None
+        self._passes.mixed = self.lora.mixed(*names) if self.lora is not None and names else None
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return () if self._mixed is None else self._mixed.names
+        return () if self._passes.mixed is None else self._passes.mixed.names
 
     @property
     def waiting(self) -> int:
@@ -143,21 +162,16 @@ class Engine:
         """Let a request wait for a slot; gives the ticket that its tokens will carry.
 
         Raises:
-            DataError: an empty prompt, or one that leaves no room for an answer. AdapterStateError: no such adapter.
+            DataError: an empty prompt, one that leaves no room for an answer, or with tokens that the model has not.
+            AdapterStateError: no such adapter.
         """
-        if not request.prompt:
-            raise DataError("the prompt is empty", hint="give at least one token")
-        if len(request.prompt) >= self.longest:
-            raise DataError(
-                f"the prompt has {len(request.prompt):,} tokens, and a row at most {self.longest:,}",
-                hint="shorten it, so that there is room for an answer",
-            )
+        _refuse_prompt(request.prompt, self.longest, self._vocabulary)
         if request.adapter is not None and request.adapter not in self.adapters:
             raise AdapterStateError(
                 f"no adapter {request.adapter!r}", hint=f"loaded: {', '.join(self.adapters) or 'none'}"
             )
         sampling, dice = request.sampling, None
-        if sampling.temperature > 0:
+        if not sampling.greedy:
             dice = torch.Generator().manual_seed(sampling.seed)
         most = min(sampling.max_new_tokens, self.longest - len(request.prompt))
         row = _Row(next(self._tickets), request, most, dice)
@@ -165,18 +179,23 @@ class Engine:
         return row.ticket
 
     def cancel(self, ticket: int) -> None:
-        """Forget a request; its slot is free for the next step."""
+        """Forget a request, if there is one of this ticket; its slot is free for the next step."""
         self._waiting = deque(row for row in self._waiting if row.ticket != ticket)
+        self._told = [chosen for chosen in self._told if chosen.ticket != ticket]
         self._leave([place for place, row in enumerate(self._rows) if row.ticket == ticket])
 
     # -- going on ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> list[Chosen]:
-        """Let rows in where slots are free, and choose the next token of every row."""
-        told = self._begin(self._admitted())
+        """Let rows in where slots are free, and choose the next token of every row.
+
+        Where a pass fails, no token is lost: the same step may be tried again, or some rows cancelled first.
+        """
+        self._told += self._begin(self._admitted())
         if self._rows:
-            told += self._go_on()
+            self._told += self._go_on()
+        told, self._told = self._told, []
         return told
 
     def _admitted(self) -> list[_Row]:
@@ -194,52 +213,41 @@ class Engine:
         """One pass over the prompts of rows that are let in, and the first token of each."""
         if not rows:
             return []
-        counts = [len(row.request.prompt) for row in rows]
         first = len(self._rows)
-        self._slots.take_prompts(range(first, first + len(rows)), counts)
-        ids = torch.tensor([[token for row in rows for token in row.request.prompt]])
-        positions = torch.cat([torch.arange(length) for length in counts])[None]
-        ends = torch.tensor(list(accumulate(counts))) - 1
+        try:
+            logits = self._begun(first, rows)
+        except BaseException:
+            for slot in range(first, first + len(rows)):
+                self._slots.clear(slot)
+            self._waiting.extendleft(reversed(rows))
+            raise
         self._rows += rows
-        for row, length in zip(rows, counts, strict=True):
-            row.length = length
-        with only_positions(self.model, ends.to(self.model.device)):
-            logits = self._pass(rows, counts, ids, positions, packed_inputs(tuple(counts)))[0]
         return self._choose(first, logits)
+
+    def _begun(self, first: int, rows: Sequence[_Row]) -> Tensor:
+        prompts, names = [row.request.prompt for row in rows], [row.request.adapter for row in rows]
+        logits = self._passes.prompts(first, prompts, names)
+        if len(rows) > 1:
+            # Kernels that go by blocks multiply what a mask hides by zero: NaN beside a row may have made it NaN.
+            for i in (~is_sound(logits)).nonzero()[:, 0].tolist():
+                logits[i] = self._passes.prompts(first + i, prompts[i : i + 1], names[i : i + 1])[0]
+        return logits
 
     def _go_on(self) -> list[Chosen]:
         """One pass over the last token of every row."""
-        rows, device = self._rows, self.model.device
-        lengths = [row.length + 1 for row in rows]
-        for row in rows:
-            row.length += 1
-        self._slots.take_step(lengths, device)
-        ids = torch.tensor([[row.last] for row in rows])
-        positions = torch.tensor([[length - 1] for length in lengths])
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # nothing reads it, and none is built
-        step = {"step": SlotStep.of(lengths, device), "attention_mask": mask}
-        return self._choose(0, self._pass(rows, [1] * len(rows), ids, positions, step)[:, 0])
-
-    def _pass(
-        self, rows: Sequence[_Row], counts: Sequence[int], ids: Tensor, positions: Tensor, told: dict[str, Any]
-    ) -> Tensor:
-        device = self.model.device
-        inputs = {**told, "past_key_values": self._slots, "use_cache": True}
+        rows = self._rows
         names = [row.request.adapter for row in rows]
-        with nullcontext() if self._mixed is None else self._mixed.passing(names, counts, device):
-            logits: Tensor = self.model(input_ids=ids.to(device), position_ids=positions.to(device), **inputs).logits
-        return logits
+        return self._choose(0, self._passes.step([row.last for row in rows], [row.length for row in rows], names))
 
     def _choose(self, first: int, logits: Tensor) -> list[Chosen]:
         """The next token of the rows from place `first` on; those that end leave."""
         rows = self._rows[first:]
-        tokens = choose(logits, [row.request.sampling for row in rows], [row.dice for row in rows]).tolist()
-        broken = (~logits.isfinite().all(-1)).tolist()
+        chosen, sound = choose(logits, [row.request.sampling for row in rows], [row.dice for row in rows])
         told, gone = [], []
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        for place, (row, token, fine) in enumerate(zip(rows, chosen.tolist(), sound.tolist(), strict=True)):
             row.last, row.written = token, row.written + 1
             finish: Finish | None = None
-            if broken[place]:
+            if not fine:
                 finish = "broken"
             elif token in row.request.stop_ids:
                 finish = "stop"
@@ -255,9 +263,46 @@ class Engine:
         """Free slots; the last row moves into each, so that those in use stay first."""
         for place in sorted(places, reverse=True):
             last = self._rows.pop()
+            self._slots.clear(place)
             if place < len(self._rows):
-                self._slots.move(len(self._rows), place, last.length)
+                self._slots.move(len(self._rows), place)
                 self._rows[place] = last
+
+
+def _longest(model: PreTrainedModel, limits: Limits) -> int:
+    known = [length for length in (limits.longest, context_of(model)) if length is not None]
+    asked = min(known, default=4096)
+    why = why_not_batched(model, asked)
+    if why is not None:
+        alike = longest_alike(model)
+        hint = "answer one prompt at a time" if alike is None else f"let rows have {alike:,} tokens at most"
+        raise ConfigError(f"rows of this model cannot be continued together: {why}", hint=hint)
+    fits = places_in_memory(model) // limits.slots
+    if fits >= asked:
+        return asked
+    if fits < _FEWEST:
+        raise OutOfMemoryError(
+            f"memory holds {fits:,} tokens in each of {limits.slots} slots", hint="have fewer slots, or a smaller model"
+        )
+    _log.warning("a row has %s tokens at most, not %s: memory holds no more in %s slots", fits, asked, limits.slots)
+    return fits
+
+
+def _refuse_prompt(prompt: Sequence[int], longest: int, vocabulary: int) -> None:
+    """Raise DataError unless a model of this vocabulary can continue it within so many tokens."""
+    if not prompt:
+        raise DataError("the prompt is empty", hint="give at least one token")
+    if len(prompt) >= longest:
+        raise DataError(
+            f"the prompt has {len(prompt):,} tokens, and a row at most {longest:,}",
+            hint="shorten it, so that there is room for an answer",
+        )
+    foreign = [token for token in prompt if not 0 <= token < vocabulary]
+    if foreign:
+        raise DataError(
+            f"the prompt has a token {foreign[0]}, and the model those from 0 to {vocabulary - 1:,}",
+            hint="encode it with the model's own tokenizer",
+        )
 
 
 def _probabilities(logits: Tensor, token: int, request: Request) -> tuple[float | None, tuple[tuple[int, float], ...]]:
@@ -265,7 +310,7 @@ def _probabilities(logits: Tensor, token: int, request: Request) -> tuple[float 
     if request.alternatives is None:
         return None, ()
     logs = logits.float().log_softmax(-1)
-    values, tokens = logs.topk(request.alternatives) if request.alternatives else (logs[:0], logs[:0].long())
+    values, tokens = logs.topk(min(request.alternatives, len(logs)))
     own = float(logs[token])
-    likeliest = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return (own if math.isfinite(own) else None), likeliest
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return (own if math.isfinite(own) else None), tuple(pair for pair in pairs if math.isfinite(pair[1]))

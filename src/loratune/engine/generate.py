@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import FloatTensor, LongTensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from loratune.engine.batch import Engine, Limits, Request
-from loratune.engine.choose import GREEDY, Sampling
-from loratune.errors import DataError
+from loratune.engine.choose import GREEDY, Sampling, is_sound
+from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
+from loratune.errors import DataError, DivergedError
 from loratune.model import context_of, evaluating, packing
 
 _Done = Callable[[int], None]
 
 
 class _Work(NamedTuple):
-    """What is to be answered, and how; `done` is told how many answers have just been finished."""
+    """What is to be answered, and how.
+
+    Attributes:
+        longest: tokens of a row, prompt and answer. done: told how many answers have just been finished.
+    """
 
     prompts: Sequence[Sequence[int]]
     stop_ids: frozenset[int]
     sampling: Sampling
     batch_size: int
+    longest: int
     done: _Done
 
 
@@ -54,20 +67,28 @@ def generate(
         done: told how many answers have just been finished.
 
     Raises:
-        DataError: a prompt that fills the model's context alone.
+        DataError: a prompt that fills the model's context alone. DivergedError: a prompt after which the model gives
+            numbers that are not finite.
     """
-    _refuse_full(prompts, context_of(model))
-    work = _Work(prompts, stop_ids, sampling, batch_size, done or (lambda _: None))
+    context = context_of(model)
+    _refuse_full(prompts, context)
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    longest = min(longest, context or longest)
+    work = _Work(prompts, stop_ids, sampling, batch_size, longest, done or (lambda _: None))
     with packing(model) as packed, evaluating(model):
-        rows = _together(model, work) if packed else _padded(model, work)
+        batched = packed and why_not_batched(model, work.longest) is None
+        if not batched and longest > (longest_alike(model) or longest):
+            work = work._replace(batch_size=1)  # a long row would change the positions of those beside it
+        rows = _together(model, work) if batched else _padded(model, work)
     return [_answer(row, stop_ids, tokenizer) for row in rows]
 
 
 def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the engine: a prompt begins where another answer has ended. The longest first, so that the last are short."""
-    prompts, stop_ids, sampling, batch_size, done = work
-    longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
-    engine = Engine(model, limits=Limits(slots=batch_size, longest=longest))
+    prompts, stop_ids, sampling, batch_size, longest, done = work
+    # Fewer at a time rather than shorter ones.
+    slots = max(1, min(batch_size, places_in_memory(model) // longest))
+    engine = Engine(model, limits=Limits(slots=slots, longest=longest))
     place = {}
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         own = replace(sampling, seed=sampling.seed + i)
@@ -75,6 +96,7 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in prompts]
     while engine.busy:
         told = engine.step()
+        _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")
         for chosen in told:
             rows[place[chosen.ticket]].append(chosen.token)
         ended = sum(chosen.finish is not None for chosen in told)
@@ -86,12 +108,15 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
 @torch.no_grad()
 def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the family's own generation, for those that cannot take packed rows: batches of similar lengths, padded."""
-    prompts, stop_ids, sampling, batch_size, done = work
-    if sampling.temperature > 0:
+    prompts, stop_ids, sampling, batch_size, _, done = work
+    if not sampling.greedy:
         torch.manual_seed(sampling.seed)
     rows: list[list[int]] = [[] for _ in prompts]
     generation: Any = model.generate
     context, pad = context_of(model), min(stop_ids, default=0)
+    embeddings: Any = model.get_input_embeddings()
+    # Without any, those of the model's own config would count: a token then that it has not.
+    stops = sorted(stop_ids) or [embeddings.weight.shape[0]]
     for group in _by_length(prompts, batch_size):
         width = max(len(prompts[i]) for i in group)
         most = min(sampling.max_new_tokens, context - width) if context else sampling.max_new_tokens
@@ -100,7 +125,8 @@ def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
         output = generation(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=_config(sampling, most, stop_ids, pad),
+            generation_config=_config(sampling, most, stops, pad),
+            logits_processor=LogitsProcessorList([_Sound(group)]),
         )
         for i, row in zip(group, output[:, width:].tolist(), strict=True):
             rows[i] = row
@@ -115,12 +141,31 @@ def _refuse_full(prompts: Sequence[Sequence[int]], context: int | None) -> None:
         raise DataError(problems, hint="shorten it, so that there is room for an answer")
 
 
-def _config(sampling: Sampling, most: int, stop_ids: frozenset[int], pad: int) -> GenerationConfig:
-    sampled = sampling.temperature > 0
+class _Sound(LogitsProcessor):
+    """Ends a generation in which a row breaks, before anything is drawn for it.
+
+    Attributes:
+        group: which prompts its rows are.
+    """
+
+    def __init__(self, group: Sequence[int]) -> None:
+        self.group = group
+
+    def __call__(self, _: LongTensor, scores: FloatTensor) -> FloatTensor:
+        _refuse_broken(self.group[i] for i in (~is_sound(scores)).nonzero()[:, 0].tolist())
+        return scores
+
+
+def _refuse_broken(places: Iterable[int]) -> None:
+    problems = [f"prompt {place + 1}: the model's logits are NaN or infinite" for place in sorted(places)]
+    if problems:
+        raise DivergedError(problems, hint="try --dtype fp32, or an earlier checkpoint of the adapter")
+
+
+def _config(sampling: Sampling, most: int, stops: list[int], pad: int) -> GenerationConfig:
+    sampled = not sampling.greedy
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
-    return GenerationConfig(
-        max_new_tokens=most, do_sample=sampled, eos_token_id=sorted(stop_ids) or None, pad_token_id=pad, **chosen
-    )
+    return GenerationConfig(max_new_tokens=most, do_sample=sampled, eos_token_id=stops, pad_token_id=pad, **chosen)
 
 
 def _by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -18,9 +18,11 @@ _SHORTEST = 256
 class Slots(Cache):
     """What `transformers` calls a cache, for packed prompts and for steps of one token a row.
 
+    Places that no row has are zeros: what a row does not see has the weight 0, and 0 · NaN would be none.
+
     Attributes:
         count: how many slots there are. most: the longest row.
-        length: places that each slot has now.
+        length: places that each slot has now, in every layer at least.
     """
 
     def __init__(self, count: int, most: int) -> None:
@@ -29,19 +31,29 @@ class Slots(Cache):
         self.length = min(_SHORTEST, most)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        # Of each slot, how many of its first places may hold something.
+        self._filled = [0] * count
         self._prompts: tuple[Sequence[int], Sequence[int]] | None = None
         self._places: tuple[Tensor, Tensor] | None = None
         self._seen = 0
 
+    @property
+    def bytes_per_place(self) -> int:
+        """Of one token in all layers that have had a pass."""
+        tensors = (*self._keys.values(), *self._values.values())
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
     def take_prompts(self, slots: Sequence[int], counts: Sequence[int]) -> None:
         """The next pass is a packed row of prompts of so many tokens, for these slots."""
-        self._prompts, self._places = (slots, counts), None
         self._make_room(max(counts))
+        self._prompts, self._places = (slots, counts), None
+        self._fill(slots, counts)
 
     def take_step(self, lengths: Sequence[int], device: torch.device) -> None:
         """The next pass is one token of each of the first slots, which then have these lengths."""
+        self._make_room(max(lengths))
         self._prompts, self._seen = None, max(lengths)
-        self._make_room(self._seen)
+        self._fill(range(len(lengths)), lengths)
         rows = torch.arange(len(lengths), device=device)
         self._places = rows, torch.tensor(lengths, device=device) - 1
 
@@ -50,10 +62,8 @@ class Slots(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Put what a layer computed into the slots; gives what its attention sees."""
         if layer_idx not in self._keys:
-            # Zeros: what a row does not see has the weight 0, and 0 · NaN would be none.
-            heads, dim = key_states.shape[1], key_states.shape[3]
-            self._keys[layer_idx] = key_states.new_zeros(self.count, heads, self.length, dim)
-            self._values[layer_idx] = value_states.new_zeros(self.count, heads, self.length, value_states.shape[-1])
+            empty = [t.new_zeros(self.count, t.shape[1], self.length, t.shape[3]) for t in (key_states, value_states)]
+            self._keys[layer_idx], self._values[layer_idx] = empty
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if self._prompts is not None:
             start = 0
@@ -68,21 +78,42 @@ class Slots(Cache):
         values[rows, :, places] = value_states[:, :, 0]
         return keys[: len(rows), :, : self._seen], values[: len(rows), :, : self._seen]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Put a row of this length into another slot."""
+    def clear(self, slot: int) -> None:
+        """Leave nothing of the row in a slot, whatever it held."""
         for tensors in (self._keys, self._values):
             for tensor in tensors.values():
-                tensor[target, :, :length] = tensor[source, :, :length]
+                tensor[slot, :, : self._filled[slot]] = 0
+        self._filled[slot] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Put a row into a slot that is clear; its own is then."""
+        filled = self._filled[source]
+        for tensors in (self._keys, self._values):
+            for tensor in tensors.values():
+                tensor[target, :, :filled] = tensor[source, :, :filled]
+        self._filled[target] = filled
+        self.clear(source)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         return 0  # positions are given with each pass
 
+    def _fill(self, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        for slot, length in zip(slots, lengths, strict=True):
+            self._filled[slot] = max(self._filled[slot], length)
+
     def _make_room(self, needed: int) -> None:
+        """Layer by layer, so that one of them at a time stands there twice.
+
+        Where memory ends in the middle, some layers are longer than the others; nobody minds, and nothing is lost.
+        """
         if needed <= self.length:
             return
-        before, self.length = self.length, min(self.most, max(needed, 2 * self.length))
+        length = min(self.most, max(needed, 2 * self.length))
         for tensors in (self._keys, self._values):
             for layer, tensor in tensors.items():
-                count, heads, _, dim = tensor.shape
-                tensors[layer] = tensor.new_zeros(count, heads, self.length, dim)
-                tensors[layer][:, :, :before] = tensor
+                before = tensor.shape[2]
+                if before < length:
+                    longer = tensor.new_zeros(*tensor.shape[:2], length, tensor.shape[3])
+                    longer[:, :, :before] = tensor
+                    tensors[layer] = longer
+        self.length = length

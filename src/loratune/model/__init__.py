@@ -2,6 +2,7 @@
 
 from loratune.model.allocator import freed_memory_kept
 from loratune.model.attention import (
+    CannotPackError,
     packed_inputs,
     packing,
     use_packed_attention,
@@ -42,6 +43,7 @@ from loratune.model.tree_attention import pairs_at_once
 
 __all__ = [
     "Base",
+    "CannotPackError",
     "SlotStep",
     "adapter_training",
     "available_memory",

@@ -82,9 +82,10 @@ def triton_available(device: torch.device) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a run may take now."""
+    """Bytes that a run may take now; on a GPU also those that torch keeps from what it has freed."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
 
 
