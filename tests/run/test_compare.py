@@ -213,7 +213,7 @@ def test_refused_before_anything_starts(
 def test_rows_that_are_no_text_are_refused_as_other_text(
     base: str, data: str, tmp_path: Path, here: list[Task]
 ) -> None:
-    with pytest.raises(ConfigError, match="elsewhere: .*sums.jsonl holds rows of another shape"):
+    with pytest.raises(ConfigError, match=r"elsewhere: .*sums\.jsonl holds rows of another shape"):
         run(base, data, tmp_path / "c", elsewhere=data)
     assert not here
 
@@ -245,11 +245,18 @@ def test_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-def test_the_command(base: str, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "tolerance", "regressed", "code"),
+    [("lora,qlora", "0.5", False, 0), ("lora,full", "0", True, 7)],
+    ids=["not worse", "worse"],
+)
+def test_the_command(
+    base: str, data: str, tmp_path: Path, methods: str, tolerance: str, regressed: bool, code: int
+) -> None:
     """Processes of their own, from the command line, with an exit code that tells."""
-    words = ["--methods", "lora,qlora", "--seeds", "1", "--lr", "1e-2", "--max-steps", "4", "--dtype", "fp32"]
+    words = ["--methods", methods, "--seeds", "1", "--lr", "1e-2", "--max-steps", "4", "--dtype", "fp32"]
     command = [sys.executable, "-m", "loratune", "compare", base, data, "--out", str(tmp_path / "c"), "--json", *words]
-    done = subprocess.run([*command, "--tolerance", "0.5"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verdict"]["regressed"] is False
+    done = subprocess.run([*command, "--tolerance", tolerance], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["verdict"]["regressed"] is regressed
     assert (tmp_path / "c" / "comparison.html").is_file()

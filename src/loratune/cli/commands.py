@@ -273,7 +273,9 @@ def compare(
     emit(found.found, as_json=as_json, text=[*text, str(found.path / PAGE)])
     lost: LoratuneError | None = None
     if found.regressed:
-        lost = RegressionError(found.found["verdict"]["text"], hint="more rank, more data or other targets may close it")
+        lost = RegressionError(
+            found.found["verdict"]["text"], hint="more rank, more data or other targets may close it"
+        )
     elif found.failed:
         lost = DivergedError(found.failed, hint="lower --lr, or leave it out so that it is searched")
     if lost is not None:  # what was printed as JSON says it already: one document

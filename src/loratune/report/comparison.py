@@ -87,11 +87,15 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     def figure(value: float) -> str:
         return f"{value:.4f}"
 
-    race = [] if found["goal"] is None else [
-        (f"tokens to a loss of {found['goal']:.4f}", to_goal("tokens", words.short)),
-        ("operations to it", to_goal("flops", lambda value: f"{value:.2g}")),
-        ("time to it", to_goal("seconds", words.duration)),
-    ]
+    race = (
+        []
+        if found["goal"] is None
+        else [
+            (f"tokens to a loss of {found['goal']:.4f}", to_goal("tokens", words.short)),
+            ("operations to it", to_goal("flops", lambda value: f"{value:.2g}")),
+            ("time to it", to_goal("seconds", words.duration)),
+        ]
+    )
     before = [line("held-out loss before training", "base_val_loss", figure)] if _of_another_base(found) else []
     table = [
         *before,

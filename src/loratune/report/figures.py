@@ -105,7 +105,7 @@ def small_figure(
 def race_figure(
     lines: Sequence[tuple[int, Series]], label: str, *, goal: float | None, axis: str, width: int, height: int
 ) -> str:
-    """Losses of several runs over what they took, each with the number of its method; `goal`, where there is one, is a dashed line."""
+    """Losses of several runs over what they took, each with its method's number; `goal`, if any, is a dashed line."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     colours = (_TRAIN, _HELD_OUT, _THIRD, _FOURTH)

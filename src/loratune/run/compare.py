@@ -190,7 +190,9 @@ def _planned(
 def _texts_of(file: str | Path) -> tuple[str, ...]:
     examples = read(file).examples
     if any(example.kind != "text" for example in examples):
-        raise ConfigError(f"elsewhere: {file} holds rows of another shape", hint="a .txt file, or a column `text` alone")
+        raise ConfigError(
+            f"elsewhere: {file} holds rows of another shape", hint="a .txt file, or a column `text` alone"
+        )
     return tuple(example.text for example in examples)
 
 

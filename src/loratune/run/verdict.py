@@ -15,7 +15,7 @@ Runs = Sequence[Mapping[str, Any]]
 def note_goal(runs: Sequence[dict[str, Any]]) -> float | None:
     """The worst loss that training came to; each run is given the point at which it first had it, as "to_goal".
 
-    A run that ends no better than the best of the bases learned nothing and sets no goal: it would be reached at step 0.
+    A run that ends no better than the best of the bases learned nothing and sets no goal: it would be reached at once.
 
     Returns:
         None where no run learned anything. "to_goal" is None in a run that never had that loss.
