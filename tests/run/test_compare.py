@@ -52,6 +52,9 @@ def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> No
         ("lora", 1),
         ("full", 1),
     ]
+    # Each seed draws an order of its own, the same one for every method.
+    order = {(task.method, task.settings["seed"]): tokens_of_steps(Path(task.folder)) for task in runs}
+    assert order["lora", 0] == order["full", 0] != order["lora", 1] == order["full", 1]
     assert len({task.train.sha256 for task in runs}) == len({task.held_out.sha256 for task in runs}) == 1
     assert {task.settings["max_steps"] for task in runs} == {6}
     # The rate: by rows that are in no held-out set, one for each method, more of them where the best is at the end.
@@ -79,6 +82,11 @@ def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> No
     page = (tmp_path / "c" / "comparison.html").read_text()
     assert found.found["verdict"]["text"] in page
     assert said[-1] == found.found["verdict"]["text"]
+
+
+def tokens_of_steps(folder: Path) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["tokens"], line["supervised_tokens"]) for line in lines if "tokens" in line]
 
 
 def test_goes_on_with_what_is_there(base: str, data: str, tmp_path: Path, here: list[Task]) -> None:
