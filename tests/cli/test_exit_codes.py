@@ -185,6 +185,49 @@ def test_divergence(train: Train) -> None:
     assert "lower --lr" in said.err
 
 
+@pytest.fixture
+def race(cli: Cli, base: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """`loratune compare` in this process, of a LoRA that learns less in its few steps than all weights do."""
+    # importlib gives the module, which the function of its name hides in the package.
+    module = importlib.import_module("loratune.run.compare")
+    monkeypatch.setattr(module, "apart", lambda function, task: function(task))
+    (tmp_path / "other.txt").write_text("something else")
+    quick = ("--max-steps", 4, "--lr", "1e-2", "--dtype", "fp32", "--device", "cpu", "--samples", 0, "--checks", "off")
+    words = ("--methods", "lora,full", "--seeds", 1, "--answers", 0, "--elsewhere", tmp_path / "other.txt")
+    return lambda *more: cli("compare", base, data, "--out", tmp_path / "c", *quick, *words, *more)
+
+
+def test_a_comparison_that_is_lost(race: Train) -> None:
+    lost = race("--tolerance", 0)
+    assert lost.code == 7
+    assert "lora is worse than full here" in lost.out
+    assert "lora is worse than full here" in lost.err
+    as_json = race("--tolerance", 0, "--json")
+    assert as_json.code == 7
+    assert as_json.json["verdict"]["regressed"] is True
+    assert race("--tolerance", 0.99).code == 0
+
+
+def test_a_comparison_with_a_run_that_diverges(race: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    import loratune.run.contender
+
+    whole = loratune.run.contender.train
+
+    def diverging(*args: Any, method: str, **settings: Any) -> Any:
+        if method == "lora":
+            raise errors.DivergedError("step 3: loss nan")
+        return whole(*args, method=method, **settings)
+
+    monkeypatch.setattr(loratune.run.contender, "train", diverging)
+    said = race("--tolerance", 0)
+    assert said.code == 6
+    assert "no answer: lora, seed 0: step 3: loss nan" in said.out
+    assert "lora, seed 0: step 3: loss nan" in said.err
+    as_json = race("--json")
+    assert as_json.code == 6
+    assert as_json.json["verdict"]["regressed"] is None
+
+
 def test_interrupted_and_continued(
     train: Train, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

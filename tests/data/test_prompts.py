@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loratune.data.example import hash_of
 from loratune.data.read import Example, read
 from loratune.data.render import render, render_prompt
 from loratune.errors import ConfigError, DataError
@@ -183,3 +185,13 @@ def test_training_still_needs_answers() -> None:
         with pytest.raises(DataError) as caught:
             render(examples, tokenizer, max_length=100)
         assert caught.value.problems == ("rows:1: row without an answer", "rows:2: row without an answer")
+
+
+def test_the_hash_knows_which_rows_have_no_answer_and_not_what_they_call_themselves() -> None:
+    (one,) = read([{"prompt": "Hi", "completion": ""}], answers=False).examples
+    assert not one.answered
+    answered = replace(one, answered=True)
+    named = replace(one, id="first", place=replace(one.place, row=7))
+    assert hash_of([one]) != hash_of([answered])
+    assert hash_of([one, answered]) != hash_of([answered, one])
+    assert hash_of([one]) == hash_of([named])

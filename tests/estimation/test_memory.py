@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
@@ -64,6 +65,14 @@ def test_a_token_meets_its_own_experts_only() -> None:
     assert qwen3.intermediate == 3 * 24
     attention = 32 * (32 + 16 + 16 + 32)
     assert qwen3.linears == 2 * attention + 3 * 32 * 64 + 3 * 3 * 32 * 24
+
+
+def test_experts_that_are_modules_of_their_own_count_as_stacked_ones_do() -> None:
+    stacked, apart = tiny("mixtral"), tiny("mixtral")
+    for layer in apart.model.layers:
+        matrices = [nn.ModuleList([nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)]) for _ in range(4)]
+        layer.mlp.experts = nn.ModuleList(matrices)
+    assert Shape.of(apart).linears == Shape.of(stacked).linears
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

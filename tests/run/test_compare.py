@@ -15,6 +15,7 @@ import pytest
 
 import loratune.run.compare  # noqa: F401 - the module, which the function of its name hides in the package
 from loratune.errors import ConfigError, DivergedError, LoratuneError
+from loratune.report.comparison import heads_of, rows_of
 from loratune.run import Comparison, compare
 from loratune.run.apart import apart
 from loratune.run.contender import Task
@@ -51,6 +52,9 @@ def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> No
         ("lora", 1),
         ("full", 1),
     ]
+    # Each seed draws an order of its own, the same one for every method.
+    order = {(task.method, task.settings["seed"]): tokens_of_steps(Path(task.folder)) for task in runs}
+    assert order["lora", 0] == order["full", 0] != order["lora", 1] == order["full", 1]
     assert len({task.train.sha256 for task in runs}) == len({task.held_out.sha256 for task in runs}) == 1
     assert {task.settings["max_steps"] for task in runs} == {6}
     # The rate: by rows that are in no held-out set, one for each method, more of them where the best is at the end.
@@ -80,6 +84,11 @@ def test_all_of_it(base: str, data: str, tmp_path: Path, here: list[Task]) -> No
     assert said[-1] == found.found["verdict"]["text"]
 
 
+def tokens_of_steps(folder: Path) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["tokens"], line["supervised_tokens"]) for line in lines if "tokens" in line]
+
+
 def test_goes_on_with_what_is_there(base: str, data: str, tmp_path: Path, here: list[Task]) -> None:
     first = run(base, data, tmp_path / "c", methods=("lora", "rslora"), seeds=1, lr=1e-2)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*/adapter_model.safetensors")}
@@ -97,20 +106,58 @@ def test_the_base_is_measured_as_the_runs_are(base: str, data: str, tmp_path: Pa
     assert found["base"]["val_loss"] == pytest.approx(one["base_val_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs", "regressed", "words"),
-    [
-        ([1.0, 1.0], [1.0, 1.01], False, "costs no quality"),
-        ([1.1, 1.0], [1.0, 1.0], True, "is worse"),
-        ([1.03, 1.0], [1.0, 1.0], False, "costs no quality"),
-        ([0.9, 0.9], [1.0, 1.0], False, "is better"),
-    ],
-)
-def test_verdict(ours: list[float], theirs: list[float], regressed: bool, words: str) -> None:
-    runs = [[{"val_loss": loss} for loss in losses] for losses in (ours, theirs)]
-    found = MODULE.verdict("lora", runs[0], "full", runs[1], 0.02)
-    assert found["regressed"] is regressed
-    assert words in found["text"]
+def test_a_run_that_diverges_leaves_no_answer_and_the_others_figures(
+    base: str, data: str, tmp_path: Path, here: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = MODULE.contend
+
+    def contend(task: Task) -> dict[str, Any]:
+        if task.method == "rslora" and task.settings["seed"] == 1:
+            raise DivergedError("step 3: loss nan")
+        return dict(whole(task))
+
+    monkeypatch.setattr(MODULE, "contend", contend)
+    compared = run(base, data, tmp_path / "c", methods=("lora", "rslora"), seeds=2, lr=1e-2, answers=0)
+    assert not compared.regressed
+    assert compared.failed == ("rslora, seed 1: step 3: loss nan",)
+    content = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert content["verdict"]["text"].startswith("no answer: rslora, seed 1: step 3: loss nan")
+    assert [one["val_loss"] is None for one in content["methods"]["rslora"]["runs"]] == [False, True]
+    assert content["methods"]["lora"]["summary"]["val_loss"]["mean"] > 0
+    page = (tmp_path / "c" / "comparison.html").read_text()
+    assert "no answer: rslora, seed 1" in page
+    assert 'class="headline bad"' in page
+
+
+def short(folder: Path) -> dict[str, Any]:
+    """As little as can be compared: decoding is slow on a CPU."""
+    (folder / "other.txt").write_text("something else\n")
+    return {"seeds": 1, "lr": 1e-2, "answers": 0, "elsewhere": folder / "other.txt", "max_steps": 2, "checks": "off"}
+
+
+def test_the_base_is_said_to_be_unquantised_where_a_method_has_it_in_few_bits(
+    base: str, data: str, tmp_path: Path, here: list[Task]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = run(base, data, tmp_path / "c", methods=("lora", "qlora"), **short(tmp_path)).found
+    assert heads_of(found) == ["base, unquantised", "lora", "qlora"]
+    assert "base, unquantised" in (tmp_path / "c" / "comparison.html").read_text()
+    before = dict(rows_of(found))["held-out loss before training"]
+    lora, qlora = (found["methods"][name]["runs"][0]["base_val_loss"] for name in ("lora", "qlora"))
+    assert before == ["–", f"{lora:.4f}", f"{qlora:.4f}"]
+    assert lora == pytest.approx(found["base"]["val_loss"], rel=1e-4) != qlora
+
+
+def test_the_base_of_a_comparison_in_few_bits_is_in_few_bits(
+    base: str, data: str, tmp_path: Path, here: list[Task]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    methods = ("lora", "rslora")
+    found = run(base, data, tmp_path / "c", methods=methods, quant="nf4", **short(tmp_path)).found
+    assert heads_of(found) == ["base, nf4", *methods]
+    assert "held-out loss before training" not in dict(rows_of(found))
+    (one,) = found["methods"]["lora"]["runs"]
+    assert found["base"]["val_loss"] == pytest.approx(one["base_val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("least", "found"), [(0.0, 0), (0.4, 0.5), (-0.3, -0.5), (1.9, 2), (2.6, 2.5), (-9.0, -3.5)])
@@ -155,6 +202,7 @@ def test_a_rate_that_diverges_is_no_failure(
         ({"seeds": 0}, "at least one"),
         ({"tolerance": 2.0}, "a share"),
         ({"method": "lora"}, "decides it"),
+        ({"early_stop": 2}, "early_stop=2: .*unequal numbers of steps"),
         ({"methods": ("lora", "full"), "r": 8}, "full: r=8"),
         ({"methods": ("lora", "full"), "quant": "nf4"}, "full: quant"),
         ({"val": 0}, "held-out rows"),
@@ -168,6 +216,14 @@ def test_refused_before_anything_starts(
         run(base, data, tmp_path / "c", **changes)
     assert not here
     assert not (tmp_path / "c").exists()
+
+
+def test_rows_that_are_no_text_are_refused_as_other_text(
+    base: str, data: str, tmp_path: Path, here: list[Task]
+) -> None:
+    with pytest.raises(ConfigError, match=r"elsewhere: .*sums\.jsonl holds rows of another shape"):
+        run(base, data, tmp_path / "c", elsewhere=data)
+    assert not here
 
 
 # -- a process of its own ----------------------------------------------------------------------------------------------
@@ -197,11 +253,18 @@ def test_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-def test_the_command(base: str, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("methods", "tolerance", "regressed", "code"),
+    [("lora,qlora", "0.5", False, 0), ("lora,full", "0", True, 7)],
+    ids=["not worse", "worse"],
+)
+def test_the_command(
+    base: str, data: str, tmp_path: Path, methods: str, tolerance: str, regressed: bool, code: int
+) -> None:
     """Processes of their own, from the command line, with an exit code that tells."""
-    words = ["--methods", "lora,qlora", "--seeds", "1", "--lr", "1e-2", "--max-steps", "4", "--dtype", "fp32"]
+    words = ["--methods", methods, "--seeds", "1", "--lr", "1e-2", "--max-steps", "4", "--dtype", "fp32"]
     command = [sys.executable, "-m", "loratune", "compare", base, data, "--out", str(tmp_path / "c"), "--json", *words]
-    done = subprocess.run([*command, "--tolerance", "0.5"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["verdict"]["regressed"] is False
+    done = subprocess.run([*command, "--tolerance", tolerance], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["verdict"]["regressed"] is regressed
     assert (tmp_path / "c" / "comparison.html").is_file()

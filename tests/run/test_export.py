@@ -118,6 +118,31 @@ def test_what_a_reader_cannot_hold_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_one_that_peft_started_from_a_decomposition_counts_from_a_base_that_no_other_reader_has(
+    tmp_path: Path, init: str, to: str
+) -> None:
+    base = saved(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterFileError, match=f"it starts from '{init}'") as caught:
+        export(str(tmp_path / "adapter"), str(tmp_path / "out"), to=to)
+    assert not (tmp_path / "out").exists()
+    assert caught.value.hint == "attach it to its base and save it, which writes a plain adapter"
+    # What the hint says, done.
+    lt.attach(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").save(tmp_path / "plain")
+    export(str(tmp_path / "plain"), str(tmp_path / "out"), to=to)
+    if to == "vllm":
+        again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out")).eval()
+        assert torch.allclose(again(IDS).logits, theirs(IDS).logits, atol=2e-5)
+
+
 def test_a_tied_head_and_families_unknown_to_llama_cpp(tmp_path: Path) -> None:
     base = saved(tmp_path / "base", "llama", tie_word_embeddings=True)
     lora = lt.attach(AutoModelForCausalLM.from_pretrained(base), lt.LoraConfig(target_modules=["lm_head", "q_proj"]))

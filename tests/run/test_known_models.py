@@ -94,7 +94,8 @@ def test_gpt3(tmp_path: Path) -> None:
 
 def test_moments_in_eight_bits(tmp_path: Path) -> None:
     plain, eight = (planned(tmp_path, "gpt2", optimizer=name, device="cuda") for name in ("adamw", "adamw_8bit"))
-    assert eight["memory"]["optimizer"] * 4 == plain["memory"]["optimizer"]
+    # A byte in place of four, and a scale of four bytes for 256 of them; none of these matrices is below 4,096 values.
+    assert eight["memory"]["optimizer"] * 4 * 64 == plain["memory"]["optimizer"] * 65
     here = planned(tmp_path, "gpt2", optimizer="adamw_8bit", device="cpu")
     assert here["memory"]["optimizer"] == plain["memory"]["optimizer"]
     assert any("adamw_8bit has kernels for CUDA only, and this is cpu" in line for line in here["decisions"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -79,6 +79,14 @@ class TargetPlan:
     @property
     def trainable(self) -> int:
         return sum(t.parameters for t in self.targets) + sum(part.parameters for part in self.replaced)
+
+    def sizes(self) -> Iterator[int]:
+        """How many values each tensor that trains has."""
+        for target in self.targets:
+            yield from (target.r * target.in_features, target.r * target.out_features)
+            yield from [target.out_features] * target.vectors
+        for part in self.replaced:
+            yield from part.numbers.values()
 
     @property
     def total(self) -> int:

@@ -33,8 +33,14 @@ def plain(adapter: SavedAdapter, reader: str) -> Plain:
         AdapterFileError: it has what `reader` cannot hold; every such thing is listed.
     """
     problems = list(_beyond(adapter, reader))
+    hint = "`loratune merge` it into its base, and export or serve that"
+    if adapter.config.decomposes:
+        init = adapter.config.init_lora_weights
+        problems.insert(0, f"it starts from {init!r}: its update is relative to a changed base, which {reader} has not")
+        if len(problems) == 1:
+            hint = "attach it to its base and save it, which writes a plain adapter"
     if problems:
-        raise AdapterFileError(problems, hint="`loratune merge` it into its base, and export or serve that")
+        raise AdapterFileError(problems, hint=hint)
     r = max(factors.A.shape[0] for factors in adapter.factors.values())
     scales = {path: adapter.scale(path) for path in adapter.factors}
     found = {path: _folded(factors, scales[path], r) for path, factors in adapter.factors.items()}

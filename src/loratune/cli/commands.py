@@ -15,7 +15,7 @@ from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
 from loratune.config import read_settings
-from loratune.errors import RegressionError
+from loratune.errors import DivergedError, LoratuneError, RegressionError
 
 app = typer.Typer(
     name="loratune",
@@ -228,7 +228,7 @@ def evaluate(
 
 
 @app.command()
-@with_settings(leave_out=("method", "out", "resume", "log_with"))
+@with_settings(leave_out=("method", "out", "resume", "log_with", "early_stop"))
 def compare(
     model: Model,
     data: Data,
@@ -251,7 +251,7 @@ def compare(
     **settings: Any,
 ) -> None:
     """Does LoRA cost quality here, and what does it save? Several methods on the same rows, and a verdict."""
-    from loratune.report.comparison import PAGE, rows_of
+    from loratune.report.comparison import PAGE, heads_of, rows_of
     from loratune.run.compare import compare as race
 
     chosen = read_settings(config, set_ or [], parse_given(settings))
@@ -268,11 +268,18 @@ def compare(
         say=lambda line: stderr().print(line, highlight=False, soft_wrap=True),
         **chosen,
     )
-    heads = ["", "base", *found.found["methods"]]
+    heads = ["", *heads_of(found.found)]
     text = [table(heads, [[name, *cells] for name, cells in rows_of(found.found)]), found.found["verdict"]["text"]]
     emit(found.found, as_json=as_json, text=[*text, str(found.path / PAGE)])
+    lost: LoratuneError | None = None
     if found.regressed:
-        raise RegressionError(found.found["verdict"]["text"], hint="more rank, more data or other targets may close it")
+        lost = RegressionError(
+            found.found["verdict"]["text"], hint="more rank, more data or other targets may close it"
+        )
+    elif found.failed:
+        lost = DivergedError(found.failed, hint="lower --lr, or leave it out so that it is searched")
+    if lost is not None:  # what was printed as JSON says it already: one document
+        raise typer.Exit(lost.exit_code) if as_json else lost
 
 
 @app.command()

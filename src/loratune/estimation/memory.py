@@ -229,13 +229,13 @@ def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
 
 
 def estimate_memory(
-    plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory, *, state: int = 2 * _MASTER
+    plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory, *, optimizer: int | None = None
 ) -> MemoryEstimate:
     """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it.
 
     Args:
         base: what the model itself holds.
-        state: bytes that the optimizer keeps of each trained parameter.
+        optimizer: bytes that it keeps; Adam's two moments in fp32 unless told.
     """
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
@@ -253,7 +253,7 @@ def estimate_memory(
         constants=base.constants,
         masters=plan.trainable * _MASTER,
         gradients=plan.trainable * _MASTER,
-        optimizer=plan.trainable * state,
+        optimizer=2 * plan.trainable * _MASTER if optimizer is None else optimizer,
         activations=through.tokens * kept + rounded,
         logits=logits,
         layer=max(through.tokens * layer, beside) + base.decoded,

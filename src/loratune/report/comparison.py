@@ -42,13 +42,13 @@ def context_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the page shows."""
     methods = found["methods"]
     verdict = found["verdict"]
-    tone = "bad" if verdict["regressed"] else "good"
+    tone = "good" if verdict["regressed"] is False and not verdict["failed"] else "bad"
     return {
         "found": found,
         "title": f"{verdict['first']} against {verdict['other']}",
         "headline": {"text": verdict["text"] + ".", "tone": tone},
         "rows": rows_of(found),
-        "columns": list(methods),
+        "heads": heads_of(found),
         "legend": [
             {"name": name, "colour": figures.LINE_COLOURS[number % len(figures.LINE_COLOURS)], "dash": _dash(number)}
             for number, name in enumerate(methods)
@@ -58,6 +58,18 @@ def context_of(found: Mapping[str, Any]) -> dict[str, Any]:
         "samples": _samples(found),
         "loss": words.loss,
     }
+
+
+def heads_of(found: Mapping[str, Any]) -> list[str]:
+    """What stands above the columns of the table; the base with its format where that is not every run's."""
+    own = found["base"].get("quant")
+    return [f"base, {own or 'unquantised'}" if own or _of_another_base(found) else "base", *found["methods"]]
+
+
+def _of_another_base(found: Mapping[str, Any]) -> bool:
+    """Whether some run's base is kept in another format than the one that was measured."""
+    runs = [run for method in found["methods"].values() for run in method["runs"] if "failed" not in run]
+    return any(run.get("quant") != found["base"].get("quant") for run in runs)
 
 
 def rows_of(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -70,13 +82,23 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         return name, ["–" if of_base is None else text(of_base), *cells]
 
     def to_goal(key: str, text: Callable[[float], str]) -> list[str]:
-        means = [sum(run["to_goal"][key] for run in of_method) / len(of_method) for of_method in runs]
-        return ["–", *(text(mean) for mean in means)]
+        return ["–", *(_reached([run["to_goal"] for run in of_method], key, text) for of_method in runs)]
 
     def figure(value: float) -> str:
         return f"{value:.4f}"
 
+    race = (
+        []
+        if found["goal"] is None
+        else [
+            (f"tokens to a loss of {found['goal']:.4f}", to_goal("tokens", words.short)),
+            ("operations to it", to_goal("flops", lambda value: f"{value:.2g}")),
+            ("time to it", to_goal("seconds", words.duration)),
+        ]
+    )
+    before = [line("held-out loss before training", "base_val_loss", figure)] if _of_another_base(found) else []
     table = [
+        *before,
         line("held-out loss", "val_loss", figure, base.get("val_loss")),
         line("exact answers", "exact_match", words.percent, base.get("exact_match")),
         line("loss on other text", "elsewhere_loss", figure, base.get("elsewhere_loss")),
@@ -84,9 +106,7 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         line("peak memory of the process", "peak_memory_bytes", words.size),
         line("size on disk", "adapter_bytes", words.size),
         line("time of training", "seconds", words.duration),
-        (f"tokens to a loss of {found['goal']:.4f}", to_goal("tokens", words.short)),
-        ("operations to it", to_goal("flops", lambda value: f"{value:.2g}")),
-        ("time to it", to_goal("seconds", words.duration)),
+        *race,
         ("learning rate", ["–", *(words.rate(method["search"]["lr"]) for method in found["methods"].values())]),
         ("search for it", ["–", *(_cost(method["search"]) for method in found["methods"].values())]),
     ]
@@ -98,6 +118,15 @@ def _spread(summary: Mapping[str, float] | None, text: Callable[[float], str]) -
         return "–"
     mean, least, most = (text(summary[name]) for name in ("mean", "least", "most"))
     return mean if least == most else f"{mean} ({least} to {most})"
+
+
+def _reached(points: Sequence[Mapping[str, float] | None], key: str, text: Callable[[float], str]) -> str:
+    """The mean of those runs that came there."""
+    values = [point[key] for point in points if point is not None]
+    if not values:
+        return "not reached"
+    mean = text(sum(values) / len(values))
+    return mean if len(values) == len(points) else f"{mean} ({len(values)} of {len(points)} runs)"
 
 
 def _cost(search: Mapping[str, Any]) -> str:
@@ -115,7 +144,7 @@ def _race(found: Mapping[str, Any], key: str, axis: str) -> tuple[str, str]:
     lines = []
     for number, method in enumerate(found["methods"].values()):
         for run in method["runs"]:
-            points = run["curve"][1:]  # the base's loss would hide the rest
+            points = run.get("curve", ())[1:]  # the base's loss would hide the rest
             steps, values = (tuple(point[name] for point in points) for name in (key, "val_loss"))
             lines.append((number, Series(steps, values)))
     label = f"Held-out loss over {axis}, of each run"

@@ -103,14 +103,15 @@ def small_figure(
 
 
 def race_figure(
-    lines: Sequence[tuple[int, Series]], label: str, *, goal: float, axis: str, width: int, height: int
+    lines: Sequence[tuple[int, Series]], label: str, *, goal: float | None, axis: str, width: int, height: int
 ) -> str:
-    """Losses of several runs over what they took, each with the number of its method; `goal` is a dashed line."""
+    """Losses of several runs over what they took, each with its method's number; `goal`, if any, is a dashed line."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     colours = (_TRAIN, _HELD_OUT, _THIRD, _FOURTH)
     with _figure(width, height) as (figure, axes):
-        axes.axhline(goal, color=_BASE, linewidth=1.2, linestyle=(0, (5, 4)))
+        if goal is not None:
+            axes.axhline(goal, color=_BASE, linewidth=1.2, linestyle=(0, (5, 4)))
         for number, series in lines:
             dash = DASHES[number // len(colours) % len(DASHES)]
             style: Any = (0, dash) if dash else "-"

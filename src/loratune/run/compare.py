@@ -23,6 +23,7 @@ from loratune.run.apart import apart
 from loratune.run.contender import BASE, Task, contend
 from loratune.run.decide import Decisions, decide_steps, decide_val, learning_rate
 from loratune.run.record import hardware, now, versions
+from loratune.run.verdict import note_goal, verdict
 
 COMPARISON = "comparison.json"
 # Learning rates tried for each method: its usual one and half a decade to both sides, further out where the best is at
@@ -46,6 +47,11 @@ class Comparison:
     def regressed(self) -> bool:
         """Whether the first method is worse than the one it is compared with, by more than the tolerance."""
         return bool(self.found["verdict"]["regressed"])
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The runs that gave no finite loss, each with why; the verdict is no answer where it needs one of them."""
+        return tuple(self.found["verdict"]["failed"])
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,10 @@ def compare(
     for seed in range(seeds):
         for method in trained:
             lr = searched[method]["lr"]
-            found = apart(contend, plan.task(method, f"{method}-{seed}", seed=config.seed + seed, lr=lr))
+            found = _run(plan.task(method, f"{method}-{seed}", seed=config.seed + seed, lr=lr))
             measured[method].append({"seed": config.seed + seed, **found})
-            say(f"{method}, seed {seed}: held-out loss {found['val_loss']:.4f} in {found['seconds']:.0f} s")
-    base = apart(contend, plan.task(BASE, BASE)) if BASE in methods or plan.answers or plan.elsewhere else {}
+            say(f"{method}, seed {config.seed + seed}: {_outcome(found)}")
+    base = _run(plan.task(BASE, BASE)) if BASE in methods or plan.answers or plan.elsewhere else {}
     found = _found(plan, searched, measured, base, tolerance)
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder / COMPARISON, found)
@@ -141,6 +147,11 @@ def _checked(model: Any, methods: Sequence[str], seeds: int, tolerance: float, s
     if not 0 <= tolerance < 1:
         problems.append(f"tolerance={tolerance}: a share, such as 0.02")
     problems += [f"{name}: compare decides it for each run" for name in ("method", "resume") if name in settings]
+    if settings.get("early_stop"):
+        problems.append(
+            f"early_stop={settings['early_stop']}: runs would end after unequal numbers of steps; leave it out "
+            "(--set early_stop=0 where a config file has it)"
+        )
     for method in trained:
         try:
             TrainConfig(**{**settings, "method": method})
@@ -172,8 +183,17 @@ def _planned(
     kept |= {"checks": settings.get("checks", "fast"), "max_steps": steps, "samples": settings.get("samples", 2)}
     kept.pop("epochs", None)
     kept.setdefault("eval_every", max(1, steps // _CURVE_POINTS))
-    texts = other_text() if elsewhere is None else tuple(example.text for example in read(elsewhere).examples)
+    texts = other_text() if elsewhere is None else _texts_of(elsewhere)
     return _Plan(model, folder, train, held_out, kept, steps, min(answers, len(held_out)), texts)
+
+
+def _texts_of(file: str | Path) -> tuple[str, ...]:
+    examples = read(file).examples
+    if any(example.kind != "text" for example in examples):
+        raise ConfigError(
+            f"elsewhere: {file} holds rows of another shape", hint="a .txt file, or a column `text` alone"
+        )
+    return tuple(example.text for example in examples)
 
 
 def _corpus_of(corpus: Corpus, examples: Sequence[Example]) -> Corpus:
@@ -236,6 +256,26 @@ def _or_lost(task: Task) -> dict[str, Any]:
         return {"val_loss": math.inf, "seconds": 0.0}
 
 
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def _run(task: Task) -> dict[str, Any]:
+    """What was found of a run; one whose loss is not finite has none, and says why."""
+    try:
+        found = dict(apart(contend, task))
+    except DivergedError as error:
+        return {"val_loss": None, "failed": "; ".join(error.problems)}
+    figures = {"val_loss": "held-out loss", "elsewhere_loss": "loss on other text"}
+    lost = {name: found[name] for name in figures if name in found and not math.isfinite(found[name])}
+    if lost:
+        found |= {**dict.fromkeys(lost), "failed": "; ".join(f"{figures[name]} {lost[name]:g}" for name in lost)}
+    return found
+
+
+def _outcome(found: dict[str, Any]) -> str:
+    return found.get("failed") or f"held-out loss {found['val_loss']:.4f} in {found['seconds']:.0f} s"
+
+
 # -- after -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,10 +287,7 @@ def _found(
     tolerance: float,
 ) -> dict[str, Any]:
     """All that is known, as `comparison.json` has it."""
-    goal = max(run["val_loss"] for runs in measured.values() for run in runs)
-    for runs in measured.values():
-        for run in runs:
-            run["to_goal"] = next(point for point in run["curve"] if point["val_loss"] <= goal)
+    goal = note_goal([run for runs in measured.values() for run in runs])
     first, *others = measured
     other = "full" if "full" in others else others[0]
     return {
@@ -267,7 +304,7 @@ def _found(
             method: {"search": searched[method], "runs": runs, "summary": _summary(runs)}
             for method, runs in measured.items()
         },
-        "verdict": verdict(first, measured[first], other, measured[other], tolerance),
+        "verdict": verdict(first, other, {**measured, BASE: [base]}, tolerance),
         "versions": versions(),
         "hardware": hardware(pick_device(plan.settings.get("device"))),
     }
@@ -275,43 +312,11 @@ def _found(
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean, least and most of each figure over the seeds."""
-    names = ("val_loss", "exact_match", "elsewhere_loss", "seconds", "peak_memory_bytes", "adapter_bytes", "trainable")
+    losses = ("base_val_loss", "val_loss", "exact_match", "elsewhere_loss")
+    names = (*losses, "seconds", "peak_memory_bytes", "adapter_bytes", "trainable")
     found = {}
     for name in names:
         values = [run[name] for run in runs if run.get(name) is not None]
         if values:
             found[name] = {"mean": sum(values) / len(values), "least": min(values), "most": max(values)}
     return found
-
-
-def verdict(
-    first: str, ours: Sequence[dict[str, Any]], other: str, theirs: Sequence[dict[str, Any]], tolerance: float
-) -> dict[str, Any]:
-    """Whether the first method costs quality, in figures and in words.
-
-    Compared seed by seed: the same order of rows, the same held-out ones. Worse is a mean difference above the
-    tolerance.
-    """
-    changes = [a["val_loss"] / b["val_loss"] - 1 for a, b in zip(ours, theirs, strict=True)]
-    mean = sum(changes) / len(changes)
-    losses = [sum(run["val_loss"] for run in runs) / len(runs) for runs in (ours, theirs)]
-    if mean > tolerance:
-        words = f"{first} is worse than {other} here"
-    elif mean < -tolerance:
-        words = f"{first} is better than {other} here"
-    else:
-        words = f"{first} costs no quality against {other} here"
-    spread = f", {min(changes):+.1%} to {max(changes):+.1%} over {len(changes)} seeds" if len(changes) > 1 else ""
-    text = (
-        f"{words}: held-out loss {losses[0]:.4f} against {losses[1]:.4f} ({mean:+.1%}{spread}; tolerance "
-        f"{tolerance:.0%})"
-    )
-    return {
-        "first": first,
-        "other": other,
-        "difference": mean,
-        "differences": changes,
-        "tolerance": tolerance,
-        "regressed": mean > tolerance,
-        "text": text,
-    }

@@ -44,12 +44,14 @@ class Task:
 def contend(task: Task) -> dict[str, Any]:
     """Train and measure; the run folder stays."""
     if task.method == BASE:
-        loading = {name: task.settings[name] for name in ("device", "dtype") if name in task.settings}
-        return _measured(task, open_run(task.model, **loading))
+        loading = {name: task.settings[name] for name in ("device", "dtype", "quant") if name in task.settings}
+        opened = open_run(task.model, **loading)
+        return {"quant": opened.base.quant} | _measured(task, opened)
     run = train(task.model, task.train, held_out=task.held_out, out=task.folder, method=task.method, **task.settings)
     record = run.record
     found = {
         "path": str(run.path),
+        "quant": record["base"]["quant"],
         "lr": record["settings"]["lr"]["value"],
         "trainable": record["adapter"]["trainable"],
         "share": record["adapter"]["share"],

@@ -69,7 +69,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     through = Pass(itemsize, tokens, scored, longest, recompute, fused, device_type)
 
     def estimated(plan: TargetPlan, quant: str | None) -> MemoryEstimate:
-        return estimate_memory(plan, shape, through, BaseMemory.of(empty, itemsize, quant), state=kind.state)
+        held = BaseMemory.of(empty, itemsize, quant)
+        return estimate_memory(plan, shape, through, held, optimizer=kind.bytes_of(plan.sizes()))
 
     memory = estimated(targets, config.quant)
     methods = {

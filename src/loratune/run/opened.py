@@ -29,6 +29,7 @@ def open_run(
     base: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    quant: str | None = None,
     any_tokenizer: bool = False,
     decoded: bool = False,
 ) -> Opened:
@@ -36,6 +37,7 @@ def open_run(
 
     Args:
         base: where the base is now; what the run names otherwise.
+        quant: the format of few bits in which a bare model is kept; a run's record says its own.
         any_tokenizer: accept a tokenizer or chat template that the adapter was not trained with.
         decoded: of a base that the run kept in few bits, the dense weights that these stand for.
 
@@ -48,7 +50,7 @@ def open_run(
             raise AdapterFileError(
                 f"{folder} holds a run without an adapter yet", hint="let `loratune train` finish it"
             )
-        return Opened(find_base(run, dtype=dtype, device=device), None, None)
+        return Opened(find_base(run, dtype=dtype, device=device, quant=quant), None, None)
     saved = read_adapter(folder)
     record = RunFolder(folder).record()
     name = base or (record["base"]["name"] if record else saved.base)

@@ -84,7 +84,7 @@ def set_up(base: Base, rows: Rows, config: TrainConfig) -> Setup:
     order = _decide_sharing(base.model, decisions, prepared.rows)
     _decide_fused(base.model, decisions)
     kind = decide_optimizer(decisions, base.device.type)
-    memory = _decide_memory(base, decisions, prepared, targets, shape, kind.state)
+    memory = _decide_memory(base, decisions, prepared, targets, shape, kind.bytes_of(targets.sizes()))
     _decide_rhythm(decisions, prepared)
     seconds = _seconds(base, decisions, prepared)
     return Setup(base, prepared, decisions, lora, targets, memory, seconds, order)
@@ -213,7 +213,7 @@ def _decide_fused(model: Any, decisions: Decisions) -> None:
 
 
 def _decide_memory(
-    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape, state: int
+    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape, optimizer: int
 ) -> MemoryEstimate:
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
     itemsize, fused = base.precision.dtype.itemsize, decisions["fused"]
@@ -236,7 +236,8 @@ def _decide_memory(
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
     through = Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type)
-    return estimate_memory(targets, shape, through, BaseMemory.of(base.model, itemsize, base.quant), state=state)
+    held = BaseMemory.of(base.model, itemsize, base.quant)
+    return estimate_memory(targets, shape, through, held, optimizer=optimizer)
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +16,38 @@ class OptimizerKind:
     """What is known of an optimizer before there is one.
 
     Attributes:
-        state: bytes that it keeps of each trained parameter.
+        moments: how many values it keeps of each trained parameter.
         of_bitsandbytes: the class there that it is; its kernels are for CUDA.
         instead: the one that is taken elsewhere.
+        coarse: whether moments are in eight bits; in fp32 otherwise.
     """
 
-    state: int
+    moments: int
     of_bitsandbytes: str = ""
     instead: str = ""
+    coarse: bool = False
+
+    def bytes_of(self, sizes: Iterable[int]) -> int:
+        """What it keeps of tensors with so many values each."""
+        return sum(self.moments * self._moment_bytes(size) for size in sizes)
+
+    def _moment_bytes(self, size: int) -> int:
+        if self.coarse and size >= _LEAST_COARSE:
+            return size + 4 * -(-size // _BLOCK)
+        return 4 * size
 
 
-# By the names that transformers has for them. In eight bits a moment is one byte, and a scale for 256 of them (Dettmers
-# et al., "8-bit optimizers via block-wise quantization", arXiv:2110.02861); paged ones may stand in the host's memory
-# (Dettmers et al., "QLoRA", arXiv:2305.14314, section 3).
+# In eight bits a moment is one byte, with a scale for each block of them (Dettmers et al., "8-bit optimizers via
+# block-wise quantization", arXiv:2110.02861). bitsandbytes' `min_8bit_size`: tensors with fewer values stay in fp32.
+_BLOCK, _LEAST_COARSE = 256, 4096
+# By the names that transformers has for them; paged ones may stand in the host's memory (Dettmers et al., "QLoRA",
+# arXiv:2305.14314, section 3).
 OPTIMIZERS = {
-    "adamw": OptimizerKind(8),
-    "adamw_8bit": OptimizerKind(2, "AdamW8bit", instead="adamw"),
-    "paged_adamw": OptimizerKind(8, "PagedAdamW", instead="adamw"),
-    "paged_adamw_8bit": OptimizerKind(2, "PagedAdamW8bit", instead="adamw"),
-    "sgd": OptimizerKind(4),
+    "adamw": OptimizerKind(2),
+    "adamw_8bit": OptimizerKind(2, "AdamW8bit", instead="adamw", coarse=True),
+    "paged_adamw": OptimizerKind(2, "PagedAdamW", instead="adamw"),
+    "paged_adamw_8bit": OptimizerKind(2, "PagedAdamW8bit", instead="adamw", coarse=True),
+    "sgd": OptimizerKind(1),
 }
 
 
