@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "src" / "loratune"
 LINES = (
     ("errors",),
     ("config", "files"),
-    ("lora", "quant", "data"),
+    ("lora", "quant", "data", "gguf"),
     ("adapter", "model"),
     ("adapt",),
     ("loss", "engine"),
