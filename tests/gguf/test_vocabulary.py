@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from loratune.errors import ModelError
@@ -60,11 +60,22 @@ def test_pieces_score_by_the_order_of_their_merges() -> None:
     assert not vocabulary_of(pieces(scheme="never"), 500).adds["space"]
 
 
-def of(model: Any, step: Any = None) -> Any:
+def of(model: Any, step: Any = None, normalizer: Any = None) -> Any:
     backend = Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
     if step is not None:
         backend.pre_tokenizer = step
     return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PIECES = models.BPE({"a": 0}, [], byte_fallback=True)
+
+
+def test_text_that_is_changed_as_llama_cpp_changes_it() -> None:
+    assert vocabulary_of(of(models.BPE({"a": 0}, []), BYTES, normalizers.NFC()), 1).pre == "gpt-2"
+    assert vocabulary_of(pieces(scheme="prepend"), 500).adds["space"]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +85,12 @@ def of(model: Any, step: Any = None) -> Any:
         (of(models.BPE({"a": 0}, []), pre_tokenizers.Whitespace()), "splits text so: Whitespace"),
         (of(models.BPE({"a": 0}, []), pre_tokenizers.ByteLevel(add_prefix_space=True)), "ByteLevel None"),
         (of(models.BPE({"a": 0}, [])), "not at all"),
+        (of(models.BPE({"a": 0}, []), BYTES, normalizers.Lowercase()), "change text.*: Lowercase"),
+        (
+            of(PIECES, normalizer=normalizers.Sequence([normalizers.Replace("x", "▁"), normalizers.NFC()])),
+            "Replace, NFC",
+        ),
+        (of(PIECES, pre_tokenizers.Metaspace(replacement="_")), "Metaspace"),
         (split_like("gpt-2"), "tokens up to 466, and the model 5 rows"),
         (object(), "object: it cannot"),
     ],

@@ -53,10 +53,17 @@ def split_like(name: str) -> Any:
 
 
 def pieces(*, scheme: str = "first") -> Any:
-    """SentencePiece's BPE with bytes to fall back on, as Llama 2 and Mistral have it."""
+    """SentencePiece's BPE with bytes to fall back on, as Llama 2 and Mistral have it.
+
+    Args:
+        scheme: of the space before a text: "first" and "never" as in newer files, "prepend" as in older ones.
+    """
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([])  # type: ignore[assignment]
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
+    if scheme == "prepend":
+        spaces: list[Any] = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(spaces)  # type: ignore[assignment]
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)  # type: ignore[assignment]
     backend.decoder = decoders.Sequence(  # type: ignore[assignment]
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

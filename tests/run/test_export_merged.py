@@ -159,7 +159,9 @@ def test_a_value_that_fp16_does_not_hold(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 70_000
     model.save_pretrained(base)
-    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.up_proj\.weight: NaN or infinity in torch.float16") as caught:
+    with pytest.raises(
+        CheckError, match=r"layers\.1\.mlp\.up_proj\.weight: NaN or infinity in torch.float16"
+    ) as caught:
         whole(str(base), tmp_path / "out", dtype="fp16")
     assert "bf16" in caught.value.hint
     assert not (tmp_path / "out").exists()

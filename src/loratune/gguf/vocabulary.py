@@ -16,7 +16,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _BYTES, _BYTES_ONLY = ("ByteLevel", True), ("ByteLevel", False)
 
-# How a byte-level tokenizer splits text → llama.cpp's name for that. A wrong name is not noticed: text is split wrongly.
+# How a byte-level tokenizer splits text → llama.cpp's name for it. By a wrong name it splits wrongly, and says nothing.
 _SPLITS: dict[tuple[tuple[str, Any], ...], str] = {
     (_BYTES,): "gpt-2",
     (("Digits", True), _BYTES): "smollm",
@@ -73,11 +73,12 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError(f"{type(tokenizer).__name__}: it cannot be written as GGUF", hint=f"what can: {_KNOWN}")
+        raise ModelError(f"{type(tokenizer).__name__}: it cannot be written as GGUF", hint=_KNOWN)
     said = json.loads(backend.to_str())
     if said["model"]["type"] != "BPE":
         raise ModelError(f"a tokenizer of kind {said['model']['type']} cannot be written as GGUF", hint=_KNOWN)
     pieces = bool(said["model"]["byte_fallback"])
+    _refuse_changing(said, pieces=pieces)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in said["model"]["merges"]]
     tokens, types = _tokens(tokenizer, said, size, pieces=pieces)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
@@ -96,19 +97,34 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     )
 
 
+def _refuse_changing(said: Mapping[str, Any], *, pieces: bool) -> None:
+    """llama.cpp changes no text before it is split: what else does must be what it does to spaces, or rare (NFC)."""
+    kept = {"Prepend", "Replace", "Metaspace"} if pieces else {"NFC"}
+    steps = _steps(said["normalizer"], "normalizers") + (_steps(said["pre_tokenizer"]) if pieces else [])
+    others = [step["type"] for step in steps if step["type"] not in kept or not _is_of_spaces(step)]
+    if others:
+        raise ModelError(f"llama.cpp does not change text as this tokenizer does: {', '.join(others)}", hint=_KNOWN)
+
+
+def _is_of_spaces(step: Mapping[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        return (step["pattern"].get("String"), step["content"]) == (" ", "▁")
+    return bool(step.get("prepend", "▁") == step.get("replacement", "▁") == "▁")
+
+
 def _split(said: Mapping[str, Any]) -> str:
     steps = _steps(said["pre_tokenizer"])
     found = tuple((step["type"], _how(step)) for step in steps)
     if found not in _SPLITS:
         shown = "; ".join(f"{kind} {how}" for kind, how in found) or "not at all"
-        raise ModelError(f"llama.cpp knows no tokenizer here that splits text so: {shown}", hint=f"known: {_KNOWN}")
+        raise ModelError(f"llama.cpp knows no tokenizer here that splits text so: {shown}", hint=_KNOWN)
     return _SPLITS[found]
 
 
-def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def _steps(step: Mapping[str, Any] | None, several: str = "pretokenizers") -> list[Mapping[str, Any]]:
     if step is None:
         return []
-    return list(step["pretokenizers"]) if step["type"] == "Sequence" else [step]
+    return list(step[several]) if step["type"] == "Sequence" else [step]
 
 
 def _how(step: Mapping[str, Any]) -> Any:
@@ -123,9 +139,8 @@ def _how(step: Mapping[str, Any]) -> Any:
 
 
 def _adds_space(said: Mapping[str, Any]) -> bool:
-    normalizer = said["normalizer"] or {}
-    written = [normalizer, *normalizer.get("normalizers", ()), *_steps(said["pre_tokenizer"])]
-    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in written)
+    steps = _steps(said["normalizer"], "normalizers") + _steps(said["pre_tokenizer"])
+    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
 def _tokens(tokenizer: Any, said: Mapping[str, Any], size: int, *, pieces: bool) -> tuple[list[str], list[int]]:
