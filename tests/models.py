@@ -50,8 +50,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
 }
 
-# Families that only few tests need, for what is odd about their attention.
+# Families that only few tests need, most for what is odd about their attention.
 ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
     "olmo": ("OlmoForCausalLM", "OlmoConfig", {}),
     "nemotron": ("NemotronForCausalLM", "NemotronConfig", {}),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", {}),

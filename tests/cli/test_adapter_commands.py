@@ -1,4 +1,4 @@
-"""`show`, `diff` and `combine` on the command line."""
+"""`show`, `diff`, `combine` and `export` on the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,3 +167,14 @@ def test_help_does_not_load_torch(command: str) -> None:
         f"assert main([{command!r}, '--help']) == 0\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_export_of_a_whole_model(cli: Cli, base: str, tmp_path: Path) -> None:
+    found = cli("export", base, "--to", "gguf", "--merged", "--dtype", "bf16", "--out", tmp_path / "out", "--json").json
+    assert found["out"] == str(tmp_path / "out" / "model.gguf")
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(found["out"]).tensors} == {"BF16", "F32"}
+    said = cli("export", base, "--to", "gguf", "--merged", "--out", tmp_path / "out")
+    assert said.code == 1
+    assert "exists already" in said.err
+    said = cli("export", base, "--to", "vllm", "--merged", "--out", tmp_path / "other")
+    assert (said.code, said.out) == (2, "")

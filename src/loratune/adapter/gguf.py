@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,9 @@ from numpy.typing import NDArray
 
 from loratune.adapter.value import SavedAdapter
 from loratune.errors import AdapterFileError, nearest
+from loratune.gguf import ARCHITECTURES, tensor_names, turned
 
 Array = NDArray[np.float32]
-
-# Families by transformers' model type: llama.cpp's architecture. In llama's the rows of q and k stand in another order.
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
-_TURNED = {"llama"}
 
 
 def write_gguf(path: Path, adapter: SavedAdapter, config: Any, *, tied: bool) -> None:
@@ -54,17 +43,18 @@ def write_gguf(path: Path, adapter: SavedAdapter, config: Any, *, tied: bool) ->
 
 def gguf_tensors(adapter: SavedAdapter, config: Any, *, tied: bool) -> dict[str, Array]:
     """The tensors of the file by name: `.lora_a` (r, in) and `.lora_b` (out, r), in fp32."""
-    names = _names(config)
+    _architecture(config)
+    names = tensor_names(config)
     problems, found = [], {}
     for path, factors in adapter.factors.items():
-        name = names(path)
+        name = names(f"{path}.weight")
         if name is None:
             problems.append(f"{path}: llama.cpp has no name for it")
         elif tied and name == "output.weight":
             problems.append(f"{path}: it is tied to the embedding, and llama.cpp would adapt neither")
         else:
             A, B = (tensor.float().numpy() for tensor in (factors.A, factors.B))
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = A, _turned(B, path, config)
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = A, turned(B, path, config)
     if problems:
         raise AdapterFileError(problems, hint="`loratune merge` it into its base")
     return found
@@ -87,25 +77,3 @@ def _architecture(config: Any) -> str:
             hint=f"{', '.join(ARCHITECTURES)}; `loratune merge` and llama.cpp's own converter do others",
         )
     return ARCHITECTURES[family]
-
-
-def _names(config: Any) -> Callable[[str], str | None]:
-    import gguf
-
-    arch = _architecture(config)
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    table: Mapping[Any, Any] = gguf.get_tensor_name_map(number, config.num_hidden_layers)  # type: ignore[assignment]
-    find: Any = table.get_name  # type: ignore[attr-defined]
-    return lambda path: find(f"{path}.weight", try_suffixes=(".weight",))
-
-
-def _turned(B: Array, path: str, config: Any) -> Array:
-    """B with its rows as llama.cpp's llama has those of q and k: the halves of a head's rotation beside each other."""
-    last = path.rpartition(".")[2]
-    if _architecture(config) not in _TURNED or last not in ("q_proj", "k_proj"):
-        return B
-    heads = config.num_attention_heads
-    if last == "k_proj":
-        heads = getattr(config, "num_key_value_heads", None) or heads
-    out, r = B.shape
-    return np.ascontiguousarray(B.reshape(heads, 2, out // heads // 2, r).swapaxes(1, 2).reshape(out, r))

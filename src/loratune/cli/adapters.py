@@ -1,9 +1,9 @@
-"""The commands about adapters as values: no model is loaded."""
+"""The commands about adapters as values: no model is loaded, but for a whole one to export."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from loratune.adapter.difference import Distance
 
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+AnyTokenizer = Annotated[
+    bool, typer.Option("--any-tokenizer", help="accept another tokenizer or chat template than it was trained with")
+]
 
 
 def show(
@@ -157,10 +160,15 @@ def export(
     to: Annotated[str, typer.Option("--to", help="who reads it: peft, vllm or gguf (llama.cpp)", show_default=False)],
     out: Annotated[str, typer.Option("--out", help="folder for what is written", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", help="where the base is, if not where the run says")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="gguf: the whole model, with the adapter folded in")] = False,
+    dtype: Annotated[
+        Literal["auto", "fp32", "fp16", "bf16"], typer.Option("--dtype", help="of the merged model's matrices")
+    ] = "auto",
+    any_tokenizer: AnyTokenizer = False,
     as_json: Json = False,
 ) -> None:
-    """An adapter as other programs read it; read back and compared."""
+    """An adapter, or the model merged with it, as other programs read it; read back and compared."""
     from loratune.run.export import export as write
 
-    found = write(run, out, to=to, base=base)
+    found = write(run, out, to=to, base=base, merged=merged, dtype=dtype, any_tokenizer=any_tokenizer)
     emit(found, as_json=as_json, text=[found["out"], *found["notes"], f"✓ {found['verified']}"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from loratune.cli.adapters import Json, combine, diff, export, show
+from loratune.cli.adapters import AnyTokenizer, Json, combine, diff, export, show
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
@@ -36,9 +36,6 @@ RunArgument = Annotated[
 Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="where the base is now, if not where the run found it")]
-AnyTokenizer = Annotated[
-    bool, typer.Option("--any-tokenizer", help="accept another tokenizer or chat template than it was trained with")
-]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from loratune.adapter import (
     Plain,
@@ -23,35 +27,56 @@ from loratune.adapter import (
 )
 from loratune.errors import CheckError, ConfigError, ModelError, nearest
 from loratune.files import new_folder
+from loratune.gguf import GgufModel, compare_model, refuse_family, shape_of, vocabulary_of, write_model
 from loratune.model import empty_model
 from loratune.run.folder import refuse_taken
+from loratune.run.merge import folded
+from loratune.run.opened import Opened, base_name, open_run
 
 READERS = ("peft", "vllm", "gguf")
 # vLLM's own default; a larger rank has to be announced to it.
 _VLLM_RANK = 16
 # Scales are folded in fp64 and rounded once to the factors' dtype.
 _NEAR = 1e-2
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(run: str, out: str, *, to: str, base: str | None = None) -> dict[str, Any]:
+def export(
+    run: str,
+    out: str,
+    *,
+    to: str,
+    base: str | None = None,
+    merged: bool = False,
+    dtype: str = "auto",
+    any_tokenizer: bool = False,
+) -> dict[str, Any]:
     """Write an adapter as `to` reads it.
 
     - "peft": PEFT's files, as a run has them; a folder without the run beside it.
     - "vllm": PEFT's files of one rank, with the scale in B.
-    - "gguf": one file for llama.cpp, `adapter.gguf` in the folder.
+    - "gguf": one file for llama.cpp, `adapter.gguf` in the folder; merged, the whole model, `model.gguf`.
 
     Args:
-        run: a run or adapter folder, or a hub id. base: where the base is now; what the adapter names otherwise.
+        run: a run or adapter folder, or a hub id; merged, also a model, which is written as it is.
+        base: where the base is now; what the adapter names otherwise.
+        merged: fold the adapter into its base first, as `merge` does.
+        dtype: of such a model's matrices: fp32, fp16, bf16 or, with "auto", what the base's files have.
+        any_tokenizer: of such a model, as `merge` has it.
 
     Returns:
         Where it is, what was changed for the reader, and what it was compared with.
 
     Raises:
-        AdapterFileError: what the reader cannot hold, all of it. ConfigError: no such reader.
-        RunFolderError: the folder is there already. CheckError: what was read back is another adapter.
+        AdapterFileError, ModelError: what the reader cannot hold, all of it. ConfigError: no such reader.
+        RunFolderError: the folder is there already. CheckError: what was read back is another adapter or model.
     """
     if to not in READERS:
         raise ConfigError(f"--to {to}: no such reader{nearest(to, list(READERS))}", hint=", ".join(READERS))
+    if merged:
+        return _merged(run, out, to=to, base=base, dtype=dtype, any_tokenizer=any_tokenizer)
+    if dtype != "auto" or any_tokenizer:
+        raise ConfigError("--dtype and --any-tokenizer are of a merged model", hint="add --merged, or leave them out")
     target = Path(out).expanduser()
     refuse_taken(target)
     saved = read_adapter(adapter_folder(run))
@@ -83,6 +108,43 @@ def _gguf(saved: SavedAdapter, found: Plain, target: Path) -> dict[str, Any]:
             raise CheckError("what was read back is another adapter", hint="nothing was written")
     verified = f"read back, {len(read)} tensors equal"
     return {"out": str(target / "adapter.gguf"), "to": "gguf", "notes": list(found.notes), "verified": verified}
+
+
+def _merged(run: str, out: str, *, to: str, base: str | None, dtype: str, any_tokenizer: bool) -> dict[str, Any]:
+    if to != "gguf":
+        hint = "`loratune merge` writes a merged model for transformers and vLLM"
+        raise ConfigError(f"--merged --to {to}: only gguf holds whole models", hint=hint)
+    if dtype not in ("auto", *_DTYPES):
+        raise ConfigError(f"--dtype {dtype}: no such format{nearest(dtype, list(_DTYPES))}", hint=", ".join(_DTYPES))
+    target = Path(out).expanduser()
+    refuse_taken(target)
+    config: Any = empty_model(base_name(run, base)).config
+    refuse_family(config)
+    if dtype == "auto":
+        dtype = next((name for name, kept in _DTYPES.items() if kept == config.dtype), "fp32")
+    # No model computes in fp16 here: merged in fp32, and rounded once.
+    loaded = "fp32" if dtype == "fp16" else dtype
+    opened = open_run(run, base=base, dtype=loaded, any_tokenizer=any_tokenizer, decoded=True)
+    model: Any = opened.base.model
+    shape = shape_of(model.config, model.base_model.rotary_emb.inv_freq)
+    vocabulary = vocabulary_of(opened.base.tokenizer, model.config.vocab_size)
+    with _plain_state(opened) as (state, checks), new_folder(target) as folder:
+        name = f"{Path(opened.base.name).stem} {'base' if opened.lora is None else 'merged'}"
+        whole = GgufModel(name, shape, vocabulary, state, _DTYPES[dtype])
+        write_model(folder / "model.gguf", whole)
+        count = compare_model(folder / "model.gguf", whole)
+    verified = "; ".join([*checks, f"read back, {count} tensors equal"])
+    return {"out": str(target / "model.gguf"), "to": "gguf", "notes": list(shape.notes), "verified": verified}
+
+
+@contextmanager
+def _plain_state(opened: Opened) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+    """The merged model's tensors, or a bare model's; and what they were compared with."""
+    if opened.lora is None:
+        yield opened.base.model.state_dict(), []
+        return
+    with folded(opened) as (state, detail):
+        yield state, [f"merged ≡ adapter ({detail})"]
 
 
 def _require(away: float) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from loratune.data.batch import Batch, make_batch
 from loratune.data.example import Place
@@ -28,18 +32,27 @@ def merge(opened: Opened, out: str) -> dict[str, Any]:
     """
     target = Path(out)
     refuse_taken(target)
+    with folded(opened) as (state, detail):
+        save_plain(opened.base.model, state, opened.base.tokenizer, target)
+    return {"out": str(target), "dtype": str(opened.base.model.dtype).removeprefix("torch."), "verified": detail}
+
+
+@contextmanager
+def folded(opened: Opened) -> Iterator[tuple[dict[str, Tensor], str]]:
+    """Inside the block the adapter is in the base's weights; their state, and what they were compared with.
+
+    Raises:
+        AdapterStateError, CheckError: as `merge`.
+    """
     if opened.lora is None:
         raise AdapterStateError(f"{opened.base.name} has no adapter to merge", hint="name a run or an adapter folder")
-    model = opened.base.model
-    batch = _probe(opened)
-    check = merged_is_adapter(model, opened.lora, batch)
+    check = merged_is_adapter(opened.base.model, opened.lora, _probe(opened))
     require([check], hint="nothing was written; --dtype fp32 merges with less rounding")
     opened.lora.merge()
     try:
-        save_plain(model, opened.lora.base_state(), opened.base.tokenizer, target)
+        yield opened.lora.base_state(), check.detail
     finally:
         opened.lora.unmerge()
-    return {"out": str(target), "dtype": str(model.dtype).removeprefix("torch."), "verified": check.detail}
 
 
 def _probe(opened: Opened) -> Batch:

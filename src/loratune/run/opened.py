@@ -45,17 +45,10 @@ def open_run(
         AdapterFileError: damaged, or trained on another base or tokenizer. ModelError: the base cannot be loaded.
     """
     folder = _folder_of(run)
-    if not (folder / "adapter_config.json").is_file():
-        if (folder / "record.json").is_file():
-            raise AdapterFileError(
-                f"{folder} holds a run without an adapter yet", hint="let `loratune train` finish it"
-            )
-        return Opened(find_base(run, dtype=dtype, device=device, quant=quant), None, None)
-    saved = read_adapter(folder)
+    name = base_name(run, base)
+    if not _is_adapter(folder):
+        return Opened(find_base(name, dtype=dtype, device=device, quant=quant), None, None)
     record = RunFolder(folder).record()
-    name = base or (record["base"]["name"] if record else saved.base)
-    if not name:
-        raise ModelError(f"{folder} does not say which base it was trained on", hint="name it with --base")
     if record and dtype == "auto":
         dtype = record["base"]["dtype"]
     quant = record["settings"].get("quant", {}).get("value") if record else None
@@ -71,6 +64,29 @@ def open_run(
     tokenizer = None if record or any_tokenizer else found.tokenizer
     # A decoded base has other weights than the one it comes from, which the record's hash has been compared with.
     return Opened(found, attach(found.model, folder, tokenizer=tokenizer, any_base=decoded), record)
+
+
+def base_name(run: str, base: str | None = None) -> str:
+    """The base of a run or adapter, a bare model's own name; `base` where the base is elsewhere now.
+
+    Raises:
+        AdapterFileError: the adapter is damaged, or not there yet. ModelError: it names no base.
+    """
+    folder = _folder_of(run)
+    if not _is_adapter(folder):
+        if (folder / "record.json").is_file():
+            hint = "let `loratune train` finish it"
+            raise AdapterFileError(f"{folder} holds a run without an adapter yet", hint=hint)
+        return run
+    saved, record = read_adapter(folder), RunFolder(folder).record()
+    name = base or (record["base"]["name"] if record else saved.base)
+    if not name:
+        raise ModelError(f"{folder} does not say which base it was trained on", hint="name it with --base")
+    return str(name)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def _folder_of(run: str) -> Path:
