@@ -13,7 +13,6 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from loratune.engine import Chosen, Sampling
 from loratune.engine import Request as Asked
@@ -174,7 +173,7 @@ class _Streamed(StreamingResponse):
         super().__init__(_events(call, usage=usage), media_type="text/event-stream")
         self._call = call
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # not in the events: who leaves before the first one never begins them

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 from loratune.errors import LoratuneError
 from loratune.serve.library import NoRoomError, UnknownNameError
@@ -25,7 +24,8 @@ _SHOWN = 20
 def add_refusals(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(LoratuneError, _refused)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _not_served)  # type: ignore[arg-type]
+    for status in (400, 404, 405):
+        app.add_exception_handler(status, _not_served)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -49,7 +49,7 @@ async def _refused(_: Request, error: LoratuneError) -> JSONResponse:
 
 
 async def _not_served(request: Request, error: HTTPException) -> JSONResponse:
-    """No such path, or not by this method."""
+    """No such path, not by this method, or a body that cannot be read."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     return JSONResponse(error_of(message, "invalid_request_error"), error.status_code, headers=error.headers)
 
