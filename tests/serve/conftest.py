@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,15 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import loratune as lt
+from loratune.model import load_base
+from loratune.serve.app import make_app
+from loratune.serve.server import ServeConfig, service_of
 from tests.models import saved, tiny
 
 NAMES = ("a", "b", "c")
@@ -47,6 +54,16 @@ class Shelf:
 
 Start = Callable[..., Server]
 
+# The command with a pause before each step, so that an answer is certainly under way when something happens to it.
+SLOW = """
+import sys, time
+from loratune.engine import Engine
+step, pause = Engine.step, float(sys.argv.pop(1))
+Engine.step = lambda engine: time.sleep(pause) or step(engine)
+from loratune.cli import main
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
@@ -75,10 +92,13 @@ def start(shelf: Shelf) -> Iterator[Start]:
     """Starts servers by the command; they end with the tests."""
     running: list[subprocess.Popen[str]] = []
 
-    def run(*options: str, names: tuple[str, ...] = NAMES, environment: dict[str, str] | None = None) -> Server:
+    def run(
+        *options: str, names: tuple[str, ...] = NAMES, environment: dict[str, str] | None = None, pause: float = 0
+    ) -> Server:
         port = free_port()
         runs = [str(shelf.adapters / name) for name in names]
-        command = [sys.executable, "-m", "loratune", "serve", str(shelf.base), *runs, "--port", str(port), *options]
+        program = ["-c", SLOW, str(pause)] if pause else ["-m", "loratune"]
+        command = [sys.executable, *program, "serve", str(shelf.base), *runs, "--port", str(port), *options]
         told = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (environment or {})
         process = subprocess.Popen(
             [*command, "--dtype", "fp32"], env=told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -105,3 +125,32 @@ def start(shelf: Shelf) -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def server(start: Start, shelf: Shelf) -> Server:
     return start("--adapter-dir", str(shelf.adapters), "--slots", "4", "--max-adapters", "3")
+
+
+@pytest.fixture(scope="session")
+def slow(start: Start) -> Server:
+    """100 tokens take half a minute here."""
+    return start("--slots", "4", names=("a",), pause=0.3)
+
+
+def service(shelf: Shelf, *names: str, **config: Any) -> Any:
+    """What a server stands on, in this process."""
+    runs = [str(shelf.adapters / name) for name in names]
+    return service_of(load_base(str(shelf.base), dtype="fp32"), runs, ServeConfig(**config))
+
+
+@contextmanager
+def asked_here(service: Any, app: Any = None) -> Iterator[httpx.Client]:
+    """A client of the application without a socket; what the server fails at is its answer, not raised here."""
+    with TestClient(app or make_app(service), base_url="http://localhost", raise_server_exceptions=False) as client:
+        yield client
+
+
+def spelled(vocabulary: dict[str, int], *, sentencepiece: bool = False) -> Any:
+    """A tokenizer of these tokens, whose text is how they are spelled; or as SentencePiece's are, with bytes."""
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=sentencepiece))
+    steps: list[Any] = [decoders.Fuse()]
+    if sentencepiece:
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +65,6 @@ def test_load_ask_unload(clean: Server) -> None:
     ids=repr,
 )
 def test_refused(clean: Server, name: str, path: str, words: str) -> None:
-    import re
-
     before = names(clean)
     found = load(clean, name, path)
     assert found.status_code == 400
@@ -73,15 +75,21 @@ def test_refused(clean: Server, name: str, path: str, words: str) -> None:
 
 def test_links_out_of_the_folder_are_not_followed(clean: Server, shelf: Shelf, tmp_path: Path) -> None:
     link = shelf.adapters / "link"
-    link.symlink_to(tmp_path)
+    shutil.copytree(shelf.adapters / "late", tmp_path / "elsewhere")  # sound: only its place is wrong
+    link.symlink_to(tmp_path / "elsewhere")
     try:
-        assert load(clean, "one", "link").status_code == 400
+        found = load(clean, "one", "link")
+        assert found.status_code == 400
+        assert "is no folder inside" in found.json()["error"]["message"]
+        link.unlink()
+        link.symlink_to(shelf.adapters / "late")
+        assert load(clean, "one", "link").status_code == 200
     finally:
         link.unlink()
 
 
 def test_without_a_folder_nothing_is_loaded_by_request_and_keys_are_asked_for(start: Start, shelf: Shelf) -> None:
-    server = start("--queue", "0", "--slots", "1", names=("a",), environment={"LORATUNE_API_KEY": "secret"})
+    server = start(names=("a",), environment={"LORATUNE_API_KEY": "secret"})
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
         found = server.http.get("/v1/models", headers=headers)
         assert found.status_code == 401
@@ -93,27 +101,37 @@ def test_without_a_folder_nothing_is_loaded_by_request_and_keys_are_asked_for(st
     found = server.http.post("/v1/load_lora_adapter", json=body, headers=known)
     assert found.status_code == 400
     assert "--adapter-dir" in found.json()["error"]["message"]
-    # One slot, and nobody may wait.
-    asked = {"model": "a", "prompt": "x", "max_tokens": 120, "stream": True, "temperature": 1.9}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, headers=known, timeout=60) as first:
-        next(first.iter_lines())
-        second = server.http.post("/v1/completions", json={"model": "a", "prompt": ["x", "y"]}, headers=known)
+
+
+def test_who_finds_no_room_is_told_so(start: Start) -> None:
+    server = start("--queue", "0", "--slots", "1", names=("a",), pause=0.3)
+    asked = {"model": "a", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as first:
+        lines = first.iter_lines()  # kept: one that is forgotten closes the answer
+        next(lines)
+        second = server.http.post("/v1/completions", json={"model": "a", "prompt": "x", "max_tokens": 1})
         assert second.status_code == 429
         assert second.headers["retry-after"]
+        assert second.json()["error"]["type"] == "overloaded"
+    # Two would never find room.
+    both = server.http.post("/v1/completions", json={"model": "a", "prompt": ["x", "y"], "max_tokens": 1})
+    assert both.status_code == 400
+    assert "2 prompts" in both.json()["error"]["message"]
 
 
 def test_a_server_that_is_told_to_end_lets_answers_end(start: Start) -> None:
-    server = start(names=("a",))
-    asked = {"model": "a", "prompt": "x", "max_tokens": 60, "temperature": 0, "stream": True}
-    whole = server.openai.completions.create(model="a", prompt="x", max_tokens=60, temperature=0).choices[0].text
+    server = start(names=("a",), pause=0.2)
+    asked = {"model": "a", "prompt": "x", "max_tokens": 15, "temperature": 0, "ignore_eos": True}
+    whole = server.http.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    asked["stream"] = True
     with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as answer:
         lines = answer.iter_lines()
         seen = [next(lines)]
         server.process.terminate()
+        told = time.monotonic()
         seen += list(lines)
+    assert time.monotonic() - told > 1, "it was under way"
     assert seen[-2] == "data: [DONE]"
-    import json
-
     text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in seen if line.startswith("data: {"))
     assert text == whole
     assert server.process.wait(30) == 0

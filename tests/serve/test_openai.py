@@ -228,13 +228,24 @@ def wait_until(true: Any, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_who_leaves_frees_a_slot(server: Server) -> None:
-    body = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "temperature": 1.5}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}, timeout=60) as answer:
-        next(answer.iter_lines())
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.02))
-    wait_until(lambda: running(server)["loratune_running"] == 0)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_who_leaves_frees_a_slot(slow: Server, stream: bool) -> None:
+    body = {"model": "a", "prompt": "hi", "max_tokens": 100, "ignore_eos": True, "stream": stream}
+    before = running(slow)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=httpx.Timeout(10, read=2)) as client:
+        if stream:
+            with client.stream("POST", f"{slow.url}/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                assert running(slow)["loratune_running"] == 1
+        else:
+            left = pool.submit(client.post, f"{slow.url}/v1/completions", json=body)
+            wait_until(lambda: running(slow)["loratune_running"] == 1, 2)
+            assert isinstance(left.exception(), httpx.ReadTimeout)
+    wait_until(lambda: running(slow)["loratune_running"] == 0, 5)
+    after = running(slow)
+    assert after["loratune_requests_total"] == before["loratune_requests_total"] + 1
+    assert after["loratune_generated_tokens_total"] < before["loratune_generated_tokens_total"] + 30
 
 
 def test_what_is_counted(server: Server) -> None:

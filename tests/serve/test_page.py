@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.serve.conftest import Server
-from tests.serve.test_openai import ask
+from tests.serve.conftest import Server, Shelf, Start
+from tests.serve.test_openai import ask, running, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -65,13 +65,22 @@ def test_a_refusal_is_shown(page: Any) -> None:
     expect(page.locator("#send")).to_be_enabled()
 
 
-def test_escape_stops(page: Any, server: Server) -> None:
+def test_escape_stops(browser: Any, slow: Server) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(slow.url)
+    expect(page.locator("#model-0 option").first).to_be_attached()
     page.fill("#tokens", "100")
-    page.fill("#temperature", "1.9")
     page.fill("#message", "hello")
     page.click("#send")
+    wait_until(lambda: running(slow)["loratune_running"] == 2)
+    expect(page.locator("#send")).to_be_disabled()
     page.keyboard.press("Escape")
     expect(page.locator("#send")).to_be_enabled()
+    for side in (0, 1):
+        expect(page.locator(f"#note-{side}")).to_have_text("stopped")
+    wait_until(lambda: running(slow)["loratune_running"] == 0, 5)
+    context.close()
 
 
 def test_on_a_phone_nothing_sticks_out(browser: Any, server: Server) -> None:
@@ -83,3 +92,57 @@ def test_on_a_phone_nothing_sticks_out(browser: Any, server: Server) -> None:
     left, right = (page.locator(f"#answer-{side}").bounding_box() for side in (0, 1))
     assert left["y"] < right["y"]
     context.close()
+
+
+# -- with a key --------------------------------------------------------------------------------------------------------
+
+REPORT = """<!doctype html><title>run</title><style>h1 { color: rgb(1, 2, 3) }</style>
+<h1 style="margin: 7px">a report</h1><script>document.title = "owned"</script>
+<img src="nowhere" onerror="document.title = 'owned'"><a id="go" href="javascript:document.title = 'owned'">go</a>"""
+
+
+@pytest.fixture(scope="module")
+def locked(start: Start, shelf: Shelf) -> Iterator[Server]:
+    report = shelf.adapters / "c" / "report.html"
+    report.write_text(REPORT)
+    yield start(names=("c",), environment={"LORATUNE_API_KEY": "secret"})
+    report.unlink()
+
+
+def test_the_page_asks_for_the_key_and_shows_reports_with_it(browser: Any, locked: Server) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(locked.url)
+    expect(page.locator("#note-0")).to_contain_text("asks for an API key")
+    page.fill("#key", "wrong")
+    page.keyboard.press("Tab")
+    expect(page.locator("#note-0")).to_contain_text("not the server's API key")
+    page.fill("#key", "secret")
+    page.keyboard.press("Tab")
+    expect(page.locator("#note-0")).to_have_text("")
+    page.select_option("#model-0", "c")
+    with context.expect_page() as opened:
+        page.click("#report-0")
+    report_is_shown_and_did_nothing(opened.value)
+    context.close()
+
+
+def test_a_report_without_a_key(browser: Any, start: Start, shelf: Shelf, locked: Server) -> None:
+    server = start(names=("c",))
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.url)
+    page.select_option("#model-0", "c")
+    with context.expect_page() as opened:
+        page.click("#report-0")
+    report_is_shown_and_did_nothing(opened.value)
+    context.close()
+
+
+def report_is_shown_and_did_nothing(report: Any) -> None:
+    heading = report.locator("h1")
+    expect(heading).to_have_text("a report")
+    expect(heading).to_have_css("color", "rgb(1, 2, 3)")
+    expect(heading).to_have_css("margin-left", "7px")
+    report.click("#go")
+    assert report.title() == "run"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.engine import Chosen
 from loratune.serve.text import Text
+from tests.serve.conftest import spelled
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def pieces(ids: list[int], stops: list[str], finish: str = "length") -> tuple[list[str], Text]:
-    text = Text(TOKENIZER, stops)
+def pieces(
+    ids: list[int], stops: list[str], finish: str = "length", tokenizer: Any = TOKENIZER
+) -> tuple[list[str], Text]:
+    text = Text(tokenizer, stops)
     given_out = []
     for place, token in enumerate(ids):
         last = finish if place == len(ids) - 1 else None
@@ -52,3 +58,73 @@ def test_a_stop_token_is_no_text() -> None:
     given_out, text = pieces([50, 51, 1], [], "stop")
     assert "".join(given_out) == TOKENIZER.decode([50, 51])
     assert text.finish == "stop"
+
+
+@pytest.mark.parametrize("ids", [["a", "b", "c"], ["ab", "c"], ["a", "bc"], ["abc"]], ids=str)
+def test_the_earliest_stop_ends_wherever_tokens_end(ids: list[str]) -> None:
+    """One stop sequence inside another: what is given out does not hang on how the text came in tokens."""
+    tokenizer = spelled({"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "x": 6})
+    numbers = tokenizer.convert_tokens_to_ids(["x", *ids, "x"])
+    given_out, text = pieces(numbers, ["abc", "b"], tokenizer=tokenizer)
+    assert "".join(given_out) == "x"
+    assert text.finish == "stop"
+    other, text = pieces(tokenizer.convert_tokens_to_ids(["a", "b", "x"]), ["abc", "b"], tokenizer=tokenizer)
+    assert "".join(other) == "a"
+
+
+def test_bytes_that_are_no_character_break_nothing() -> None:
+    """A byte that makes a run of bytes no character changes text that was given out already."""
+    tokenizer = spelled({"<0x41>": 0, "<0xFF>": 1, "\u2581x": 2}, sentencepiece=True)
+    given_out, text = pieces([2, 0, 1, 2, 2], [], tokenizer=tokenizer)
+    assert text.finish == "length"
+    assert "".join(given_out).startswith("x")
+    assert "".join(given_out).endswith(" x x")
+
+
+def test_what_is_never_a_character_is_given_out_in_time() -> None:
+    """Each token is decoded a few times, however long no character ends."""
+    tokenizer = spelled({"<0xFF>": 0, "\u2581x": 1}, sentencepiece=True)
+    text = Text(tokenizer, [])
+    seen = []
+    backend = text._decoder
+
+    class Counting:
+        def decode(self, ids: list[int], **how: Any) -> str:
+            seen.append(len(ids))
+            return str(backend.decode(ids, **how))
+
+    text._decoder = Counting()
+    for place in range(1000):
+        text.add(Chosen(0, 0, "length" if place == 999 else None))
+    assert len(text.written) == 1000
+    assert sum(seen) < 40 * 1000
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, len(TOKENIZER) - 1), min_size=1, max_size=30))
+def test_any_tokens_are_their_text(ids: list[int]) -> None:
+    """Special ones and halves of characters too, with where the text of each begins."""
+    text = Text(TOKENIZER, [])
+    told: list[tuple[int, Chosen]] = []
+    for place, token in enumerate(ids):
+        text.add(Chosen(0, token, "length" if place == len(ids) - 1 else None))
+        told += text.told()
+    assert text.written == TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert [one.token for _, one in told] == ids
+    offsets = [offset for offset, _ in told]
+    assert offsets == sorted(offsets)
+    for place, offset in enumerate(offsets):
+        before = TOKENIZER.decode(ids[:place], skip_special_tokens=True)
+        if "\ufffd" not in before:
+            assert offset == len(before)
+
+
+def test_the_tokens_of_what_was_cut_off_are_not_told() -> None:
+    tokenizer = spelled({"a": 0, "b": 1, "c": 2, "xb": 3})
+    text = Text(tokenizer, ["bc"])
+    told = []
+    for token in (0, 3, 2):
+        text.add(Chosen(0, token, None))
+        told += text.told()
+    assert text.written == "ax"
+    assert [(offset, one.token) for offset, one in told] == [(0, 0), (1, 3)]

@@ -47,12 +47,13 @@ class Mixed:
 
 
 def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
-    broken = [
-        f"{name!r} holds NaN or infinity: {path}"
-        for name in names
-        for path, low_rank in placement.low_ranks(name).items()
-        if not all(bool(parameter.isfinite().all()) for parameter in low_rank.parameters())
-    ]
+    broken = []
+    for name in names:
+        for path, low_rank in placement.low_ranks(name).items():
+            # As the bank has them: what is finite in fp32 may not be in fp16.
+            dtype = weight_of(placement.layers[path]).dtype
+            if not all(bool(parameter.to(dtype).isfinite().all()) for parameter in low_rank.parameters()):
+                broken.append(f"{name!r} holds NaN or infinity: {path}, in {str(dtype).removeprefix('torch.')}")
     if broken:
         raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
 

@@ -1,58 +1,102 @@
-"""Before any route: who may come in, and how much they may bring."""
+"""Before any route: who may come in, by which name of this machine, and how much they may bring."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 
 from loratune.serve.wire import error_of
 
+# The page asks for the key itself, and who only wants to know whether the server lives has none.
+_OPEN = frozenset({"/", "/health"})
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
 
 class Gate:
-    """Before any route: who may come in, and how much they may bring."""
+    """Before any route.
 
-    def __init__(self, app: Any, api_key: str | None, largest: int) -> None:
+    Args:
+        api_key: what callers must show, or None. largest: bytes of a body at most.
+        hosts: the names by which the server may be called; None for any. Behind a name of its own that leads to this
+            machine, a foreign page would be of one origin with the server (DNS rebinding).
+    """
+
+    def __init__(self, app: Any, api_key: str | None, largest: int, hosts: Collection[str] | None = None) -> None:
         self._app, self._key, self._largest = app, api_key, largest
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        key = self._key
-        if key is not None and scope["path"].startswith("/v1"):
-            shown = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not secrets.compare_digest(shown, key.encode()):
-                refusal = JSONResponse(error_of("the API key is missing or wrong", "invalid_api_key"), 401)
-                await refusal(scope, receive, send)
+        refusal = self._refusal(scope, headers)
+        if refusal is None:
+            try:
+                body = await self._read(headers, receive)
+            except _GoneError:
                 return
-        try:
-            declared = int(headers.get(b"content-length", b"0") or 0)
-        except ValueError:
-            declared = 0  # the body itself is counted
-        body = None if declared > self._largest else await self._read(receive)
-        if body is None:
-            most = f"a body of more than {self._largest:,} bytes"
-            await JSONResponse(error_of(most, "invalid_request_error"), 413)(scope, receive, send)
-            return
-        first = [{"type": "http.request", "body": body, "more_body": False}]
+            if body is not None:
+                await self._app(scope, _told_again(body, receive), send)
+                return
+            refusal = _refusal(413, f"a body of more than {self._largest:,} bytes")
+        await refusal(scope, receive, send)
 
-        async def again() -> Any:
-            return first.pop() if first else await receive()
+    def _refusal(self, scope: Any, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._hosts is not None and _name_of(host) not in self._hosts:
+            return _refusal(403, f"this server is not called {host!r}; its names are {', '.join(sorted(self._hosts))}")
+        if self._key is not None and scope["path"] not in _OPEN:
+            scheme, _, shown = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(shown.strip(), self._key.encode()):
+                said = error_of("the API key is missing or wrong", "invalid_api_key", code="invalid_api_key")
+                return JSONResponse(said, 401, headers={"WWW-Authenticate": "Bearer"})
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and scope["method"] not in _READING and urlsplit(origin).netloc != host:
+            return _refusal(403, f"a page of {origin} may not ask this server")
+        return None
 
-        await self._app(scope, again, send)
-
-    async def _read(self, receive: Callable[[], Awaitable[Any]]) -> bytes | None:
-        """The whole body, or None where it is larger than may be."""
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[Any]]) -> bytes | None:
+        """The whole body, or None where it is larger than may be; raises where who sends it has gone."""
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._largest:
+            return None
         parts, taken = [], 0
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _GoneError
             parts.append(message.get("body", b""))
             taken += len(parts[-1])
             if taken > self._largest:
                 return None
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+class _GoneError(Exception):
+    """Who was sending a body has gone."""
+
+
+def _told_again(body: bytes, receive: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return first.pop() if first else await receive()
+
+    return again
+
+
+def _name_of(host: str) -> str:
+    """Without the port, and an address of IPv6 without its brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _refusal(status: int, message: str) -> JSONResponse:
+    return JSONResponse(error_of(message, "invalid_request_error"), status)

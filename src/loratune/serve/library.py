@@ -1,17 +1,18 @@
 """The adapters that may be asked for by name; as many as there is room for are on the model.
 
-Only the worker's thread comes here, between two steps.
+Only the worker's thread changes anything here, between two steps; others read what is known and loaded.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratune.adapt import attach
-from loratune.adapter import adapter_folder, read_adapter
+from loratune.adapt import Adapters, attach
+from loratune.adapter import adapter_folder
 from loratune.engine import Engine
 from loratune.errors import AdapterStateError, LoratuneError
 
@@ -36,14 +37,18 @@ class Library:
         self._folders: dict[str, Path] = {}
         # Loaded ones, the one asked for last at the end.
         self._loaded: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def folders(self) -> Mapping[str, Path]:
-        return self._folders
+        """Name → folder as they are now: a copy."""
+        with self._lock:
+            return dict(self._folders)
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return tuple(self._loaded)
+        with self._lock:
+            return tuple(self._loaded)
 
     def add(self, name: str, path: str | Path) -> None:
         """Know an adapter by this name, and load it.
@@ -55,13 +60,9 @@ class Library:
         if name == self.base or name in self._folders:
             raise AdapterStateError(f"{name!r} is taken already", hint="unload it first, or choose another name")
         folder = adapter_folder(path)
-        read_adapter(folder)  # complete and sound, before another one makes way
-        self._folders[name] = folder
-        try:
-            self._load(name)
-        except LoratuneError:
-            del self._folders[name]
-            raise
+        self._load(name, folder)
+        with self._lock:
+            self._folders[name] = folder
 
     def remove(self, name: str) -> None:
         """Forget an adapter.
@@ -74,52 +75,78 @@ class Library:
         if self.engine.uses(name):
             raise NoRoomError(f"{name!r} is answering", hint="unload it when its answers have ended")
         self._unload(name)
-        del self._folders[name]
+        with self._lock:
+            del self._folders[name]
 
-    def ready(self, name: str) -> str | None:
-        """What the engine calls the model of this name: an adapter, loaded by now, or None for the base.
+    def refuse_unknown(self, name: str) -> None:
+        """Raise UnknownNameError unless it is the base's, or an adapter's."""
+        if name != self.base and name not in self._folders:
+            names = ", ".join((self.base, *self._folders))
+            raise UnknownNameError(f"no model {name!r}", hint=f"there are {names}")
+
+    def ready(self, name: str) -> None:
+        """See that the model of this name, an adapter or the base, is loaded.
 
         Raises:
             UnknownNameError, NoRoomError, AdapterFileError.
         """
+        self.refuse_unknown(name)
         if name == self.base:
-            return None
-        if name not in self._folders:
-            names = ", ".join((self.base, *self._folders))
-            raise UnknownNameError(f"no model {name!r}", hint=f"there are {names}")
+            return
         if name in self._loaded:
-            self._loaded.move_to_end(name)
+            with self._lock:
+                self._loaded.move_to_end(name)
         else:
-            self._load(name)
-        return name
+            self._load(name, self._folders[name])
 
-    def _load(self, name: str) -> None:
-        while len(self._loaded) >= self.room:
-            idle = next((other for other in self._loaded if not self.engine.uses(other)), None)
-            if idle is None:
-                raise NoRoomError(
-                    f"all {self.room} places for adapters are answering", hint="ask again later, or --max-adapters more"
-                )
-            self._unload(idle)
-        folder, engine = self._folders[name], self.engine
-        if engine.lora is None:
-            engine.lora = attach(engine.model, folder, name=name, tokenizer=self.tokenizer)
-            engine.lora.activate()
-        else:
-            engine.lora.load(folder, name, tokenizer=self.tokenizer)
+    def _load(self, name: str, folder: Path) -> None:
+        """Put an adapter on the model; another one makes way only when this one is known to be good."""
+        idle = self._idle() if len(self._loaded) >= self.room else None
+        engine = self.engine
         try:
+            if engine.lora is None:
+                engine.lora = attach(engine.model, folder, name=name, tokenizer=self.tokenizer)
+                engine.lora.activate()
+            else:
+                engine.lora.load(folder, name, tokenizer=self.tokenizer)
+            _refuse_alone(engine.lora, name)
+            if idle is not None:
+                self._forget(idle)
             engine.refresh()
-        except AdapterStateError as error:
-            engine.lora.remove(name)
-            engine.refresh()
-            raise AdapterStateError(
-                error.problems, hint="`loratune merge` it, and serve the merged model as a base"
-            ) from None
-        self._loaded[name] = None
+        except BaseException:  # out of memory too: what is on the model and what is said to be must agree
+            if engine.lora is not None and name in engine.lora.names:
+                engine.lora.remove(name)
+                engine.refresh()
+            raise
+        with self._lock:
+            self._loaded[name] = None
+
+    def _idle(self) -> str:
+        """The one asked for least lately that is not answering."""
+        for name in self._loaded:
+            if not self.engine.uses(name):
+                return name
+        raise NoRoomError(
+            f"all {self.room} places for adapters are answering", hint="ask again later, or --max-adapters more"
+        )
 
     def _unload(self, name: str) -> None:
         if name in self._loaded:
-            assert self.engine.lora is not None, "one is loaded"
-            self.engine.lora.remove(name)
+            self._forget(name)
             self.engine.refresh()
+
+    def _forget(self, name: str) -> None:
+        assert self.engine.lora is not None, "one is loaded"
+        self.engine.lora.remove(name)
+        with self._lock:
             del self._loaded[name]
+
+
+def _refuse_alone(lora: Adapters, name: str) -> None:
+    """Raise AdapterStateError where an adapter cannot share a batch with others."""
+    try:
+        lora.mixed(name)
+    except AdapterStateError as error:
+        raise AdapterStateError(
+            error.problems, hint="`loratune merge` it, and serve the merged model as a base"
+        ) from None

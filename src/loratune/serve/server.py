@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +17,14 @@ import uvicorn
 from loratune.engine import Engine, Limits
 from loratune.errors import ConfigError, LoratuneError
 from loratune.model import Base, load_base, stop_ids, why_not_packed
-from loratune.serve.app import Service, make_app
+from loratune.serve.app import make_app
 from loratune.serve.library import Library
+from loratune.serve.service import Service
 from loratune.serve.worker import Worker
 
 Say = Callable[[str], None]
+# Connections beside those that are answered or wait: the page, /health, and who is told to come again.
+_OTHERS = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class ServeConfig:
             raise ConfigError(problems, hint="loratune serve --help says what can be set")
 
     @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """The names by which it is called where only this machine can reach it; None for any."""
+        return None if self.public else ("localhost", "127.0.0.1", "::1", self.host)
+
+    @property
     def public(self) -> bool:
         """Whether others than this machine can reach it."""
         try:
@@ -84,31 +94,63 @@ def serve(
         loading: `dtype`, `device` and `quant`, as `load_base` has them.
 
     Raises:
-        ConfigError: the model cannot be batched, or adapters that do not fit or clash, all of them at once.
+        ConfigError: the address is taken; the model cannot be batched; adapters that do not fit or clash, all of them
+            at once.
     """
     config = config or ServeConfig()
-    base = load_base(model, **loading)
-    service = service_of(base, runs, config)
+    with _bound(config.host, config.port) as listening:  # before the model, which takes its time
+        service = service_of(load_base(model, **loading), runs, config)
+        settings = uvicorn.Config(
+            make_app(service),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(config.grace),
+            limit_concurrency=service.worker.most + _OTHERS,
+        )
+        Server(settings, lambda: _announce(service, config, listening.getsockname()[1], say)).run([listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, on which nobody listens yet."""
+    found = None
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, proto)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, UnicodeError) as error:
+        if found is not None:
+            found.close()
+        raise ConfigError(
+            f"nothing can listen on {host}:{port}: {error}", hint="choose another --port; 0 takes a free one"
+        ) from None
+    return found
+
+
+def _announce(service: Service, config: ServeConfig, port: int, say: Say) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
     names = ", ".join(service.library.folders) or "no adapters"
-    say(f"{service.library.base} with {names} on http://{config.host}:{config.port}")
+    say(f"{service.library.base} with {names} on http://{host}:{port}")
     if config.public and config.api_key is None:
         say("others on the network can reach it, and no --api-key is asked of them")
-    settings = uvicorn.Config(
-        make_app(service),
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(config.grace),
-    )
-    _Server(settings).run()
 
 
-class _Server(uvicorn.Server):
-    """One that ends in order, and by itself: being told to end is no failure of the process."""
+class Server(uvicorn.Server):
+    """One that says when it can be asked, and ends in order: being told to end is no failure of the process."""
+
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
@@ -123,6 +165,11 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
     why_not = why_not_packed(base.model)
     if why_not is not None:
         raise ConfigError(f"{base.name} cannot answer several requests at once: {why_not}", hint="see loratune chat")
+    if getattr(base.tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(
+            f"{base.name} has a tokenizer of Python only, which is too slow to serve",
+            hint="save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))",
+        )
     engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest))
     library = Library(engine, base.tokenizer, _called(base.name), config.adapters)
     _add_all(library, runs)
@@ -132,6 +179,7 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
         stop_ids(base.model, base.tokenizer),
         None if config.adapter_dir is None else Path(config.adapter_dir).expanduser(),
         config.api_key,
+        config.hosts,
         grace=config.grace,
     )
 

@@ -5,54 +5,93 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from loratune.engine import Chosen
+
+# A character has four bytes at most: after so many tokens without a whole one, what came is no part of any.
+_QUIET = 16
+_NO_CHARACTER = "\ufffd"
 
 
 class Text:
     """The text of one answer as its tokens come.
 
     Attributes:
-        ids: its tokens, a final stop token left out. written: what has been given out. finish: why it ended, or None.
+        written: what has been given out. finish: why it ended, or None. tokens: how many came, the stop token too.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stop for stop in stops if stop)
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._held = ""
-        self.ids: list[int] = []
+        self._decoder, self._stops = tokenizer.backend_tokenizer, tuple(stop for stop in stops if stop)
+        # The last tokens: first those that are text already, on which it depends what the others become.
+        self._window: list[int] = []
+        self._read, self._before = 0, ""
+        # What the others are so far, which may end in half a character; and text that may begin a stop sequence.
+        self._open = self._held = ""
+        self._told: list[tuple[int, Chosen]] = []
+        self._cut = False
         self.written = ""
         self.finish: str | None = None
+        self.tokens = 0
 
     def add(self, chosen: Chosen) -> str:
         """What can be given out after this token."""
+        self.tokens += 1
         if chosen.finish != "stop":
-            self.ids.append(chosen.token)
-            self._held += self._stream.step(self._tokenizer.backend_tokenizer, chosen.token) or ""
-        if chosen.finish is not None:
-            whole = str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
-            if whole.startswith(self.written + self._held):  # the bytes of half a character at the end
-                self._held = whole[len(self.written) :]
-            self.finish = chosen.finish
+            self._window.append(chosen.token)
+            before, self._open = self._open, self._decoded()[len(self._before) :]
+            self._tell(chosen, _alike(before, self._open))
+        self._settle(last=chosen.finish is not None)
+        self.finish = chosen.finish
         return self._give()
+
+    def told(self) -> list[tuple[int, Chosen]]:
+        """Tokens whose text has begun since the last call, each with where it begins; a stop token is none of them."""
+        everything = self.finish is not None and not self._cut
+        count = sum(everything or offset < len(self.written) for offset, _ in self._told)
+        found, self._told = self._told[:count], self._told[count:]
+        return found
+
+    def _decoded(self) -> str:
+        return str(self._decoder.decode(self._window, skip_special_tokens=True))
+
+    def _tell(self, chosen: Chosen, place: int) -> None:
+        """A token whose text begins at this place of what is open; so do those of which it ends the character."""
+        begins = len(self.written) + len(self._held) + place
+        self._told = [(min(offset, begins), one) for offset, one in self._told]
+        self._told.append((begins, chosen))
+
+    def _settle(self, *, last: bool) -> None:
+        """Hold what is open as text; half a character waits, but for the last token."""
+        quiet = len(self._window) - self._read
+        if self._open.endswith(_NO_CHARACTER) and quiet <= _QUIET and not last:
+            return
+        if self._open:
+            del self._window[: self._read]
+            self._read, self._before = len(self._window), self._decoded()
+        elif quiet > _QUIET:  # special tokens
+            del self._window[self._read :]
+        self._held, self._open = self._held + self._open, ""
 
     def _give(self) -> str:
         """What is held, up to a stop sequence or to what may be the beginning of one."""
         ends = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if ends:
-            out, self._held, self.finish = self._held[: min(ends)], "", "stop"
+        begins = len(self._held) if self.finish is not None else self._may_begin()
+        if ends and min(ends) <= begins:
+            out, self._held, self.finish, self._cut = self._held[: min(ends)], "", "stop", True
         else:
-            keep = 0 if self.finish is not None else self._may_begin()
-            out = self._held[: len(self._held) - keep]
-            self._held = self._held[len(out) :]
+            out, self._held = self._held[:begins], self._held[begins:]
         self.written += out
         return out
 
     def _may_begin(self) -> int:
-        """How many characters at the end a stop sequence begins with."""
+        """The first place from which on a stop sequence is begun and not ended."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
+        for place in range(max(0, len(self._held) - longest), len(self._held)):
+            if any(stop.startswith(self._held[place:]) for stop in self._stops):
+                return place
+        return len(self._held)
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters they begin with together."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))

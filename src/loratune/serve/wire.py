@@ -6,15 +6,18 @@ A field that is unknown, or that asks for what is not done here, is an error: no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
-
-from loratune.engine import Chosen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 _Zero = Literal[0] | Annotated[float, Field(ge=0, le=0)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Word = Annotated[str, StringConstraints(max_length=512)]
+# Lists end with the first wrong item: a million wrong ones would be a million sentences.
+_Ids = Annotated[list[int], Field(fail_fast=True, max_length=1 << 20)]
+_Texts = Annotated[list[str], Field(fail_fast=True, max_length=4096)]
+_IdLists = Annotated[list[_Ids], Field(fail_fast=True, max_length=4096)]
 
 
 def _listed(value: object) -> object:
@@ -24,9 +27,22 @@ def _listed(value: object) -> object:
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, given: Any) -> Any:
+        """OpenAI's clients send null for what they do not set."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TextFormat(_Body):
+    type: Literal["text"]
 
 
 class _Asked(_Body):
@@ -41,11 +57,17 @@ class _Asked(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Taken with the values that change nothing.
-    n: Literal[1] | None = None
-    frequency_penalty: _Zero | None = None
-    presence_penalty: _Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: str | None = None
+    n: Literal[1] = 1
+    frequency_penalty: _Zero = 0
+    presence_penalty: _Zero = 0
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = {}
+    # They say who asks and what is kept of it, and nothing is kept here.
+    user: _Word | None = None
+    safety_identifier: _Word | None = None
+    prompt_cache_key: _Word | None = None
+    store: bool = False
+    metadata: Annotated[dict[str, _Word], Field(max_length=16)] = {}
+    service_tier: Literal["auto", "default"] = "auto"
 
 
 class TextPart(_Body):
@@ -59,7 +81,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
 
     def plain(self) -> dict[str, Any]:
         content = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
@@ -68,11 +90,16 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(_Asked):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=128)] | None = None
+    # What a model writes is told as text; none is made to call a tool.
+    tool_choice: Literal["auto", "none"] = "auto"
+    parallel_tool_calls: bool = True
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool | None = None
+    logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @property
@@ -83,14 +110,18 @@ class ChatBody(_Asked):
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def tools_offered(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools
+
 
 class TextBody(_Asked):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _Ids | _Texts | _IdLists
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: Literal[False] | None = None
-    suffix: None = None
-    best_of: Literal[1] | None = None
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+    best_of: Literal[1] = 1
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -159,35 +190,3 @@ class Told:
 
     def _object(self, kind: str, choices: list[Any]) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices}
-
-
-def logprobs_of(tokenizer: Any, told: Iterable[Chosen], *, chat: bool) -> dict[str, Any]:
-    """Of these tokens, as the kind of call has them."""
-    chosen = list(told)
-    if chat:
-        content = [
-            {
-                **_token(tokenizer, one.token, one.logprob),
-                "top_logprobs": [_token(tokenizer, token, logprob) for token, logprob in one.likeliest],
-            }
-            for one in chosen
-        ]
-        return {"content": content, "refusal": None}
-    words = [_word(tokenizer, one.token) for one in chosen]
-    offsets = [sum(map(len, words[:place])) for place in range(len(words))]
-    likeliest = [{_word(tokenizer, token): logprob for token, logprob in one.likeliest} for one in chosen]
-    return {
-        "tokens": words,
-        "token_logprobs": [one.logprob for one in chosen],
-        "top_logprobs": likeliest,
-        "text_offset": offsets,
-    }
-
-
-def _token(tokenizer: Any, token: int, logprob: float | None) -> dict[str, Any]:
-    word = _word(tokenizer, token)
-    return {"token": word, "logprob": -9999.0 if logprob is None else logprob, "bytes": list(word.encode())}
-
-
-def _word(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.decode([token]))

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from loratune.engine import Chosen, Engine, Request
@@ -24,7 +24,30 @@ class BusyError(LoratuneError):
 
 
 class StoppedError(LoratuneError):
-    """The server is ending, or its model failed."""
+    """The server is ending."""
+
+
+class FailedError(LoratuneError):
+    """The model failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is done between two steps, and who waits for it."""
+
+    act: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+    def run(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.act())
+            except BaseException as error:  # noqa: BLE001 - who asked is told, whatever it was
+                self.future.set_exception(error)
+
+    def refuse(self, error: LoratuneError) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +82,19 @@ class Worker:
 
     Attributes:
         room: how many requests may wait for a slot.
+        failed: how many steps failed. fatal: why the thread has ended, where that was a failure.
     """
 
     def __init__(self, engine: Engine, library: Library, room: int) -> None:
         self.engine, self.library, self.room = engine, library, room
         self.failed = 0
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.fatal: FailedError | None = None
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._ears: dict[int, tuple[int, Answers]] = {}
         self._stopping = False
+        # Held while a job is handed over: none may come after the last one was looked at.
+        self._handing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="loratune-engine", daemon=True)
 
     def start(self) -> None:
@@ -74,32 +102,33 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and not self._closed
+
+    @property
+    def most(self) -> int:
+        """Prompts that one request may have: more would never find room."""
+        return self.engine.limits.slots + self.room
 
     def stop(self, grace: float) -> None:
         """Take nothing more; what is being answered has so many seconds to end."""
         self._stopping = True
-        self._jobs.put(lambda: None)
+        self._hand_over(_Job(lambda: None))
         self._thread.join(grace)
         if self._thread.is_alive():
-            self._jobs.put(self._give_up)
+            self._hand_over(_Job(self._give_up))
             self._thread.join(30)
 
-    async def do(self, job: Callable[[], T]) -> T:
-        """What `job` returns or raises; it is done on the worker's thread, between two steps."""
-        if not self.alive:
-            raise StoppedError("the server is ending", hint="ask another one")
-        future: Future[T] = Future()
+    async def do(self, act: Callable[[], T]) -> T:
+        """What `act` returns or raises; it is done on the worker's thread, between two steps.
 
-        def act() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:  # noqa: BLE001 - who asked is told, whatever it was
-                    future.set_exception(error)
-
-        self._jobs.put(act)
-        return await asyncio.wrap_future(future)
+        Raises:
+            StoppedError: the server is ending. FailedError: the thread has ended by a failure.
+        """
+        job = _Job(act)
+        if not self.alive or not self._hand_over(job):
+            raise self._why_closed()
+        found: T = await asyncio.wrap_future(job.future)
+        return found
 
     async def ask(self, name: str, requests: Callable[[str | None], Sequence[Request]]) -> Answers:
         """Submit the requests for the model `name`.
@@ -111,23 +140,40 @@ class Worker:
             BusyError: too many wait already. What `Library.ready` and `Engine.submit` raise.
         """
         answers = Answers()
-        await self.do(lambda: self._submit(name, requests, answers))
+        try:
+            await self.do(lambda: self._submit(name, requests, answers))
+        except BaseException:  # who waited may be gone, and the job done all the same
+            self.forget(answers)
+            raise
         return answers
 
     def forget(self, answers: Answers) -> None:
         """Nobody listens to these any more; their slots are free at the next step."""
-        if answers.tickets:
-            self._jobs.put(lambda: self._cancel(answers.tickets))
+        self._hand_over(_Job(lambda: self._cancel(answers.tickets)))
+
+    def _hand_over(self, job: _Job) -> bool:
+        """Whether it will be done."""
+        with self._handing:
+            if not self._closed:
+                self._jobs.put(job)
+            return not self._closed
+
+    def _why_closed(self) -> LoratuneError:
+        if self.fatal is not None:
+            return FailedError(self.fatal.problems, hint=self.fatal.hint)
+        return StoppedError("the server is ending", hint="ask another one")
 
     # -- on the worker's thread --------------------------------------------------------------------------------------
 
     def _submit(self, name: str, requests: Callable[[str | None], Sequence[Request]], answers: Answers) -> None:
-        asked = requests(self.library.ready(name))
+        self.library.refuse_unknown(name)
+        asked = requests(None if name == self.library.base else name)
         free = self.engine.limits.slots - self.engine.running
         if self.engine.waiting + len(asked) > self.room + free:
             raise BusyError(
                 f"{self.engine.running} requests are answered and {self.engine.waiting} wait", hint="ask again later"
             )
+        self.library.ready(name)  # not before there is room: another adapter may have to make way
         try:
             for index, request in enumerate(asked):
                 ticket = self.engine.submit(request)
@@ -143,6 +189,25 @@ class Worker:
                 self.engine.cancel(ticket)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001 - whatever it was, those who wait hear of it
+            _log.exception("the thread of the model has ended")
+            self.fatal = FailedError(f"the model failed ({type(error).__name__})", hint="start the server again")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Nothing is done after this: who waits is told."""
+        with self._handing:
+            self._closed = True
+        why = self._why_closed()
+        for index, answers in self._ears.values():
+            answers.tell(index, why)
+        while not self._jobs.empty():
+            self._jobs.get().refuse(why)
+
+    def _work(self) -> None:
         while True:
             if self._stopping and not self.engine.busy and self._jobs.empty():
                 return
@@ -152,9 +217,9 @@ class Worker:
 
     def _do_jobs(self, *, wait: bool) -> None:
         try:
-            self._jobs.get(block=wait)()
+            self._jobs.get(block=wait).run()
             while True:
-                self._jobs.get_nowait()()
+                self._jobs.get_nowait().run()
         except queue.Empty:
             return
 
@@ -164,7 +229,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a model raises, those who wait hear of it
             self.failed += 1
             _log.exception("a step failed")
-            self._break_off(StoppedError(f"the model failed ({type(error).__name__}): {str(error)[:200]}"))
+            self._break_off(FailedError(f"the model failed ({type(error).__name__}): {str(error)[:200]}"))
             return
         for chosen in told:
             index, answers = self._ears[chosen.ticket]
