@@ -94,7 +94,7 @@ def test_text_that_is_changed_as_llama_cpp_changes_it() -> None:
         (split_like("gpt-2"), "tokens up to 466, and the model 5 rows"),
         (object(), "object: it cannot"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_llama_cpp_cannot_have_is_refused(tokenizer: Any, words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
