@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from loratune.adapt.entry import Entry
 from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError
-from loratune.lora import AdapterState, Bank, LowRank, Rows, Stack, TokenRows, bank_of
+from loratune.lora import AdapterState, Bank, LoraLayer, LowRank, Rows, Stack, Stacks, TokenRows, bank_of
+
+# Sets of adapters for which narrower stacks are kept.
+_KEPT = 4
 
 
 def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
@@ -30,20 +33,33 @@ class Mixed:
         _refuse_broken(placement, names)
         self.names = tuple(names)
         self._state = placement.state
-        self._stacks = {layer: Stack.of(bank) for layer, bank in _banks(placement, self.names)}
+        self._stacks = Stacks(_stacks(placement, self.names), len(self.names))
+        self._some: dict[tuple[int, ...], Stacks] = {}
 
     @contextmanager
     def passing(self, names: Sequence[str | None], counts: Sequence[int], device: torch.device) -> Iterator[None]:
         """Inside the block a pass has `counts` tokens with the adapter of each name; None is the base."""
-        chosen = torch.zeros(sum(counts), len(self.names), dtype=torch.bool)
-        start = 0
-        for name, count in zip(names, counts, strict=True):
-            if name is not None:
-                chosen[start : start + count, self.names.index(name)] = True
-            start += count
-        rows = TokenRows(chosen.to(device), self._stacks)
-        with self._state.suspending(self.names, active=(), rows=rows):
+        places = [None if name is None else self.names.index(name) for name in names]
+        present = sorted({place for place in places if place is not None})
+        stacks = self._stacks
+        if len(present) <= len(self.names) // 2:  # the others would be computed for nothing
+            stacks = self._narrowed(tuple(present))
+            places = [None if place is None else present.index(place) for place in places]
+        others = torch.ones(len(names), stacks.adapters, dtype=torch.bool)
+        for row, place in enumerate(places):
+            if place is not None:
+                others[row, place] = False
+        others = others.repeat_interleave(torch.tensor(counts), 0)
+        with self._state.suspending(self.names, active=(), rows=TokenRows(others.to(device), stacks)):
             yield
+
+    def _narrowed(self, present: tuple[int, ...]) -> Stacks:
+        """The stacks of some adapters: they are the same for many passes, and then for none."""
+        found = self._some.pop(present, None) or self._stacks.of_some(present)
+        self._some[present] = found
+        if len(self._some) > _KEPT:
+            del self._some[next(iter(self._some))]
+        return found
 
 
 def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
@@ -52,19 +68,34 @@ def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
         for path, low_rank in placement.low_ranks(name).items():
             # As the bank has them: what is finite in fp32 may not be in fp16.
             dtype = weight_of(placement.layers[path]).dtype
-            if not all(bool(parameter.to(dtype).isfinite().all()) for parameter in low_rank.parameters()):
+            scaled = low_rank.factors()[1] * low_rank.scale
+            if not all(bool(t.to(dtype).isfinite().all()) for t in (scaled, *low_rank.parameters())):
                 broken.append(f"{name!r} holds NaN or infinity: {path}, in {str(dtype).removeprefix('torch.')}")
     if broken:
         raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
 
 
 @torch.no_grad()
+def _stacks(placement: Placement, names: Sequence[str]) -> dict[nn.Module, Stack]:
+    found = {}
+    for layer in placement.layers.values():
+        dtype = weight_of(layer).dtype
+        bank = bank_of(_low_ranks(layer, names), torch.promote_types(dtype, torch.float32))
+        if bank is not None:
+            found[layer] = Stack.of(bank, dtype)
+    return found
+
+
+@torch.no_grad()
 def _banks(placement: Placement, names: Sequence[str | None]) -> Iterator[tuple[nn.Module, Bank]]:
     for layer in placement.layers.values():
-        low_ranks = [None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
-        bank = bank_of(low_ranks, weight_of(layer).dtype)
+        bank = bank_of(_low_ranks(layer, names), weight_of(layer).dtype)
         if bank is not None:
             yield layer, bank
+
+
+def _low_ranks(layer: LoraLayer, names: Sequence[str | None]) -> list[LowRank | None]:
+    return [None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
 
 
 def names_of_rows(names: object) -> tuple[str | None, ...]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from loratune.engine.passes import Passes
 from loratune.engine.slots import Slots
-from loratune.model import CannotPackError, available_memory, evaluating
+from loratune.model import CannotPackError, available_memory, evaluating, fused
 
 # Prompts of the trial's rows, and how many steps follow.
 _PROMPTS, _STEPS = (5, 3), 2
@@ -21,6 +21,7 @@ _MEMORY_SHARE = 0.8
 
 class _Passed(NamedTuple):
     dtype: torch.dtype
+    fused: bool
     bytes_per_place: int
 
 
@@ -41,7 +42,7 @@ def why_not_batched(model: PreTrainedModel, longest: int) -> str | None:
     if most is not None and longest > most:
         return f"a row of more than {most:,} tokens would change the positions of all others"
     passed = _PASSED.get(model)
-    return None if passed is not None and passed.dtype == model.dtype else _tried(model)
+    return None if passed is not None and passed[:2] == (model.dtype, fused(model)) else _tried(model)
 
 
 def longest_alike(model: PreTrainedModel) -> int | None:
@@ -87,7 +88,7 @@ def _tried(model: PreTrainedModel) -> str | None:
     deviation = float((found - expected).norm() / expected.norm())
     if not deviation <= tolerance:
         return f"continued rows deviate from lone ones by {deviation:.1%}"
-    _PASSED[model] = _Passed(model.dtype, slots.bytes_per_place)
+    _PASSED[model] = _Passed(model.dtype, fused(model), slots.bytes_per_place)
     return None
 
 

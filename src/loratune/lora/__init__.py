@@ -1,12 +1,13 @@
 """The mathematics of low-rank adaptation; torch and nothing else."""
 
+from loratune.lora.blocked import Blocked, blocks_help
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, lora_parameters, row_norms, scale_of
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
-from loratune.lora.rows import Bank, Rows, Stack, TokenRows, bank_of
+from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
     Adapting,
@@ -28,12 +29,14 @@ __all__ = [
     "AdapterState",
     "Adapting",
     "Bank",
+    "Blocked",
     "LoraLayer",
     "LowRank",
     "Mixin",
     "Recomputed",
     "Rows",
     "Stack",
+    "Stacks",
     "Tensors",
     "TokenCounter",
     "TokenRows",
@@ -45,6 +48,7 @@ __all__ = [
     "base_of",
     "base_parameters",
     "bind_recomputation",
+    "blocks_help",
     "can_be_recomputed",
     "covered",
     "decomposed_factors",

@@ -39,6 +39,8 @@ class LoraLayer(Adapting):
             (found,) = lora_linears(x, [self._projection(alone)], self._dropping(alone, view.counter))
             return self._shifted(found, alone)
         y: Tensor = super().forward(x, *args, **kwargs)
+        if isinstance(view.rows, TokenRows):
+            return view.rows.added([self], x, [y])[0]
         if view.rows is not None:
             update = view.rows.update(self, x)
             return y if update is None else y + update.to(y.dtype)
@@ -61,6 +63,9 @@ class LoraLayer(Adapting):
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
         drawn = self.training and low_rank.dropout > 0 and view.counter is None
         return None if drawn or low_rank.magnitude is not None else low_rank
+
+    def _unadapted(self, x: Tensor) -> Tensor:
+        return cast(Tensor, super().forward(x))
 
     def _projection(self, low_rank: LowRank) -> Projection:
         bias = cast("Tensor | None", self.bias)
@@ -102,6 +107,9 @@ class LoraLayer(Adapting):
 def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """What each of some modules gives for the same x, in one step where nothing else happens when they are called."""
     layers = [module for module in modules if isinstance(module, LoraLayer) and not _overheard(module)]
+    if len(layers) == len(modules) and isinstance(layers[0].lora_state.view.rows, TokenRows):
+        rows = layers[0].lora_state.view.rows
+        return rows.added(layers, x, [layer._unadapted(x) for layer in layers])
     found = [low_rank for low_rank in (layer._alone(x, layer.lora_state.view) for layer in layers) if low_rank]
     if len(found) < len(modules):
         return [module(x) for module in modules]
@@ -123,7 +131,7 @@ def selecting(module: nn.Module, index: Tensor) -> Iterator[None]:
     if counter is not None:
         counter = replace(counter, tokens=counter.tokens.flatten()[index])
     if isinstance(rows, TokenRows):
-        rows = replace(rows, chosen=rows.chosen[index])
+        rows = rows.at(index)
     with state.seeing(state.view._replace(counter=counter, rows=rows)):
         yield
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loratune.errors import AdapterStateError
+from loratune.lora.blocked import Blocked
 from loratune.lora.equation import LowRank
 
 
@@ -112,17 +112,59 @@ class Stack(NamedTuple):
     would copy more than the products read.
 
     Attributes:
-        A: (adapters · r, in), B: (adapters · r, out), scale: (adapters,), bias: (adapters, out) or None.
+        A: (adapters · r, in). B: (out, adapters · r), the scale in it. bias: (adapters, out) or None.
     """
 
     A: Tensor
     B: Tensor
-    scale: Tensor
     bias: Tensor | None
 
     @classmethod
-    def of(cls, bank: Bank) -> Stack:
-        return cls(bank.A.flatten(0, 1), bank.B.mT.flatten(0, 1).contiguous(), bank.scale, bank.bias)
+    def of(cls, bank: Bank, dtype: torch.dtype) -> Stack:
+        """Rounded once: the bank's dtype is fp32 at least."""
+        B = (bank.B * bank.scale[:, None, None]).transpose(0, 1).flatten(1).to(dtype)
+        return cls(bank.A.flatten(0, 1).to(dtype), B, None if bank.bias is None else bank.bias.to(dtype))
+
+    def of_some(self, adapters: Tensor, count: int) -> Stack:
+        """Those at these positions, of the `count` that there are."""
+        A = self.A.unflatten(0, (count, -1)).index_select(0, adapters).flatten(0, 1)
+        B = self.B.unflatten(1, (count, -1)).index_select(1, adapters).flatten(1)
+        return Stack(A, B, None if self.bias is None else self.bias.index_select(0, adapters))
+
+
+class _Beside(NamedTuple):
+    """The stacks of layers that see the same x: all As below each other, each layer's columns of A x, and its B."""
+
+    A: Blocked
+    columns: tuple[int, ...]
+    Bs: tuple[Blocked, ...]
+
+
+class Stacks:
+    """The stacks of each layer that has one, of the same adapters."""
+
+    def __init__(self, by_layer: Mapping[nn.Module, Stack], adapters: int) -> None:
+        self.by_layer, self.adapters = by_layer, adapters
+        self._beside: dict[tuple[nn.Module, ...], _Beside] = {}
+
+    def of_some(self, adapters: Sequence[int]) -> Stacks:
+        """Those at these positions alone."""
+        if not adapters:
+            return Stacks({}, 0)
+        some = {}
+        for layer, stack in self.by_layer.items():
+            some[layer] = stack.of_some(torch.tensor(adapters, device=stack.A.device), self.adapters)
+        return Stacks(some, len(adapters))
+
+    def beside(self, layers: tuple[nn.Module, ...]) -> _Beside:
+        """Of layers that all have a stack; made when they first meet."""
+        found = self._beside.get(layers)
+        if found is None:
+            stacks = [self.by_layer[layer] for layer in layers]
+            columns = tuple(len(stack.A) for stack in stacks)
+            A = Blocked(torch.cat([stack.A for stack in stacks]))
+            found = self._beside[layers] = _Beside(A, columns, tuple(Blocked(stack.B) for stack in stacks))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,33 +172,41 @@ class TokenRows:
     """Which adapter each token of a pass has, whatever rows these stand in.
 
     Attributes:
-        chosen: (tokens, adapters) bool, each token's adapter; none of them for the base.
+        others: (tokens, adapters) bool, all but the token's own adapter; all of them for the base.
         stacks: the adapters of each layer that has some.
     """
 
-    chosen: Tensor
-    stacks: Mapping[nn.Module, Stack]
+    others: Tensor
+    stacks: Stacks
 
-    def update(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """s · B A x of each token's own adapter for x (..., in); None where no adapter is on this layer.
+    def at(self, index: Tensor) -> TokenRows:
+        """Of the tokens at `index` alone."""
+        return TokenRows(self.others[index], self.stacks)
+
+    def added(self, layers: Sequence[nn.Module], x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+        """y + s · B A x with each token's own adapter, for what each of some layers gave for the same x (..., in).
 
         Raises:
             AdapterStateError: x has another number of tokens.
         """
-        stack = self.stacks.get(layer)
-        if stack is None:
-            return None
-        tokens, adapters = self.chosen.shape
+        adapted = tuple(layer for layer in layers if layer in self.stacks.by_layer)
+        if not adapted:
+            return list(ys)
+        tokens, adapters = self.others.shape
         if x.shape[:-1].numel() != tokens:
             raise AdapterStateError(
                 f"{tokens} tokens have an adapter each, and a layer was given {tuple(x.shape)}",
                 hint="a layer that sees some of the tokens only cannot be mixed",
             )
-        h = F.linear(x.reshape(tokens, -1), stack.A).view(tokens, adapters, -1)
-        # The scale is a factor in fp32: rounded to bf16 it would be up to 0.4 % off.
-        # What overflows in somebody else's adapter is left out, not multiplied by zero.
-        h = (h * stack.scale[:, None]).to(x.dtype).masked_fill_(~self.chosen[..., None], 0)
-        y = h.flatten(1) @ stack.B
-        if stack.bias is not None:
-            y = y + self.chosen.to(y.dtype) @ stack.bias
-        return y.view(*x.shape[:-1], -1)
+        beside = self.stacks.beside(adapted)
+        parts = beside.A.times(x.reshape(tokens, -1)).split(beside.columns, 1)
+        found = dict(zip(layers, ys, strict=True))
+        for layer, h, B in zip(adapted, parts, beside.Bs, strict=True):
+            # What overflows in somebody else's adapter is left out, not multiplied by zero.
+            h.unflatten(1, (adapters, -1)).masked_fill_(self.others[..., None], 0)
+            y = B.added(found[layer].view(tokens, -1), h)
+            bias = self.stacks.by_layer[layer].bias
+            if bias is not None:
+                y = y + (~self.others).to(y.dtype) @ bias.to(y.dtype)
+            found[layer] = y.view(found[layer].shape)
+        return list(found.values())

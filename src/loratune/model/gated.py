@@ -89,6 +89,8 @@ class FusedGated(Fused):
             return cast(Tensor, super().forward(x))
         gate, up = _gate_and_up(self, x)
         halves, down_proj = _Halves(self.gated_activation), cast(nn.Module, self.down_proj)
+        if not torch.is_grad_enabled():
+            return cast(Tensor, down_proj(halves.product(gate, up)))
         product: Tensor = _Gated.apply(gate, up, halves)  # type: ignore[no-untyped-call]
         if not product.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             # Somebody else decides what is kept: recomputation of the whole layer, say.

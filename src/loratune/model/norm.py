@@ -23,18 +23,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) ->
         x: (..., features); weight: (features,), without zeros unless it is trained.
         trained: whether the weight gets a gradient; x is kept then.
     """
+    if not torch.is_grad_enabled():  # nothing is kept, and autograd's own work is more than that of a few tokens
+        return _computed(x, weight, eps, kernels_for(x))[0]
     y: Tensor = _RMSNorm.apply(x, weight, eps, trained)  # type: ignore[no-untyped-call]
     return y
+
+
+def _computed(x: Tensor, weight: Tensor, eps: float, kernels: Any) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = (_forward if kernels is None else kernels.norm_forward)(x, weight, eps)
+    return found
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, trained: bool) -> Tensor:
         kernels = kernels_for(x)
-        y, inverse = _forward(x, weight, eps) if kernels is None else kernels.norm_forward(x, weight, eps)
+        y, inverse = _computed(x, weight, eps, kernels)
         ctx.save_for_backward(x if trained else y, weight, inverse)
         ctx.kernels, ctx.trained = kernels, trained
-        return cast(Tensor, y)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

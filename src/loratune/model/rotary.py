@@ -22,8 +22,15 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Of x's dtype.
     """
+    if not torch.is_grad_enabled():
+        return _computed(x, cos, sin, kernels_for(x))
     y: Tensor = _Rotated.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
+
+
+def _computed(x: Tensor, cos: Tensor, sin: Tensor, kernels: Any) -> Tensor:
+    y: Tensor = _turned(x, cos, sin) if kernels is None else kernels.rotate(x, cos, sin)
+    return y.to(x.dtype)  # some families have finer angles
 
 
 class _Rotated(torch.autograd.Function):
@@ -31,8 +38,7 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.kernels = kernels_for(x)
-        y: Tensor = _turned(x, cos, sin) if ctx.kernels is None else ctx.kernels.rotate(x, cos, sin)
-        return y.to(x.dtype)  # some families have finer angles
+        return _computed(x, cos, sin, ctx.kernels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -18,7 +18,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class FusedAttention(Fused):
-    """Mixed in before a family's attention; a call without segments (generation, padded rows) goes the family's way.
+    """Mixed in before a family's attention; padded rows go the family's way.
 
     Attributes:
         attention_asks: the scale and the window that the family gives its attention.
@@ -26,6 +26,7 @@ class FusedAttention(Fused):
 
     settings = ("attention_asks",)
     head_dim: int
+    layer_idx: int
     attention_asks: dict[str, Any]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -33,9 +34,12 @@ class FusedAttention(Fused):
             return super().forward(hidden_states, *args, **kwargs)
         q, k, v = self._heads(hidden_states)
         cos, sin = (angle.unsqueeze(2) for angle in kwargs["position_embeddings"])
-        turned_q, turned_k = (rotated(x, cos, sin).transpose(1, 2) for x in (q, k))
-        told = {"segments": kwargs["segments"], "above": kwargs.get("above"), **self.attention_asks}
-        output, _ = packed_attention(self, turned_q, turned_k, v.transpose(1, 2), None, **told)
+        q, k, v = (x.transpose(1, 2) for x in (rotated(q, cos, sin), rotated(k, cos, sin), v))
+        slots = kwargs.get("past_key_values")
+        if slots is not None:
+            k, v = slots.update(k, v, self.layer_idx)
+        told = {name: kwargs.get(name) for name in ("segments", "above", "step")}
+        output, _ = packed_attention(self, q, k, v, None, **told, **self.attention_asks)
         o_proj, picked = cast(nn.Module, self.o_proj), kwargs.get("picked")
         if picked is None:
             return o_proj(output.flatten(2)), None
@@ -43,11 +47,12 @@ class FusedAttention(Fused):
             return o_proj(output.flatten(2).index_select(1, picked)), None
 
     def takes(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a call over packed rows, whole heads are turned, and nothing is dropped."""
+        """Whether these are packed rows or rows that go on, whole heads are turned, and nothing is dropped."""
         angles = kwargs.get("position_embeddings")
-        if kwargs.get("segments") is None or angles is None or torch.compiler.is_compiling():
+        ours = kwargs.get("segments") is not None or kwargs.get("step") is not None
+        if not ours or angles is None or torch.compiler.is_compiling():
             return False
-        if kwargs.get("past_key_values") is not None:  # somebody keeps keys and values, which the family gives them
+        if kwargs.get("past_key_values") is not None and not isinstance(vars(self).get("layer_idx"), int):
             return False
         return bool(angles[0].shape[-1] == self.head_dim) and not (
             self.training and vars(self).get("attention_dropout")

@@ -45,6 +45,7 @@ def slot_attention(
     if window is not None and key.shape[2] > window:
         places = torch.arange(key.shape[2], device=query.device)
         seen = seen & (places >= (step.lengths - window)[:, None])[:, None, None]
-    scores = (grouped @ key.mT).float() * (dim**-0.5 if scale is None else scale)
+    # Keys first: with them second the product would copy all of them, since a slot is longer than what is seen of it.
+    scores = (key @ grouped.mT).mT.float() * (dim**-0.5 if scale is None else scale)
     p = scores.masked_fill_(~seen, float("-inf")).softmax(-1).to(value.dtype)
     return (p @ value).view(rows, 1, heads, dim)

@@ -16,7 +16,7 @@ import uvicorn
 
 from loratune.engine import Engine, Limits
 from loratune.errors import ConfigError, LoratuneError
-from loratune.model import Base, load_base, stop_ids, why_not_packed
+from loratune.model import Base, block_linears, load_base, stop_ids, why_not_fused, why_not_packed
 from loratune.serve.app import make_app
 from loratune.serve.library import Library
 from loratune.serve.service import Service
@@ -170,6 +170,8 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
             f"{base.name} has a tokenizer of Python only, which is too slow to serve",
             hint="save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))",
         )
+    why_not_fused(base.model)  # a family without such blocks is served as it is
+    block_linears(base.model)
     engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest))
     library = Library(engine, base.tokenizer, _called(base.name), config.adapters)
     _add_all(library, runs)

@@ -1,0 +1,52 @@
+"""Linear layers with a second copy of their weight in the order that few tokens are multiplied fastest in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from loratune.lora import Blocked, Mixin, base_modules, base_of, blocks_help, put_on
+from loratune.model.device import available_memory
+
+# Of the memory that is free; the rest is for keys and values.
+_SHARE = 0.25
+
+
+class BlockedLinear(Mixin):
+    """Mixed in before `nn.Linear`, for passes without gradients.
+
+    Attributes:
+        blocked: the copy. blocked_at: which state of the weight it is a copy of.
+    """
+
+    order = 4
+    prefix = "Blocked"
+    weight: Tensor
+    bias: Tensor | None
+    blocked: Blocked
+    blocked_at: tuple[int, int]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or self.blocked_at != _state_of(self.weight):
+            y: Tensor = super().forward(input)
+            return y
+        return self.blocked.times(input, self.bias)
+
+
+def block_linears(model: nn.Module) -> int:
+    """Copy the weights of frozen linear layers where that is of use and memory has room for all; says how many."""
+    found = [
+        module
+        for _, module in base_modules(model)
+        if base_of(type(module)) is nn.Linear and not module.weight.requires_grad and blocks_help(module.weight)
+    ]
+    if sum(module.weight.nbytes for module in found) > _SHARE * available_memory(torch.device("cpu")):
+        return 0
+    for module in found:
+        vars(module).update(blocked=Blocked(module.weight.detach()), blocked_at=_state_of(module.weight))
+        put_on(module, BlockedLinear)
+    return len(found)
+
+
+def _state_of(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
