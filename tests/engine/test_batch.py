@@ -12,7 +12,7 @@ import loratune as lt
 from loratune.engine.batch import Chosen, Engine, Limits, Request
 from loratune.engine.choose import Sampling
 from loratune.errors import AdapterStateError, DataError, OutOfMemoryError
-from loratune.model import attention, why_not_packed
+from loratune.model import attention, fuse, why_not_packed
 from tests.models import VOCABULARY, tiny
 
 FAMILIES = ["llama", "qwen3", "gemma3", "mistral", "mixtral", "phi3", "gpt2"]
@@ -58,10 +58,13 @@ def run(engine: Engine, answers: dict[int, list[Chosen]] | None = None) -> dict[
     return answers
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_row_is_what_it_gives_alone(family: str) -> None:
+def test_each_row_is_what_it_gives_alone(family: str, fused: bool) -> None:
     """More rows than slots, of all adapters and the base, so that they join where others left."""
     model, handle = adapted(family)
+    if fused and not fuse(model):
+        pytest.skip("nothing to fuse")
     engine = Engine(model, handle, Limits(slots=4, prompt_tokens=40))
     asked = list(zip(prompts(11), (*NAMES, None) * 3, (9, 2, 14, 5, 1, 8, 3, 12, 6, 4, 7), strict=False))
     tickets = [
@@ -333,6 +336,15 @@ def test_a_kernel_that_goes_by_blocks_spreads_nothing(monkeypatch: pytest.Monkey
     def dense(module: Any, query: Any, key: Any, value: Any, *args: Any, segments: Any = None, **kwargs: Any) -> Any:
         if segments is None:
             return honest(module, query, key, value, *args, segments=segments, **kwargs)
+        step = kwargs.pop("step", None)
+        if step is not None:
+            first = [t[:, :, : step.rows] for t in (query, key, value)]
+            behind = [t[:, :, step.rows :] for t in (query, key, value)]
+            parts = (
+                honest(module, *first, *args, step=step, **kwargs),
+                dense(module, *behind, *args, segments=segments, **kwargs),
+            )
+            return torch.cat([part for part, _ in parts], 1), None
         row = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))
         seen = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loratune.engine import Sampling, generate
+from loratune.engine.passes import Passes
 from loratune.errors import DataError, DivergedError
 from loratune.model import fuse, use_packed_attention
 from tests.models import FAMILIES, tiny
@@ -175,6 +176,12 @@ def test_fewer_rows_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatc
     room = 2 * (19 + 8) * (2 * 2 * 2 * 8 * 4)  # two rows of layers, keys and values, heads, their size, bytes
     monkeypatch.setattr("loratune.engine.trial.available_memory", lambda _: int(room / 0.8) + 1)
     rows = list[int]()
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    over = Passes.over
+
+    def counted(self: Passes, *asked: Any, **named: Any) -> Any:
+        rows.append(len(asked[0]) + len(asked[2]))
+        return over(self, *asked, **named)
+
+    monkeypatch.setattr(Passes, "over", counted)
     assert generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=8)) == expected
     assert max(rows) == 2

@@ -54,7 +54,7 @@ def planted_caches(model: Any) -> None:
 
     def before(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, Cache) and kwargs["position_ids"].shape[1] == 1:
+        if isinstance(cache, Cache) and kwargs.get("step") is not None:
             kwargs["position_ids"] = torch.full_like(kwargs["position_ids"], cache.get_seq_length())
         return args, kwargs
 
@@ -78,7 +78,7 @@ def planted_memory(model: Any) -> None:
 
     def after(*call: Any) -> torch.Tensor:
         found: torch.Tensor = call[-1]
-        if found.shape[1] == 1:
+        if found.shape[1] < 4:
             found = found + last[0]
         last[0] = found[:1, -1:]
         return found

@@ -77,7 +77,7 @@ def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def _stacks(placement: Placement, names: Sequence[str]) -> dict[nn.Module, Stack]:
-    found = {}
+    found: dict[nn.Module, Stack] = {}
     for layer in placement.layers.values():
         dtype = weight_of(layer).dtype
         bank = bank_of(_low_ranks(layer, names), torch.promote_types(dtype, torch.float32))

@@ -192,9 +192,11 @@ class Engine:
 
         Where a pass fails, no token is lost: the same step may be tried again, or some rows cancelled first.
         """
-        self._told += self._begin(self._admitted())
-        if self._rows:
-            self._told += self._go_on()
+        begun = self._admitted()
+        if self._rows or begun:
+            logits = self._passed(begun)
+            self._rows += begun
+            self._told += self._choose(logits)
         told, self._told = self._told, []
         return told
 
@@ -209,39 +211,28 @@ class Engine:
             found.append(self._waiting.popleft())
         return found
 
-    def _begin(self, rows: list[_Row]) -> list[Chosen]:
-        """One pass over the prompts of rows that are let in, and the first token of each."""
-        if not rows:
-            return []
-        first = len(self._rows)
+    def _passed(self, begun: Sequence[_Row]) -> Tensor:
+        """Logits of all rows, those that begin now behind the others; where it fails these wait again."""
+        first, rows = len(self._rows), [*self._rows, *begun]
+        tokens, lengths = [row.last for row in self._rows], [row.length for row in self._rows]
+        prompts, names = [row.request.prompt for row in begun], [row.request.adapter for row in rows]
         try:
-            logits = self._begun(first, rows)
+            logits = self._passes.over(tokens, lengths, prompts, names)
+            if len(begun) > 1:
+                # Kernels that go by blocks multiply what a mask hides by zero: NaN beside a prompt may have become its.
+                for i in (~is_sound(logits[first:])).nonzero()[:, 0].tolist():
+                    alone = prompts[i : i + 1], [names[first + i]]
+                    logits[first + i] = self._passes.over((), (), *alone, first=first + i)[0]
         except BaseException:
-            for slot in range(first, first + len(rows)):
+            for slot in range(first, len(rows)):
                 self._slots.clear(slot)
-            self._waiting.extendleft(reversed(rows))
+            self._waiting.extendleft(reversed(begun))
             raise
-        self._rows += rows
-        return self._choose(first, logits)
-
-    def _begun(self, first: int, rows: Sequence[_Row]) -> Tensor:
-        prompts, names = [row.request.prompt for row in rows], [row.request.adapter for row in rows]
-        logits = self._passes.prompts(first, prompts, names)
-        if len(rows) > 1:
-            # Kernels that go by blocks multiply what a mask hides by zero: NaN beside a row may have made it NaN.
-            for i in (~is_sound(logits)).nonzero()[:, 0].tolist():
-                logits[i] = self._passes.prompts(first + i, prompts[i : i + 1], names[i : i + 1])[0]
         return logits
 
-    def _go_on(self) -> list[Chosen]:
-        """One pass over the last token of every row."""
+    def _choose(self, logits: Tensor) -> list[Chosen]:
+        """The next token of every row; those that end leave."""
         rows = self._rows
-        names = [row.request.adapter for row in rows]
-        return self._choose(0, self._passes.step([row.last for row in rows], [row.length for row in rows], names))
-
-    def _choose(self, first: int, logits: Tensor) -> list[Chosen]:
-        """The next token of the rows from place `first` on; those that end leave."""
-        rows = self._rows[first:]
         chosen, sound = choose(logits, [row.request.sampling for row in rows], [row.dice for row in rows])
         told, gone = [], []
         for place, (row, token, fine) in enumerate(zip(rows, chosen.tolist(), sound.tolist(), strict=True)):
@@ -255,7 +246,7 @@ class Engine:
                 finish = "length"
             told.append(Chosen(row.ticket, token, finish, *_probabilities(logits[place], token, row.request)))
             if finish is not None:
-                gone.append(first + place)
+                gone.append(place)
         self._leave(gone)
         return told
 

@@ -69,7 +69,8 @@ def choose(
         (rows,) int64, and (rows,) bool: whether the row's logits are sound. The token of a row that is not means
         nothing.
     """
-    tokens, sound = logits.argmax(-1), is_sound(logits)
+    highest, tokens = logits.max(-1)
+    sound = highest.isfinite()  # as `is_sound` says
     sampled = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     fine = sound.tolist() if sampled else []  # which waits for the device
     for row in sampled:

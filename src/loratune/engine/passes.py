@@ -1,10 +1,10 @@
-"""The two passes of continued rows: over prompts side by side, and over one token of each row."""
+"""A pass over continued rows: one token of each that goes on, and behind these the prompts of those that begin."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from itertools import accumulate
+from contextlib import ExitStack
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -29,31 +29,40 @@ class Passes:
         self.model, self.slots = model, slots
         self.mixed: Mixed | None = None
 
-    def prompts(self, first: int, prompts: Sequence[Sequence[int]], names: Names) -> Tensor:
-        """Of rows that begin, in the slots from `first` on: all their tokens, packed."""
-        counts = [len(prompt) for prompt in prompts]
-        self.slots.take_prompts(range(first, first + len(counts)), counts)
-        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        positions = torch.cat([torch.arange(length) for length in counts])[None]
-        ends = torch.tensor(list(accumulate(counts))) - 1
-        with only_positions(self.model, ends.to(self.model.device)):
-            return self._logits(ids, positions, packed_inputs(tuple(counts)), names, counts)[0]
-
-    def step(self, tokens: Sequence[int], lengths: Sequence[int], names: Names) -> Tensor:
-        """Of the rows in the first slots, which have these lengths with the one token that is new."""
-        device = self.model.device
-        self.slots.take_step(lengths, device)
-        ids = torch.tensor(tokens)[:, None]
-        positions = torch.tensor(lengths)[:, None] - 1
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # nothing reads it, and none is built
-        step = {"step": SlotStep.of(list(lengths), device), "attention_mask": mask}
-        return self._logits(ids, positions, step, names, [1] * len(tokens))[:, 0]
-
-    def _logits(
-        self, ids: Tensor, positions: Tensor, told: dict[str, Any], names: Names, counts: Sequence[int]
+    def over(
+        self,
+        tokens: Sequence[int],
+        lengths: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        names: Names,
+        *,
+        first: int | None = None,
     ) -> Tensor:
-        device = self.model.device
+        """All in one, so that the model's weights are read once.
+
+        Args:
+            tokens: those that are new in the rows of the first slots, which have these lengths with them.
+            prompts: of rows that begin, in the slots from `first` on, which stand behind the others without it.
+            names: of all these rows' adapters.
+        """
+        device, counts = self.model.device, [len(prompt) for prompt in prompts]
+        begin = len(tokens) if first is None else first
+        self.slots.take(lengths, range(begin, begin + len(counts)), counts, device)
+        ids = torch.tensor([[*tokens, *chain.from_iterable(prompts)]])
+        places = torch.cat([torch.tensor(lengths).long() - 1, *(torch.arange(count) for count in counts)])
+        # Nothing reads the mask, and none is built.
+        told: dict[str, Any] = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+        if counts:
+            told = packed_inputs(tuple(counts))
+        if lengths:
+            told["step"] = SlotStep.of(lengths, self.slots, device)
         inputs = {**told, "past_key_values": self.slots, "use_cache": True}
-        with nullcontext() if self.mixed is None else self.mixed.passing(names, counts, device):
-            logits: Tensor = self.model(input_ids=ids.to(device), position_ids=positions.to(device), **inputs).logits
-        return logits
+        ends = torch.tensor([*accumulate((*(1 for _ in tokens), *counts))], device=device) - 1
+        with ExitStack() as inside:
+            if counts:
+                inside.enter_context(only_positions(self.model, ends))
+            if self.mixed is not None:
+                inside.enter_context(self.mixed.passing(names, [*(1 for _ in tokens), *counts], device))
+            ids, places = ids.to(device), places[None].to(device)
+            logits: Tensor = self.model(input_ids=ids, position_ids=places, **inputs).logits
+        return logits[0]

@@ -16,7 +16,7 @@ _SHORTEST = 256
 
 
 class Slots(Cache):
-    """What `transformers` calls a cache, for packed prompts and for steps of one token a row.
+    """What `transformers` calls a cache, for a token of each row that goes on and behind these packed prompts.
 
     Places that no row has are zeros: what a row does not see has the weight 0, and 0 · NaN would be none.
 
@@ -33,9 +33,9 @@ class Slots(Cache):
         self._values: dict[int, Tensor] = {}
         # Of each slot, how many of its first places may hold something.
         self._filled = [0] * count
-        self._prompts: tuple[Sequence[int], Sequence[int]] | None = None
-        self._places: tuple[Tensor, Tensor] | None = None
-        self._seen = 0
+        self._begun: tuple[Sequence[int], Sequence[int]] = (), ()
+        self._places = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        self._seen = self._latest = 0
 
     @property
     def bytes_per_place(self) -> int:
@@ -43,40 +43,40 @@ class Slots(Cache):
         tensors = (*self._keys.values(), *self._values.values())
         return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
 
-    def take_prompts(self, slots: Sequence[int], counts: Sequence[int]) -> None:
-        """The next pass is a packed row of prompts of so many tokens, for these slots."""
-        self._make_room(max(counts))
-        self._prompts, self._places = (slots, counts), None
-        self._fill(slots, counts)
+    def take(self, lengths: Sequence[int], slots: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
+        """The next pass is one token of each of the first slots, which then have these lengths, and prompts.
 
-    def take_step(self, lengths: Sequence[int], device: torch.device) -> None:
-        """The next pass is one token of each of the first slots, which then have these lengths."""
-        self._make_room(max(lengths))
-        self._prompts, self._seen = None, max(lengths)
-        self._fill(range(len(lengths)), lengths)
-        rows = torch.arange(len(lengths), device=device)
-        self._places = rows, torch.tensor(lengths, device=device) - 1
+        Args:
+            slots: where prompts of so many tokens (`counts`) begin.
+        """
+        self._make_room(max((*lengths, *counts)))
+        self._begun, self._seen = (slots, counts), max(lengths, default=0)
+        self._fill((*range(len(lengths)), *slots), (*lengths, *counts))
+        self._places = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device).long() - 1
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put what a layer computed into the slots; gives what its attention sees."""
+        """Put what a layer computed into the slots; gives it back, (1, kv heads, tokens, dim)."""
         if layer_idx not in self._keys:
             empty = [t.new_zeros(self.count, t.shape[1], self.length, t.shape[3]) for t in (key_states, value_states)]
             self._keys[layer_idx], self._values[layer_idx] = empty
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        if self._prompts is not None:
-            start = 0
-            for slot, count in zip(*self._prompts, strict=True):
-                keys[slot, :, :count] = key_states[0, :, start : start + count]
-                values[slot, :, :count] = value_states[0, :, start : start + count]
-                start += count
-            return key_states, value_states
-        assert self._places is not None, "told what the pass is"
+        self._latest = layer_idx
         rows, places = self._places
-        keys[rows, :, places] = key_states[:, :, 0]
-        values[rows, :, places] = value_states[:, :, 0]
-        return keys[: len(rows), :, : self._seen], values[: len(rows), :, : self._seen]
+        for held, new in ((self._keys[layer_idx], key_states[0]), (self._values[layer_idx], value_states[0])):
+            start = len(rows)
+            if start:
+                held[rows, :, places] = new[:, :start].transpose(0, 1)
+            for slot, count in zip(*self._begun, strict=True):
+                held[slot, :, :count] = new[:, start : start + count]
+                start += count
+        return key_states, value_states
+
+    def of_rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows that go on, in the layer that was updated last: views."""
+        rows = len(self._places[0])
+        keys, values = self._keys[self._latest], self._values[self._latest]
+        return keys[:rows, :, : self._seen], values[:rows, :, : self._seen]
 
     def clear(self, slot: int) -> None:
         """Leave nothing of the row in a slot, whatever it held."""

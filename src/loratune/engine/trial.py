@@ -13,8 +13,8 @@ from loratune.engine.passes import Passes
 from loratune.engine.slots import Slots
 from loratune.model import CannotPackError, available_memory, evaluating, fused
 
-# Prompts of the trial's rows, and how many steps follow.
-_PROMPTS, _STEPS = (5, 3), 2
+# Prompts of the trial's rows, and how many tokens each goes on by; the last row begins beside the others' first step.
+_PROMPTS, _STEPS = (5, 3, 4), (2, 2, 1)
 # What the passes themselves need stays free.
 _MEMORY_SHARE = 0.8
 
@@ -72,13 +72,14 @@ def _tried(model: PreTrainedModel) -> str | None:
     """Why the logits of two rows that are continued together differ from those of whole passes over each."""
     embeddings: Any = model.get_input_embeddings()
     dice = torch.Generator().manual_seed(0)
-    rows = [torch.randint(embeddings.weight.shape[0], (count + _STEPS,), generator=dice) for count in _PROMPTS]
-    slots = Slots(len(rows), max(_PROMPTS) + _STEPS)
+    lengths = [count + steps for count, steps in zip(_PROMPTS, _STEPS, strict=True)]
+    rows = [torch.randint(embeddings.weight.shape[0], (length,), generator=dice) for length in lengths]
+    slots = Slots(len(rows), max(lengths))
     try:
         with evaluating(model):
             alone = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0] for row in rows]
             expected = torch.cat([logits[count - 1 :] for logits, count in zip(alone, _PROMPTS, strict=True)]).float()
-            found = _continued(Passes(model, slots), rows).float()
+            found = _continued(Passes(model, slots), [row.tolist() for row in rows]).float()
     except CannotPackError as error:
         return str(error)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
@@ -92,12 +93,12 @@ def _tried(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _continued(passes: Passes, rows: list[Tensor]) -> Tensor:
+def _continued(passes: Passes, rows: list[list[int]]) -> Tensor:
     """The logits of each row's last prompt token and of those that follow, row after row."""
-    nobody = [None] * len(rows)
-    prompts = [row[:count].tolist() for row, count in zip(rows, _PROMPTS, strict=True)]
-    logits = [passes.prompts(0, prompts, nobody)]
-    for step in range(_STEPS):
-        tokens = [int(row[count + step]) for row, count in zip(rows, _PROMPTS, strict=True)]
-        logits.append(passes.step(tokens, [count + step + 1 for count in _PROMPTS], nobody))
-    return torch.stack(logits, 1).flatten(0, 1)
+    (a, b, c), (one, other, late) = _PROMPTS, rows
+    found = [
+        passes.over((), (), [one[:a], other[:b]], (None, None)),
+        passes.over([one[a], other[b]], [a + 1, b + 1], [late[:c]], (None, None, None)),
+        passes.over([one[a + 1], other[b + 1], late[c]], [a + 2, b + 2, c + 1], (), (None, None, None)),
+    ]
+    return torch.cat([torch.stack([logits[row] for logits in found if row < len(logits)]) for row in range(3)])

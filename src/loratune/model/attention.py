@@ -55,7 +55,7 @@ def packed_attention(
         query: (1, heads, tokens, dim); key and value: (1, kv heads, tokens, dim).
         segments: lengths of the segments, in order; their sum is the number of tokens.
         above: for each segment, those whose tokens come before its own, in order; none without it.
-        step: of rows that go on by one token each: query, key and value are then those of `slot_attention`.
+        step: of rows that go on by one token each; these tokens stand before the segments, which may be none.
         asked: here the family's scale and window are noted, for who wants to know them.
 
     Returns:
@@ -67,7 +67,15 @@ def packed_attention(
     if asked is not None:
         asked.update(scaling=scaling, sliding_window=sliding_window)
     if step is not None:
-        return slot_attention(query, key, value, step, sliding_window, scaling), None
+        continued = slot_attention(query, step, sliding_window, scaling)
+        if segments is None:
+            return continued, None
+        query, key, value = (t[:, :, step.rows :] for t in (query, key, value))
+        told: dict[str, Any] = {"sliding_window": sliding_window, "scaling": scaling, "above": above}
+        begun, _ = packed_attention(
+            module, query, key, value, None, dropout=dropout, segments=segments, **told, **kwargs
+        )
+        return torch.cat([continued, begun], 1), None
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

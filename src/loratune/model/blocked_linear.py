@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -35,11 +37,8 @@ class BlockedLinear(Mixin):
 
 def block_linears(model: nn.Module) -> int:
     """Copy the weights of frozen linear layers where that is of use and memory has room for all; says how many."""
-    found = [
-        module
-        for _, module in base_modules(model)
-        if base_of(type(module)) is nn.Linear and not module.weight.requires_grad and blocks_help(module.weight)
-    ]
+    linears = [cast(nn.Linear, module) for _, module in base_modules(model) if base_of(type(module)) is nn.Linear]
+    found = [module for module in linears if not module.weight.requires_grad and blocks_help(module.weight)]
     if sum(module.weight.nbytes for module in found) > _SHARE * available_memory(torch.device("cpu")):
         return 0
     for module in found:

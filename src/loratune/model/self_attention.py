@@ -38,7 +38,7 @@ class FusedAttention(Fused):
         slots = kwargs.get("past_key_values")
         if slots is not None:
             k, v = slots.update(k, v, self.layer_idx)
-        told = {name: kwargs.get(name) for name in ("segments", "above", "step")}
+        told: dict[str, Any] = {name: kwargs.get(name) for name in ("segments", "above", "step")}
         output, _ = packed_attention(self, q, k, v, None, **told, **self.attention_asks)
         o_proj, picked = cast(nn.Module, self.o_proj), kwargs.get("picked")
         if picked is None:
