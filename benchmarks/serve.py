@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -71,34 +72,45 @@ def requests(tokenizer: Any, count: int, longest: int) -> list[Asked]:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-async def call_all(url: str, asked: Sequence[Asked], base: str) -> Found:
+async def call_all(port: int, asked: Sequence[Asked], base: str) -> Found:
     """As many callers as the benchmark has, each with one request at a time, streamed."""
-    import httpx
-
     waiting, first = list(reversed(asked)), []
     tokens = 0
 
-    async def caller(client: httpx.AsyncClient) -> None:
+    async def caller() -> None:
         nonlocal tokens
         while waiting:
             one = waiting.pop()
             body = {"model": one.adapter or base, "prompt": one.ids, "max_tokens": one.count, "temperature": 0}
             body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-            begun, heard = time.perf_counter(), False
-            async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-                async for line in answer.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    if not heard:
-                        heard = True
-                        first.append(time.perf_counter() - begun)
-                    usage = json.loads(line[6:]).get("usage")
-                    tokens += usage["completion_tokens"] if usage else 0
+            begun = time.perf_counter()
+            heard, text = await call(port, body)
+            first.append(heard - begun)
+            tokens += int(re.findall(rb'"completion_tokens": ?([0-9]+)', text)[-1])
 
     begun = time.perf_counter()
-    async with httpx.AsyncClient(timeout=None) as client:
-        await asyncio.gather(*(caller(client) for _ in range(CALLERS)))
+    await asyncio.gather(*(caller() for _ in range(CALLERS)))
     return Found(tokens, time.perf_counter() - begun, first)
+
+
+async def call(port: int, body: dict[str, Any]) -> tuple[float, bytes]:
+    """When the first event came, and the whole answer. By hand: a client's work is not what is measured, and the two
+    share the processor."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    sent = json.dumps(body).encode()
+    writer.write(
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n".encode() + sent
+    )
+    text, heard = b"", 0.0
+    while piece := await reader.read(1 << 16):
+        text += piece
+        if not heard and b"data: " in text:
+            heard = time.perf_counter()
+    writer.close()
+    if not text.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(text.decode(errors="replace")[:1000])
+    return heard, text
 
 
 def ours(base: Path, adapters: Path, asked: Sequence[Asked]) -> Found:
@@ -110,8 +122,8 @@ def ours(base: Path, adapters: Path, asked: Sequence[Asked]) -> Found:
     server = subprocess.Popen([*command, "--slots", str(CALLERS)], stderr=subprocess.PIPE, text=True)
     try:
         wait_for(port, server)
-        asyncio.run(call_all(f"http://127.0.0.1:{port}", asked[:CALLERS], base.name))  # warms up
-        return asyncio.run(call_all(f"http://127.0.0.1:{port}", asked, base.name))
+        asyncio.run(call_all(port, asked[:CALLERS], base.name))  # warms up
+        return asyncio.run(call_all(port, asked, base.name))
     finally:
         server.terminate()
         server.wait(60)

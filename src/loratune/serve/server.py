@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def serve(
     """
     config = config or ServeConfig()
     with _bound(config.host, config.port) as listening:  # before the model, which takes its time
-        service = service_of(load_base(model, **loading), runs, config)
+        service = _elsewhere(lambda: service_of(load_base(model, **loading), runs, config))
         settings = uvicorn.Config(
             make_app(service),
             log_level="warning",
@@ -108,6 +109,25 @@ def serve(
             limit_concurrency=service.worker.most + _OTHERS,
         )
         Server(settings, lambda: _announce(service, config, listening.getsockname()[1], say)).run([listening])
+
+
+def _elsewhere(act: Callable[[], Service]) -> Service:
+    """What `act` gives or raises, on a thread that ends with it.
+
+    OpenMP keeps a team for every thread that has computed something. Beside one of the main thread's, the worker's own
+    would be more than there are cores: it then sleeps between any two operations, and waking it takes longer than they
+    do (half as many tokens a second again without, on two cores).
+    """
+    future: Future[Service] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="loratune-loading", daemon=True).start()
+    return future.result()
 
 
 def _bound(host: str, port: int) -> socket.socket:

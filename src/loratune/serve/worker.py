@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from loratune.engine import Chosen, Engine, Request
 from loratune.errors import LoratuneError
+from loratune.model import freed_memory_kept
 from loratune.serve.library import Library
 
 T = TypeVar("T")
@@ -190,7 +191,8 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._work()
+            with freed_memory_kept(self.engine.model.device):
+                self._work()
         except BaseException as error:  # noqa: BLE001 - whatever it was, those who wait hear of it
             _log.exception("the thread of the model has ended")
             self.fatal = FailedError(f"the model failed ({type(error).__name__})", hint="start the server again")
