@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
@@ -178,6 +178,13 @@ class TokenRows:
 
     others: Tensor
     stacks: Stacks
+    _wide: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def _hidden(self, r: int) -> Tensor:
+        """(tokens, adapters · r) bool: what of A x belongs to the others."""
+        if r not in self._wide:
+            self._wide[r] = self.others.repeat_interleave(r, 1)
+        return self._wide[r]
 
     def at(self, index: Tensor) -> TokenRows:
         """Of the tokens at `index` alone."""
@@ -199,14 +206,21 @@ class TokenRows:
                 hint="a layer that sees some of the tokens only cannot be mixed",
             )
         beside = self.stacks.beside(adapted)
-        parts = beside.A.times(x.reshape(tokens, -1)).split(beside.columns, 1)
+        parts = _parts(beside.A.times(x.reshape(tokens, -1)), beside.columns)
         found = dict(zip(layers, ys, strict=True))
         for layer, h, B in zip(adapted, parts, beside.Bs, strict=True):
             # What overflows in somebody else's adapter is left out, not multiplied by zero.
-            h.unflatten(1, (adapters, -1)).masked_fill_(self.others[..., None], 0)
+            h.masked_fill_(self._hidden(h.shape[1] // adapters), 0)
             y = B.added(found[layer].view(tokens, -1), h)
             bias = self.stacks.by_layer[layer].bias
             if bias is not None:
                 y = y + (~self.others).to(y.dtype) @ bias.to(y.dtype)
             found[layer] = y.view(found[layer].shape)
         return list(found.values())
+
+
+def _parts(h: Tensor, columns: tuple[int, ...]) -> Sequence[Tensor]:
+    """h in so many columns each, every part in one piece, as the next product wants it."""
+    if len(set(columns)) == 1:
+        return h.view(len(h), len(columns), -1).transpose(0, 1).contiguous().unbind()
+    return [part.contiguous() for part in h.split(columns, 1)]
