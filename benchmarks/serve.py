@@ -25,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,40 +97,55 @@ async def call_all(port: int, asked: Sequence[Asked], base: str) -> Found:
 
 
 async def call(port: int, body: dict[str, Any]) -> tuple[float, bytes]:
-    """When the first event came, and the whole answer. By hand: a client's work is not what is measured, and the two
-    share the processor."""
+    """When the first event came, and the whole answer."""
+    status, heard, text = await post(port, "/v1/completions", body)
+    if status != 200:
+        raise SystemExit(text.decode(errors="replace")[:1000])
+    return heard, text
+
+
+async def post(port: int, path: str, body: dict[str, Any]) -> tuple[int, float, bytes]:
+    """Status, when the first event came, and all that was answered.
+
+    By hand: a client's work is not what is measured, and the two share the processor.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     sent = json.dumps(body).encode()
-    writer.write(
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n".encode()
-        + sent
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(sent)}\r\nConnection: close\r\n\r\n"
     )
+    writer.write(head.encode() + sent)
     text, heard = b"", 0.0
     while piece := await reader.read(1 << 16):
         text += piece
         if not heard and b"data: " in text:
             heard = time.perf_counter()
     writer.close()
-    if not text.startswith(b"HTTP/1.1 200"):
-        raise SystemExit(text.decode(errors="replace")[:1000])
-    return heard, text
+    return int(text.split(None, 2)[1]), heard, text
 
 
-def ours(base: Path, adapters: Path, asked: Sequence[Asked]) -> Found:
+@contextmanager
+def serving(base: Path, *words: str) -> Iterator[tuple[int, int]]:
+    """A server of this base, in a process of its own: its port and its process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    runs = [f"adapter-{number}={adapters / str(number)}" for number in range(ADAPTERS)]
-    command = [sys.executable, "-m", "loratune", "serve", str(base), *runs, "--port", str(port), "--dtype", "bf16"]
-    server = subprocess.Popen([*command, "--slots", str(CALLERS)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "loratune", "serve", str(base), "--port", str(port), *words]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(port, server)
-        asyncio.run(call_all(port, asked[:CALLERS], base.name))  # warms up
-        return asyncio.run(call_all(port, asked, base.name))
+        yield port, server.pid
     finally:
         server.terminate()
         server.wait(60)
+
+
+def ours(base: Path, adapters: Path, asked: Sequence[Asked]) -> Found:
+    runs = [f"adapter-{number}={adapters / str(number)}" for number in range(ADAPTERS)]
+    with serving(base, *runs, "--dtype", "bf16", "--slots", str(CALLERS)) as (port, _):
+        asyncio.run(call_all(port, asked[:CALLERS], base.name))  # warms up
+        return asyncio.run(call_all(port, asked, base.name))
 
 
 def wait_for(port: int, server: subprocess.Popen[str]) -> None:

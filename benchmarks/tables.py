@@ -69,6 +69,11 @@ WORKLOADS = {
     "live_multiple": "chats with the functions' JSON schemas",
     "shared_prefix": "chats under one long system prompt",
 }
+SERVING = {
+    "peft, mixed batch": "in mixed batches",
+    "peft, mixed batch, sorted": "in mixed batches sorted by the lengths of answers not given yet",
+    "peft, switching": "switching for each request",
+}
 PEERS = ("peft-best", "peft", "trl-tuned", "trl")
 
 
@@ -189,6 +194,29 @@ def startup_line(result: dict[str, Any]) -> str:
     )
 
 
+def serve_line(result: dict[str, Any]) -> str:
+    """How many tokens a second the server answers beside peft, and how soon."""
+    work, rates, first = result["work"], result["tokens_per_second"], result["first_token_seconds"]
+    others = ", ".join(
+        f"{rates[side]['median']:.0f} ({ratio['median']:.1f}×) {SERVING[side]}"
+        for side, ratio in result["ratios"].items()
+    )
+    return (
+        f"`loratune serve`, {work['adapters']} adapters on one base, {work['callers']} callers at once: "
+        f"{rates['ours']['median']:.0f} tokens/s, the first one after {first['median']:.1f} s (95 % within "
+        f"{first['p95']:.1f} s); peft: {others} ([all of it](benchmarks/results/serve.json))."
+    )
+
+
+def soak_line(result: dict[str, Any]) -> str:
+    """What a thousand requests for adapters that come and go left behind."""
+    return (
+        f"{result['requests']:,} requests for adapters that were loaded and unloaded meanwhile "
+        f"({result['unloads']} times by request): {result['answered']:,} answered, {len(result['wrong'])} other than "
+        f"alone, memory {result['resident_growth']:+.1%} ([all of it](benchmarks/results/soak.json))."
+    )
+
+
 def measured(folder: Path = RESULTS) -> str:
     """All that stands between the markers: what there are results of."""
     parts = [demo_table(_read(folder / "demo.json"))]
@@ -203,6 +231,8 @@ def measured(folder: Path = RESULTS) -> str:
         "memory.json": memory_line,
         "startup.json": startup_line,
         "adapters.json": adapters_line,
+        "serve.json": serve_line,
+        "soak.json": soak_line,
     }
     parts += [line(_read(folder / name)) for name, line in lines.items() if (folder / name).exists()]
     return "\n\n".join(parts)

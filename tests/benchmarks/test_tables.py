@@ -112,3 +112,18 @@ def test_lines_of_held_out_losses_and_of_grouping(tables: Any) -> None:
     line = tables.grouping_line(grouping)
     assert "40% of the tokens are computed, in random order 90%" in line
     assert "differs by +0.010 (-0.020 to +0.030, 3 seeds; base 0.800" in line
+
+
+def test_lines_of_serving(tables: Any) -> None:
+    rates = {"ours": 180.0, "peft, mixed batch": 60.0, "peft, mixed batch, sorted": 90.0, "peft, switching": 18.0}
+    served = {
+        "work": {"adapters": 8, "callers": 32},
+        "tokens_per_second": {side: {"median": rate} for side, rate in rates.items()},
+        "ratios": {side: {"median": 180 / rate} for side, rate in rates.items() if side != "ours"},
+        "first_token_seconds": {"median": 0.41, "p95": 2.0},
+    }
+    line = tables.serve_line(served)
+    assert "180 tokens/s, the first one after 0.4 s (95 % within 2.0 s)" in line
+    assert "60 (3.0×) in mixed batches, 90 (2.0×) in mixed batches sorted by" in line
+    soaked = {"requests": 1000, "answered": 1000, "wrong": ["one"], "unloads": 7, "resident_growth": 0.004}
+    assert "1,000 answered, 1 other than alone, memory +0.4%" in tables.soak_line(soaked)

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 import loratune.serve.server as server_module
-from loratune.errors import ConfigError
+from loratune.errors import ConfigError, ModelError
 from loratune.model import load_base
 from loratune.serve import ServeConfig, serve
 from loratune.serve.server import service_of
@@ -55,6 +55,31 @@ def test_what_it_says_is_where_it_can_be_asked(shelf: Shelf, monkeypatch: pytest
     running[0].should_exit = True
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_nothing_is_computed_on_a_thread_that_stays(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's team of such a thread would stand beside the worker's: two for the same cores."""
+    loading: list[threading.Thread] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        loading.append(threading.current_thread())
+        return load_base(*args, **kwargs)
+
+    serving: list[Any] = []
+    monkeypatch.setattr(server_module, "load_base", noted)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: serving.append(loading[0].is_alive()))
+    serve(str(shelf.base), (), ServeConfig(port=0), dtype="fp32")
+    assert loading[0] is not threading.main_thread()
+    assert serving == [False]
+
+
+def test_what_fails_while_loading_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ModelError("no such model")
+
+    monkeypatch.setattr(server_module, "load_base", fails)
+    with pytest.raises(ModelError, match="no such model"):
+        serve("nobody/nothing", (), ServeConfig(port=0))
 
 
 def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
