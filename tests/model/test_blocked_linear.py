@@ -8,7 +8,7 @@ from torch import nn
 
 import loratune as lt
 from loratune.lora import blocks_help
-from loratune.model import block_linears
+from loratune.model import block_linears, blocked_linears
 from loratune.model.blocked_linear import BlockedLinear
 from tests.models import tiny
 
@@ -23,7 +23,8 @@ IDS = torch.arange(3, 30)[None]
 def test_a_model_gives_the_same() -> None:
     model = tiny("llama").bfloat16()
     before = model(input_ids=IDS).logits.float()
-    assert block_linears(model) == 15
+    assert len(block_linears(model)) == 15
+    assert block_linears(model) == []  # which have theirs
     after = model(input_ids=IDS).logits.float()
     assert float((after - before).norm() / before.norm()) < 2e-2
     assert all(isinstance(m, nn.Linear) for m in model.modules() if isinstance(m, BlockedLinear))
@@ -47,9 +48,19 @@ def test_a_weight_that_changes_is_the_one_that_counts() -> None:
 
 
 @needs_kernels
+def test_for_a_while() -> None:
+    model = tiny("llama").bfloat16()
+    before = [type(module) for module in model.modules()]
+    with blocked_linears(model):
+        assert any(isinstance(module, BlockedLinear) for module in model.modules())
+    assert [type(module) for module in model.modules()] == before
+    assert not hasattr(model.lm_head, "blocked")
+
+
+@needs_kernels
 def test_gradients_go_through_the_layers_own_forward() -> None:
     layer = nn.Sequential(nn.Linear(8, 4)).bfloat16().requires_grad_(False)
-    assert block_linears(layer) == 1
+    assert len(block_linears(layer)) == 1
     x = torch.randn(3, 8).bfloat16().requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
@@ -57,7 +68,7 @@ def test_gradients_go_through_the_layers_own_forward() -> None:
 
 
 def test_what_trains_or_finds_no_room_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert block_linears(nn.Sequential(nn.Linear(8, 4).bfloat16())) == 0
-    assert block_linears(nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)) == 0  # fp32
+    assert block_linears(nn.Sequential(nn.Linear(8, 4).bfloat16())) == []
+    assert block_linears(nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)) == []  # fp32
     monkeypatch.setattr("loratune.model.blocked_linear.available_memory", lambda _: 4 * 64 - 1)
-    assert block_linears(nn.Sequential(nn.Linear(8, 4).bfloat16()).requires_grad_(False)) == 0
+    assert block_linears(nn.Sequential(nn.Linear(8, 4).bfloat16()).requires_grad_(False)) == []

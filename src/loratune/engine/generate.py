@@ -20,7 +20,7 @@ from loratune.engine.batch import Engine, Limits, Request
 from loratune.engine.choose import GREEDY, Sampling, is_sound
 from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
 from loratune.errors import DataError, DivergedError
-from loratune.model import context_of, evaluating, packing
+from loratune.model import blocked_linears, context_of, evaluating, freed_memory_kept, packing
 
 _Done = Callable[[int], None]
 
@@ -94,14 +94,15 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
         own = replace(sampling, seed=sampling.seed + i)
         place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
     rows: list[list[int]] = [[] for _ in prompts]
-    while engine.busy:
-        told = engine.step()
-        _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")
-        for chosen in told:
-            rows[place[chosen.ticket]].append(chosen.token)
-        ended = sum(chosen.finish is not None for chosen in told)
-        if ended:
-            done(ended)
+    with blocked_linears(model), freed_memory_kept(model.device):
+        while engine.busy:
+            told = engine.step()
+            _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")
+            for chosen in told:
+                rows[place[chosen.ticket]].append(chosen.token)
+            ended = sum(chosen.finish is not None for chosen in told)
+            if ended:
+                done(ended)
     return rows
 
 

@@ -9,7 +9,7 @@ from loratune.model.attention import (
     why_no_shared_prefixes,
     why_not_packed,
 )
-from loratune.model.blocked_linear import block_linears
+from loratune.model.blocked_linear import block_linears, blocked_linears
 from loratune.model.device import (
     available_memory,
     device_name,
@@ -50,6 +50,7 @@ __all__ = [
     "available_memory",
     "base_of",
     "block_linears",
+    "blocked_linears",
     "context_of",
     "device_name",
     "empty_model",

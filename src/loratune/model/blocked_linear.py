@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import Blocked, Mixin, base_modules, base_of, blocks_help, put_on
+from loratune.lora import Blocked, Mixin, base_modules, base_of, blocks_help, put_on, take_off, wears
 from loratune.model.device import available_memory
 
 # Of the memory that is free; the rest is for keys and values.
@@ -35,16 +37,29 @@ class BlockedLinear(Mixin):
         return self.blocked.times(input, self.bias)
 
 
-def block_linears(model: nn.Module) -> int:
-    """Copy the weights of frozen linear layers where that is of use and memory has room for all; says how many."""
+def block_linears(model: nn.Module) -> list[nn.Linear]:
+    """Copy the weights of frozen linear layers where that is of use and memory has room for all; gives those layers."""
     linears = [cast(nn.Linear, module) for _, module in base_modules(model) if base_of(type(module)) is nn.Linear]
     found = [module for module in linears if not module.weight.requires_grad and blocks_help(module.weight)]
+    found = [module for module in found if not wears(module, BlockedLinear.order)]
     if sum(module.weight.nbytes for module in found) > _SHARE * available_memory(torch.device("cpu")):
-        return 0
+        return []
     for module in found:
         vars(module).update(blocked=Blocked(module.weight.detach()), blocked_at=_state_of(module.weight))
         put_on(module, BlockedLinear)
-    return len(found)
+    return found
+
+
+@contextmanager
+def blocked_linears(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model has such copies; after it what it had before."""
+    found = block_linears(model)
+    try:
+        yield
+    finally:
+        for module in found:
+            take_off(module, BlockedLinear.order)
+            del module.blocked, module.blocked_at
 
 
 def _state_of(weight: Tensor) -> tuple[int, int]:
