@@ -134,8 +134,10 @@ async def soak(port: int, process: psutil.Process, base: str, known: Sequence[Kn
 
 def text_of(answer: bytes) -> str:
     """Of a completion, streamed or whole."""
-    body = answer.split(b"\r\n\r\n", 1)[1]
-    found = [json.loads(f'"{text}"') for text in re.findall(r'"text": ?"((?:[^"\\\\]|\\\\.)*)"', body.decode())]
+    body, found = answer.split(b"\r\n\r\n", 1)[1].decode(), []
+    for begin in (one.start() for one in re.finditer(r'\{"id"', body)):
+        choices = json.JSONDecoder().raw_decode(body, begin)[0]["choices"]
+        found += [choice["text"] for choice in choices]
     return "".join(found)
 
 
