@@ -3,7 +3,7 @@
 python benchmarks/soak.py            write benchmarks/results/soak.json (about ten minutes on two cores)
 python benchmarks/soak.py --quick    does it run?
 
-SmolLM2-135M in fp32, eight adapters of which four fit on the model at a time, so that requests push each other's
+SmolLM2-135M in fp32, eight adapters of which seven fit on the model at a time, so that requests push each other's
 adapters out; 32 callers, and beside them somebody who unloads adapters and loads them again under the same name. Each
 answer is compared with the one that whole passes without a server, a batch or a cache give for its adapter alone. A
 request for an adapter that is gone is told 404 and asked again. Memory is the server's resident set.
@@ -32,7 +32,7 @@ import weights
 from comparison import RESULTS, say, write
 from measuring import surroundings
 
-REQUESTS, PROMPTS, TOKENS, ON_THE_MODEL = 1000, 8, 8, 4
+REQUESTS, PROMPTS, TOKENS, ON_THE_MODEL = 1000, 6, 6, 7
 # So that each adapter answers otherwise: what a wrong one would say must be seen.
 ALPHA = 640
 # Two likeliest tokens nearer than this may change places with the shape of a batch.
@@ -106,7 +106,7 @@ async def soak(port: int, process: psutil.Process, base: str, known: Sequence[Kn
                 if status not in (200, 404, 429):
                     raise SystemExit(text.decode(errors="replace")[:1000])
                 if status != 200:
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(1)
             seen.answered += 1
             said = text_of(text)
             if said != one.text:

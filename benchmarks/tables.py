@@ -88,7 +88,6 @@ def training_table(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         cells = " | ".join(_training_cell(result, side) for side in sides)
         lines.append(f"| {_training_name(result)} | {cells} |")
-    first = results[0]
     versions: dict[str, str] = {}
     for side in (side for result in results for side in result["sides"].values()):
         versions |= side["versions"]
@@ -97,7 +96,10 @@ def training_table(results: Sequence[dict[str, Any]]) -> str:
     rates = [side["tokens_per_second"] for result in results for side in result["sides"].values()]
     rounds = sorted({len(rate["samples"]) for rate in rates})
     times = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
-    how = f"medians of {times} rounds, ratios within a round; {first['threads']} threads, {first['date']}"
+    dates = sorted({result["date"] for result in results})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    threads = " or ".join(str(number) for number in sorted({result["threads"] for result in results}))
+    how = f"medians of {times} rounds, ratios within a round; {threads} threads, {days}"
     how += f"; {peers}"
     return "\n".join([*lines, "", f"In brackets how many times as fast loratune is: {how}."])
 

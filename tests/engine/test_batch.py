@@ -488,3 +488,23 @@ def test_rows_are_as_long_as_memory_allows(monkeypatch: pytest.MonkeyPatch, capl
         Engine(model, limits=Limits(slots=8))
     assert "fewer slots" in caught.value.hint
     assert Engine(model, limits=Limits(slots=8, longest=250)).longest == 250
+
+
+def test_an_adapter_in_the_place_of_another_is_the_one_that_answers() -> None:
+    """Alone among several for many tokens, so that what is multiplied is narrowed to it, before and after."""
+    model, handle = adapted()
+    engine, prompt = Engine(model, handle), prompts(1)[0]
+    answers = []
+    for name in ("c", "d", "e"):
+        if name not in handle.names:
+            handle.activate()
+            handle.remove(handle.names[-1])
+            alpha = 8 if name == "d" else 40
+            config = lt.LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=False)
+            handle.add(config, name)
+            engine.refresh()
+        assert handle.names.index(name) == 2
+        ticket = engine.submit(Request(prompt, NEVER, Sampling(max_new_tokens=9), adapter=name))
+        answers.append([chosen.token for chosen in run(engine)[ticket]])
+        assert answers[-1] == greedy(model, handle, name, prompt, 9)
+    assert answers[1] != answers[2]

@@ -131,7 +131,7 @@ def test_blocks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     weight, bias = torch.randn(48, 40).to(dtype), torch.randn(48).to(dtype)
     blocked = Blocked(weight)
-    assert (blocked._blocks is not None) == blocks_help(weight)
+    assert blocked.in_blocks == blocks_help(weight)
     for tokens in (1, 5, 32, 200):
         wide = torch.randn(tokens, 100).to(dtype)
         x, y = wide[:, 7:47], torch.randn(tokens, 48).to(dtype)
@@ -148,5 +148,16 @@ def test_blocks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 def test_without_such_kernels_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loratune.lora.blocked._supported", lambda: False)
     weight: Any = torch.randn(8, 4).bfloat16()
-    assert Blocked(weight)._blocks is None
+    assert not Blocked(weight).in_blocks
     assert torch.equal(Blocked(weight).times(torch.ones(2, 4).bfloat16()), weight.sum(1).expand(2, 8))
+
+
+@torch.no_grad()
+def test_stacks_of_some_that_are_not_the_first() -> None:
+    case = Several([3, 2], [[Adapter(2, 3)] * 5, [None, Adapter(2, 3), Adapter(1, 1), None, Adapter(3, 2)]], [3, 1, -1])
+    layers, low_ranks, stacks = made(case, torch.float64)
+    x, ys = torch.randn(3, INNER).double(), [torch.zeros(3, 3).double(), torch.zeros(3, 2).double()]
+    right = expected(x, ys, low_ranks, case.tokens)
+    rows = TokenRows(others([1, 0, -1], 2), stacks.of_some([1, 3]))
+    for mine, exact in zip(rows.added(layers, x, ys), right, strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-6, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -100,17 +101,28 @@ def test_output_is_that_of_the_dense_formula(tree: Tree, window: int | None, sca
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kinds_do_not_count_as_variants_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo keeps eight variants of a function and refuses a ninth."""
+def test_variants_do_not_count_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo keeps eight of a function and refuses a ninth: dims, windows, modes, and which of three are trained."""
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled(function, backend="eager", **how))
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)  # no gradients on a CPU
     flex._compiled.cache_clear()
-    mask = mask_of((5, 3), None, None)
-    for dim in range(16, 26):
+    ways = [
+        (dim, window, wanted, mode)
+        for dim, window in ((16, None), (24, None), (16, 3))
+        for wanted in itertools.product((False, True), repeat=2)
+        for mode in (torch.no_grad, torch.inference_mode)
+    ]
+    for dim, window, wanted, mode in ways:
         q, k, v = tensors(8, dim)
-        attend = flex._compiled(q.dtype, (6, 2), (dim, dim))
-        assert attend(q, k, v, block_mask=mask, scale=None, enable_gqa=True, kernel_options={}).shape == (1, 6, 8, dim)
+        q.requires_grad_(wanted[0]), v.requires_grad_(wanted[1])
+        mask = mask_of((5, 3), None, window)
+        with mode():
+            attend = flex._compiled(flex._variant_of(q, k, v, mask))
+            assert attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options={}).shape == (1, 6, 8, dim)
+    assert flex._compiled.cache_info().currsize == len(ways)
     flex._compiled.cache_clear()
+    torch._dynamo.reset()  # what it learned of sizes here goes into the names of the next kernel's numbers
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -120,7 +132,7 @@ def test_compiled_kernel_goes_by_the_blocks(window: int | None) -> None:
         q, k, v = tensors(sum(segments), 16)
         with torch.no_grad():
             mask = mask_of(segments, above, window)
-            attend = flex._compiled(q.dtype, (6, 2), (16, 16))
+            attend = flex._compiled(flex._variant_of(q, k, v, mask))
             found = attend(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=flex._OPTIONS)
         expected = dense(q[0], k[0], v[0], segments, above, window)
         torch.testing.assert_close(found[0].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -31,3 +32,19 @@ def test_angles_of_each_half_are_its_own() -> None:
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("angles", [torch.bfloat16, torch.float32])
+def test_the_result_has_the_heads_dtype(angles: torch.dtype, grad: bool) -> None:
+    """Also where a family's angles are finer, with and without gradients, bit by bit the same."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 2, 8).bfloat16()
+    turned = (torch.randn(1, 5, 1, 4) * 6).repeat(1, 1, 1, 2)
+    with torch.set_grad_enabled(grad):
+        found = rotated(x.clone().requires_grad_(grad), turned.cos().to(angles), turned.sin().to(angles))
+    assert found.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(found, rotated(x, turned.cos().to(angles), turned.sin().to(angles)))
+    exact = rotated(x.double(), turned.cos().to(angles).double(), turned.sin().to(angles).double())
+    assert float((found.detach().double() - exact).norm() / exact.norm()) < 6e-3

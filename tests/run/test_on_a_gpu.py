@@ -58,6 +58,16 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows))
 
 
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is compiled for the device, never segment by segment: that would be right, and slow in silence."""
+
+    def slow(*_: Any) -> Any:
+        pytest.fail("attention went segment by segment")
+
+    monkeypatch.setattr("loratune.model.attention._by_segment", slow)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2", "mixtral"])
 def test_a_run_learns_as_on_a_cpu(family: str, wide: Any, chats: str, quick: Quick, tmp_path: Path) -> None:
     """In fp32, packed, with a prefix that all rows share."""

@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from loratune.engine import Request, Sampling
 from loratune.errors import LoratuneError
-from loratune.serve.worker import Worker
+from loratune.serve.worker import FailedError, Worker
 from tests.serve.conftest import Shelf, asked_here, service
 
 ASKED = {"model": "a", "prompt": "x", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
@@ -84,6 +87,25 @@ def test_a_step_that_fails_is_told_to_all_and_the_server_goes_on(found: Any, hel
         assert client.post("/v1/completions", json=ASKED).status_code == 200
         assert "loratune_failed 0" not in client.get("/metrics").text
     assert not found.worker.engine.busy
+
+
+def test_a_step_that_fails_leaves_those_who_wait(found: Any) -> None:
+    """They were in no step yet; nobody else's prompt may cost them their answer."""
+    worker, told = found.worker, list[tuple[str, Any]]()
+    engine = worker.engine
+    engine.limits = replace(engine.limits, slots=1)
+    tickets = [engine.submit(Request((5, 6, 7), frozenset(), Sampling(max_new_tokens=3))) for _ in "ab"]
+    for name, ticket in zip("ab", tickets, strict=True):
+        ear = SimpleNamespace(tell=lambda _, what, name=name: told.append((name, what)))
+        worker._ears[ticket] = 0, ear
+    step, engine.step = engine.step, fail(RuntimeError("no such kernel"))
+    worker._step()
+    assert [(name, type(what)) for name, what in told] == [("a", FailedError)]
+    assert list(worker._ears) == tickets[1:]
+    engine.step = step
+    while engine.busy:
+        worker._step()
+    assert [name for name, _ in told] == ["a", "b", "b", "b"]
 
 
 def test_no_numbers_are_a_failure_of_the_server(found: Any) -> None:

@@ -15,8 +15,8 @@ from loratune.adapt.placement import Placement, weight_of
 from loratune.errors import AdapterStateError
 from loratune.lora import AdapterState, Bank, LoraLayer, LowRank, Rows, Stack, Stacks, TokenRows, bank_of
 
-# Sets of adapters for which narrower stacks are kept.
-_KEPT = 4
+# Passes after which a set of adapters has narrower stacks, and how many sets keep theirs.
+_WHILE, _KEPT = 4, 2
 
 
 def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
@@ -35,6 +35,7 @@ class Mixed:
         self._state = placement.state
         self._stacks = Stacks(_stacks(placement, self.names), len(self.names))
         self._some: dict[tuple[int, ...], Stacks] = {}
+        self._seen: dict[tuple[int, ...], int] = {}
 
     @contextmanager
     def passing(self, names: Sequence[str | None], counts: Sequence[int], device: torch.device) -> Iterator[None]:
@@ -42,8 +43,10 @@ class Mixed:
         places = [None if name is None else self.names.index(name) for name in names]
         present = sorted({place for place in places if place is not None})
         stacks = self._stacks
-        if len(present) <= len(self.names) // 2:  # the others would be computed for nothing
-            stacks = self._narrowed(tuple(present))
+        few = len(present) <= len(self.names) // 2  # the others are computed for nothing
+        narrowed = self._narrowed(tuple(present)) if few else None
+        if narrowed is not None:
+            stacks = narrowed
             places = [None if place is None else present.index(place) for place in places]
         others = torch.ones(len(names), stacks.adapters, dtype=torch.bool)
         for row, place in enumerate(places):
@@ -53,12 +56,19 @@ class Mixed:
         with self._state.suspending(self.names, active=(), rows=TokenRows(others.to(device), stacks)):
             yield
 
-    def _narrowed(self, present: tuple[int, ...]) -> Stacks:
-        """The stacks of some adapters: they are the same for many passes, and then for none."""
-        found = self._some.pop(present, None) or self._stacks.of_some(present)
-        self._some[present] = found
-        if len(self._some) > _KEPT:
-            del self._some[next(iter(self._some))]
+    def _narrowed(self, present: tuple[int, ...]) -> Stacks | None:
+        """The stacks of some adapters, once they have been together for a while: making them takes longer than a pass.
+
+        They stay together for many passes, and then never meet again.
+        """
+        self._seen = {present: self._seen.get(present, 0) + 1}
+        found = self._some.pop(present, None)
+        if found is None and self._seen[present] >= _WHILE:
+            found = self._stacks.of_some(present)
+        if found is not None:
+            self._some[present] = found
+            if len(self._some) > _KEPT:
+                del self._some[next(iter(self._some))]
         return found
 
 

@@ -150,6 +150,13 @@ class Engine:
         return len(self._rows)
 
     @property
+    def next_tickets(self) -> tuple[int, ...]:
+        """Of the rows that the next step is over, unless others leave or come before it."""
+        begun = self._admitted()
+        self._waiting.extendleft(reversed(begun))
+        return tuple(row.ticket for row in (*self._rows, *begun))
+
+    @property
     def busy(self) -> bool:
         """Whether a row waits or runs."""
         return bool(self._rows or self._waiting)

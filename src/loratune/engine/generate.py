@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -94,7 +95,9 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
         own = replace(sampling, seed=sampling.seed + i)
         place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
     rows: list[list[int]] = [[] for _ in prompts]
-    with blocked_linears(model), freed_memory_kept(model.device):
+    # A copy of all weights: not for one answer in a conversation.
+    blocked = blocked_linears(model) if len(prompts) > 1 else nullcontext()
+    with blocked, freed_memory_kept(model.device):
         while engine.busy:
             told = engine.step()
             _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")

@@ -21,25 +21,33 @@ class Blocked:
     """W (out, in), for x W^T: in blocks where that is of use, else as it is."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self._blocks: Tensor | None = None
-        if blocks_help(weight):
-            self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TOKENS)
+        self.dtype = weight.dtype
+        self.in_blocks = blocks_help(weight)
+        # Nothing of the weight itself is kept beside its blocks.
+        self._held = _in_blocks(weight) if self.in_blocks else weight
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b, for x (..., in)."""
-        if self._blocks is None or x.dtype != self.weight.dtype:
-            return F.linear(x, self.weight, bias)
-        return cast(Tensor, _linear(x, self._blocks, bias, "none", [], ""))
+        """x W^T + b, for x (..., in) of the weight's dtype."""
+        if not self.in_blocks:
+            return F.linear(x, self._held, bias)
+        if x.dtype != self.dtype:
+            raise TypeError(f"a product of {x.dtype} and {self.dtype}")
+        return cast(Tensor, _linear(x, self._held, bias, "none", [], ""))
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + x W^T, for y (tokens, out) and x (tokens, in); y may be written over."""
-        if self._blocks is None or not x.dtype == y.dtype == self.weight.dtype:
-            return y.addmm_(x.to(y.dtype), self.weight.to(y.dtype).T)
-        return cast(Tensor, _linear.binary(x, y, self._blocks, None, "add"))
+        """y + x W^T, for y (tokens, out) and x (tokens, in) of the weight's dtype; y may be written over."""
+        if not self.in_blocks:
+            return y.addmm_(x, self._held.T) if y.dtype == self.dtype else y + F.linear(x, self._held)
+        if y.dtype != self.dtype:
+            return y + self.times(x)
+        return cast(Tensor, _linear.binary(x, y, self._held, None, "add"))
 
 
 _linear: Any = torch.ops.mkldnn._linear_pointwise
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TOKENS))
 
 
 def blocks_help(weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -44,9 +44,13 @@ def block_linears(model: nn.Module) -> list[nn.Linear]:
     found = [module for module in found if not wears(module, BlockedLinear.order)]
     if sum(module.weight.nbytes for module in found) > _SHARE * available_memory(torch.device("cpu")):
         return []
-    for module in found:
-        vars(module).update(blocked=Blocked(module.weight.detach()), blocked_at=_state_of(module.weight))
-        put_on(module, BlockedLinear)
+    try:
+        for module in found:
+            vars(module).update(blocked=Blocked(module.weight.detach()), blocked_at=_state_of(module.weight))
+            put_on(module, BlockedLinear)
+    except RuntimeError:  # there was less memory than it seemed
+        _unblock(found)
+        return []
     return found
 
 
@@ -57,9 +61,14 @@ def blocked_linears(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in found:
-            take_off(module, BlockedLinear.order)
-            del module.blocked, module.blocked_at
+        _unblock(found)
+
+
+def _unblock(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        take_off(module, BlockedLinear.order)
+        for name in ("blocked", "blocked_at"):
+            vars(module).pop(name, None)
 
 
 def _state_of(weight: Tensor) -> tuple[int, int]:

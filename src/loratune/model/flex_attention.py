@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -74,21 +74,42 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMa
     """
     if scale is not None and math.isclose(scale, query.shape[-1] ** -0.5, rel_tol=1e-9):
         scale = None
-    heads = query.shape[1], key.shape[1]
-    dims = query.shape[-1], value.shape[-1]
-    attend = _compiled(query.dtype, heads, dims) if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
-    grouped = heads[0] != heads[1]
+    eager = cast(Callable[..., Tensor], flex_attention)
+    attend = _compiled(_variant_of(query, key, value, mask)) if query.is_cuda else eager
+    grouped = query.shape[1] != key.shape[1]
     output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=_OPTIONS)
     return output.transpose(1, 2)
 
 
-@lru_cache(maxsize=64)
-def _compiled(dtype: torch.dtype, heads: tuple[int, int], dims: tuple[int, int]) -> Callable[..., Tensor]:  # noqa: ARG001 - a key
-    """Flex attention compiled for these alone.
+class _Variant(NamedTuple):
+    """What torch compiles a kernel of its own for, beside those of the backward pass."""
 
-    Dynamo counts variants by code object and allows eight of each: every kind has a copy of its own, within which few
-    things differ (a window, which tensors want gradients). A full graph: past the limit a call must fail rather than
-    compute all scores at once.
+    dtypes: tuple[torch.dtype, ...]
+    heads: tuple[int, ...]
+    dims: tuple[int, ...]
+    windowed: bool
+    wanted: tuple[bool, ...]
+    mode: tuple[bool, bool]
+
+
+def _variant_of(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> _Variant:
+    tensors = query, key, value
+    return _Variant(
+        tuple(t.dtype for t in tensors),
+        tuple(t.shape[1] for t in tensors),
+        tuple(t.shape[-1] for t in tensors),
+        mask.mask_mod.__name__ == "visible_within",
+        tuple(t.requires_grad for t in tensors),
+        (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+    )
+
+
+@cache
+def _compiled(variant: _Variant) -> Callable[..., Tensor]:  # noqa: ARG001 - a key
+    """Flex attention compiled for this alone.
+
+    Dynamo counts variants by code object and allows eight of each: each has a copy of its own. A full graph: past the
+    limit a call must fail rather than compute all scores at once.
     """
     own = FunctionType(_attend.__code__.replace(), _attend.__globals__, _attend.__name__)
     return cast(Callable[..., Tensor], torch.compile(own, dynamic=True, fullgraph=True))
@@ -183,10 +204,10 @@ def _visible(last: Tensor) -> MaskMod:
 
 def _visible_within(last: Tensor, position: Tensor, reach: Tensor) -> MaskMod:
     # The window in a tensor: a number would be compiled in, or made a symbol that not every kernel takes.
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex gives four
+    def visible_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 - flex gives four
         return (key <= query) & (query < last[key]) & (position[query] < reach[key])
 
-    return visible
+    return visible_within
 
 
 @lru_cache(maxsize=64)
@@ -196,6 +217,8 @@ def _works(kind: _Kind) -> bool:
     Compiling needs Triton, a C compiler and a device that both know; the result is used again for what is asked later.
     """
     if not triton_available(kind.device):
+        if kind.device.type == "cuda":
+            _log.warning("attention goes segment by segment, which is slower: there is no Triton for this device")
         return False
     try:
         most, name = _furthest(kind)

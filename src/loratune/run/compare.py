@@ -251,9 +251,10 @@ def _finite(value: float) -> float | None:
 def _or_lost(task: Task) -> dict[str, Any]:
     """A rate at which training diverges is the worst, and no failure of the search."""
     try:
-        return dict(apart(contend, task))
+        found = dict(apart(contend, task))
     except DivergedError:
         return {"val_loss": math.inf, "seconds": 0.0}
+    return found if math.isfinite(found["val_loss"]) else {**found, "val_loss": math.inf}
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

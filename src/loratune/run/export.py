@@ -129,7 +129,7 @@ def _merged(run: str, out: str, *, to: str, base: str | None, dtype: str, any_to
     shape = shape_of(model.config, model.base_model.rotary_emb.inv_freq)
     vocabulary = vocabulary_of(opened.base.tokenizer, model.config.vocab_size)
     with _plain_state(opened) as (state, checks), new_folder(target) as folder:
-        name = f"{Path(opened.base.name).stem} {'base' if opened.lora is None else 'merged'}"
+        name = f"{_called(opened.base.name)} {'base' if opened.lora is None else 'merged'}"
         whole = GgufModel(name, shape, vocabulary, state, _DTYPES[dtype])
         write_model(folder / "model.gguf", whole)
         count = compare_model(folder / "model.gguf", whole)
@@ -150,3 +150,8 @@ def _plain_state(opened: Opened) -> Iterator[tuple[dict[str, Tensor], list[str]]
 def _require(away: float) -> None:
     if not away <= _NEAR:
         raise CheckError(f"what was read back is {away:.1%} from the adapter", hint="do not use it; report this")
+
+
+def _called(base: str) -> str:
+    """A hub id's or folder's last part as it is: what follows a dot is often a number."""
+    return Path(base).name.removesuffix(".gguf")

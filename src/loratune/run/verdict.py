@@ -58,6 +58,8 @@ def verdict(first: str, other: str, measured: Mapping[str, Runs], tolerance: flo
 def _change(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float | None:
     if "failed" in ours or "failed" in theirs:
         return None
+    if theirs["val_loss"] == 0:  # nothing is left to be better than
+        return 0.0 if ours["val_loss"] == 0 else math.inf
     return float(ours["val_loss"] / theirs["val_loss"] - 1)
 
 
@@ -72,7 +74,9 @@ def _failures(measured: Mapping[str, Runs]) -> Iterable[str]:
 def _words(first: str, other: str, measured: Mapping[str, Runs], changes: Sequence[float], tolerance: float) -> str:
     mean = sum(changes) / len(changes)
     ours, theirs = (sum(run["val_loss"] for run in runs) / len(runs) for runs in (measured[first], measured[other]))
-    if mean > tolerance:
+    if mean > tolerance and min(changes) <= tolerance:
+        words = f"{first} is worse than {other} here on average, not with every seed"
+    elif mean > tolerance:
         words = f"{first} is worse than {other} here"
     elif mean < -tolerance:
         words = f"{first} is better than {other} here"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import math
 import signal
 import socket
 import threading
@@ -26,6 +28,10 @@ from loratune.serve.worker import Worker
 Say = Callable[[str], None]
 # Connections beside those that are answered or wait: the page, /health, and who is told to come again.
 _OTHERS = 64
+
+
+# Seconds beyond the grace in which answers that were ended are sent.
+_LAST_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,10 @@ class ServeConfig:
             problems.append(f"queue={self.queue}: at least 0")
         if self.longest is not None and self.longest < 2:
             problems.append(f"longest={self.longest}: at least 2")
-        if self.api_key is not None and not self.api_key.strip():
-            problems.append("api_key: it is empty")
+        if self.api_key is not None and (not self.api_key or self.api_key != self.api_key.strip()):
+            problems.append("api_key: it is empty, or has blanks around it, which no caller can show")
+        if not 0 <= self.grace < math.inf:
+            problems.append(f"grace={self.grace}: seconds")
         if self.adapter_dir is not None and not Path(self.adapter_dir).expanduser().is_dir():
             problems.append(f"adapter_dir={self.adapter_dir!r}: no such folder")
         if problems:
@@ -105,10 +113,15 @@ def serve(
             make_app(service),
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(config.grace),
+            # The worker itself ends answers that take longer than the grace, each with a word.
+            timeout_graceful_shutdown=math.ceil(config.grace) + _LAST_WORDS,
             limit_concurrency=service.worker.most + _OTHERS,
         )
-        Server(settings, lambda: _announce(service, config, listening.getsockname()[1], say)).run([listening])
+        server = Server(settings, lambda: _announce(service, config, listening.getsockname()[1], say), service)
+        try:
+            server.run([listening])
+        finally:  # told twice, it leaves its own end out; a thread inside the model must not outlive the process
+            service.worker.stop(0)
 
 
 def _elsewhere(act: Callable[[], Service]) -> Service:
@@ -158,13 +171,19 @@ def _announce(service: Service, config: ServeConfig, port: int, say: Say) -> Non
 class Server(uvicorn.Server):
     """One that says when it can be asked, and ends in order: being told to end is no failure of the process."""
 
-    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, settings: uvicorn.Config, ready: Callable[[], None], service: Service) -> None:
         super().__init__(settings)
-        self._ready = ready
+        self._ready, self._service = ready, service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn waits for answers before it ends the application, which would never tell them that time is up."""
+        ending = asyncio.create_task(asyncio.to_thread(self._service.worker.stop, self._service.grace))
+        await super().shutdown(sockets)
+        await ending
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -215,7 +234,7 @@ def _called(name: str) -> str:
 def _add_all(library: Library, runs: Sequence[str]) -> None:
     problems, hint = [], ""
     for run in runs:
-        name, _, path = run.rpartition("=") if "=" in run and not Path(run).exists() else ("", "", run)
+        name, _, path = run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run)
         name = name or Path(path).expanduser().resolve().name.replace(".", "-")
         try:
             library.add(name, path)

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StringConstraints, model_validator
 
 _Zero = Literal[0] | Annotated[float, Field(ge=0, le=0)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Word = Annotated[str, StringConstraints(max_length=512)]
 # Lists end with the first wrong item: a million wrong ones would be a million sentences.
-_Ids = Annotated[list[int], Field(fail_fast=True, max_length=1 << 20)]
+_Ids = Annotated[list[StrictInt], Field(fail_fast=True, max_length=1 << 20)]
 _Texts = Annotated[list[str], Field(fail_fast=True, max_length=4096)]
 _IdLists = Annotated[list[_Ids], Field(fail_fast=True, max_length=4096)]
 

@@ -113,6 +113,8 @@ class Worker:
     def stop(self, grace: float) -> None:
         """Take nothing more; what is being answered has so many seconds to end."""
         self._stopping = True
+        if self._thread.ident is None:
+            return
         self._hand_over(_Job(lambda: None))
         self._thread.join(grace)
         if self._thread.is_alive():
@@ -231,7 +233,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever a model raises, those who wait hear of it
             self.failed += 1
             _log.exception("a step failed")
-            self._break_off(FailedError(f"the model failed ({type(error).__name__}): {str(error)[:200]}"))
+            self._break_off(
+                FailedError(f"the model failed ({type(error).__name__}): {str(error)[:200]}"), self.engine.next_tickets
+            )
             return
         for chosen in told:
             index, answers = self._ears[chosen.ticket]
@@ -240,12 +244,14 @@ class Worker:
                 del self._ears[chosen.ticket]
 
     def _give_up(self) -> None:
-        self._break_off(StoppedError("the server is ending"))
+        self._break_off(StoppedError("the server is ending"), tuple(self._ears))
 
-    def _break_off(self, error: LoratuneError) -> None:
-        for index, answers in self._ears.values():
-            answers.tell(index, error)
-        self._cancel(list(self._ears))
+    def _break_off(self, error: LoratuneError, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            if ticket in self._ears:
+                index, answers = self._ears[ticket]
+                answers.tell(index, error)
+        self._cancel(tickets)
 
 
 def counted(worker: Worker) -> dict[str, Any]:
