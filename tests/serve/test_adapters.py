@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,23 @@ def test_a_server_that_is_told_to_end_lets_answers_end(start: Start) -> None:
     text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in seen if line.startswith("data: {"))
     assert text == whole
     assert server.process.wait(30) == 0
+
+
+def test_a_server_that_is_told_twice_ends_at_once_and_in_order(start: Start) -> None:
+    """No thread is left inside the model when the interpreter goes: that would abort the process."""
+    server = start(names=("a",), pause=0.3)
+    asked = {"model": "a", "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        server.process.send_signal(signal.SIGINT)
+        code = server.process.wait(20)
+    said = server.process.communicate()[1]
+    assert code in (0, 130), said
+    assert "Traceback" not in said
+    assert "terminate called" not in said
 
 
 def test_refused_before_it_starts(start: Start, shelf: Shelf) -> None:

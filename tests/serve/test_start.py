@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 import loratune.serve.server as server_module
+from loratune.engine import Engine
 from loratune.errors import ConfigError, ModelError
 from loratune.model import load_base
 from loratune.serve import ServeConfig, serve
@@ -80,6 +81,38 @@ def test_what_fails_while_loading_is_raised(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(server_module, "load_base", fails)
     with pytest.raises(ModelError, match="no such model"):
         serve("nobody/nothing", (), ServeConfig(port=0))
+
+
+def test_answers_that_outlast_the_grace_are_told_so(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[Any] = []
+    said: list[str] = []
+    startup, step = uvicorn.Server.startup, Engine.step
+
+    async def known(self: uvicorn.Server, *args: Any, **kwargs: Any) -> None:
+        running.append(self)
+        await startup(self, *args, **kwargs)
+
+    monkeypatch.setattr(uvicorn.Server, "startup", known)
+    monkeypatch.setattr(Engine, "step", lambda engine: time.sleep(0.2) or step(engine))
+    config = ServeConfig(port=0, grace=1)
+    thread = threading.Thread(
+        target=lambda: serve(str(shelf.base), (), config, say=said.append, dtype="fp32"), daemon=True
+    )
+    thread.start()
+    end = time.monotonic() + 30
+    while not said and time.monotonic() < end:
+        time.sleep(0.02)
+    port = ADDRESS.search(said[0])
+    assert port
+    asked = {"model": shelf.base.name, "prompt": "x", "max_tokens": 100, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"http://127.0.0.1:{port[1]}/v1/completions", json=asked, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        running[0].should_exit = True
+        told = [line for line in lines if line]
+    assert "the server is ending" in told[-1]
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

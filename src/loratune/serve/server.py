@@ -183,6 +183,9 @@ class Server(uvicorn.Server):
         """uvicorn waits for answers before it ends the application, which would never tell them that time is up."""
         ending = asyncio.create_task(asyncio.to_thread(self._service.worker.stop, self._service.grace))
         await super().shutdown(sockets)
+        if self.force_exit:  # it was told twice, and uvicorn leaves the application's own end out
+            await asyncio.to_thread(self._service.worker.stop, 0)
+            await self.lifespan.shutdown()
         await ending
 
     @contextmanager
