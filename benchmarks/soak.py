@@ -83,7 +83,7 @@ def known_answers(base: Path, adapters: Path, prompts: Sequence[list[int]]) -> l
                 near += 1
                 continue
             name = None if number is None else f"adapter-{number}"
-            found.append(Known(name, ids, tokenizer.decode(row[len(ids) :])))
+            found.append(Known(name, ids, tokenizer.decode(row[len(ids) :], skip_special_tokens=True)))
         if handle is not None:
             handle.detach()
     say(f"{len(found)} known answers, {len({one.text for one in found})} different; {near} too near to call left out")
