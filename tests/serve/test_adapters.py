@@ -85,8 +85,13 @@ def test_links_out_of_the_folder_are_not_followed(clean: Server, shelf: Shelf, t
         link.unlink()
         link.symlink_to(shelf.adapters / "late")
         assert load(clean, "one", "link").status_code == 200
-    finally:
         link.unlink()
+        shutil.copytree(shelf.adapters / "late", link)
+        (link / "adapter_model.safetensors").unlink()
+        (link / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere" / "adapter_model.safetensors")
+        assert load(clean, "two", "link").status_code == 400
+    finally:
+        shutil.rmtree(link) if link.is_dir() and not link.is_symlink() else link.unlink()
 
 
 def test_without_a_folder_nothing_is_loaded_by_request_and_keys_are_asked_for(start: Start, shelf: Shelf) -> None:

@@ -130,12 +130,13 @@ def _models(app: FastAPI, service: Service) -> None:
 
 
 def _allowed(path: str, allowed: Path | None) -> Path:
-    """The folder, if it stands inside the one from which adapters may be loaded, links followed."""
+    """The folder, if it and all in it stand inside the one from which adapters may be loaded, links followed."""
     if allowed is None:
         raise AdapterStateError("adapters are not loaded by request here", hint="start with --adapter-dir FOLDER")
     try:
-        folder = (allowed / path).resolve()
-        if folder.is_relative_to(allowed.resolve()) and folder.is_dir():
+        folder, inside = (allowed / path).resolve(), allowed.resolve()
+        found = (folder, *folder.iterdir())  # adapters are read from files of the folder itself
+        if all(one.resolve().is_relative_to(inside) for one in found):
             return folder
     except (OSError, ValueError, RuntimeError):  # a zero byte, a loop of links
         pass
