@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Any, Literal
 
 import torch
@@ -152,9 +152,7 @@ class Engine:
     @property
     def next_tickets(self) -> tuple[int, ...]:
         """Of the rows that the next step is over, unless others leave or come before it."""
-        begun = self._admitted()
-        self._waiting.extendleft(reversed(begun))
-        return tuple(row.ticket for row in (*self._rows, *begun))
+        return tuple(row.ticket for row in (*self._rows, *self._beginning()))
 
     @property
     def busy(self) -> bool:
@@ -199,27 +197,29 @@ class Engine:
 
         Where a pass fails, no token is lost: the same step may be tried again, or some rows cancelled first.
         """
-        begun = self._admitted()
+        begun = self._beginning()
         if self._rows or begun:
             logits = self._passed(begun)
-            self._rows += begun
+            for row in begun:
+                self._waiting.popleft()
+                self._rows.append(row)
             self._told += self._choose(logits)
         told, self._told = self._told, []
         return told
 
-    def _admitted(self) -> list[_Row]:
-        """Those that begin now: as many as there are slots, and no more prompt tokens than the limit."""
+    def _beginning(self) -> list[_Row]:
+        """Those of the waiting that begin now: as many as there are slots, and no more prompt tokens than the limit."""
         found: list[_Row] = []
         tokens = 0
-        while self._waiting and len(self._rows) + len(found) < self.limits.slots:
-            tokens += len(self._waiting[0].request.prompt)
+        for row in islice(self._waiting, self.limits.slots - len(self._rows)):
+            tokens += len(row.request.prompt)
             if found and tokens > self.limits.prompt_tokens:
                 break
-            found.append(self._waiting.popleft())
+            found.append(row)
         return found
 
     def _passed(self, begun: Sequence[_Row]) -> Tensor:
-        """Logits of all rows, those that begin now behind the others; where it fails these wait again."""
+        """Logits of all rows, those that begin now behind the others; where it fails these still wait."""
         first, rows = len(self._rows), [*self._rows, *begun]
         tokens, lengths = [row.last for row in self._rows], [row.length for row in self._rows]
         prompts, names = [row.request.prompt for row in begun], [row.request.adapter for row in rows]
@@ -233,7 +233,6 @@ class Engine:
         except BaseException:
             for slot in range(first, len(rows)):
                 self._slots.clear(slot)
-            self._waiting.extendleft(reversed(begun))
             raise
         return logits
 
