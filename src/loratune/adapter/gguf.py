@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune.adapter.value import SavedAdapter
-from loratune.errors import AdapterFileError, nearest
-from loratune.gguf import ARCHITECTURES, tensor_names, turned
+from loratune.errors import AdapterFileError
+from loratune.gguf import ARCHITECTURES, refuse_others, tensor_names, turned
 
 Array = NDArray[np.float32]
 
@@ -70,10 +70,5 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def _architecture(config: Any) -> str:
-    family = str(config.model_type)
-    if family not in ARCHITECTURES:
-        raise AdapterFileError(
-            f"no GGUF adapters of {family!r} are made here{nearest(family, list(ARCHITECTURES))}",
-            hint=f"{', '.join(ARCHITECTURES)}; `loratune merge` and llama.cpp's own converter do others",
-        )
-    return ARCHITECTURES[family]
+    refuse_others(config, ARCHITECTURES, "adapters", AdapterFileError)
+    return ARCHITECTURES[str(config.model_type)]

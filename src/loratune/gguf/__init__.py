@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: its names, its order of rows, and whole models in it."""
 
 from loratune.gguf.model import GgufModel, compare_model, write_model
-from loratune.gguf.names import ARCHITECTURES, tensor_names, turned
+from loratune.gguf.names import ARCHITECTURES, refuse_others, tensor_names, turned
 from loratune.gguf.shape import FAMILIES, Shape, refuse_family, shape_of
 from loratune.gguf.vocabulary import Vocabulary, vocabulary_of
 
@@ -13,6 +13,7 @@ __all__ = [
     "Vocabulary",
     "compare_model",
     "refuse_family",
+    "refuse_others",
     "shape_of",
     "tensor_names",
     "turned",

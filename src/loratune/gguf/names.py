@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from loratune.errors import LoratuneError, nearest
 
 # Families by transformers' model type: llama.cpp's architecture. In llama's the rows of q and k stand in another order.
 ARCHITECTURES = {
@@ -19,6 +21,16 @@ ARCHITECTURES = {
 }
 _TURNED = {"llama"}
 _SUFFIXES = (".weight", ".bias")
+
+
+def refuse_others(config: Any, known: Collection[str], made: str, error: type[LoratuneError]) -> None:
+    """Raise `error` where the family of a model is none of these, of which `made` are made."""
+    family = str(config.model_type)
+    if family not in known:
+        raise error(
+            f"no GGUF {made} of {family!r} are made here{nearest(family, list(known))}",
+            hint=f"{', '.join(known)}; `loratune merge` and llama.cpp's own converter do others",
+        )
 
 
 def tensor_names(config: Any) -> Callable[[str], str | None]:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.errors import ModelError, nearest
-from loratune.gguf.names import ARCHITECTURES
+from loratune.errors import ModelError
+from loratune.gguf.names import ARCHITECTURES, refuse_others
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Where llama.cpp takes factors for the rotation's frequencies, and transformers' scalings that are nothing else.
@@ -73,12 +73,7 @@ def shape_of(config: Any, frequencies: Tensor) -> Shape:
 
 
 def refuse_family(config: Any) -> None:
-    family = str(config.model_type)
-    if family not in FAMILIES:
-        raise ModelError(
-            f"no GGUF models of {family!r} are made here{nearest(family, list(FAMILIES))}",
-            hint=f"{', '.join(FAMILIES)}; `loratune merge` and llama.cpp's own converter do others",
-        )
+    refuse_others(config, FAMILIES, "models", ModelError)
 
 
 def _problems(config: Any) -> list[str]:
