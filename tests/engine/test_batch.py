@@ -488,6 +488,10 @@ def test_rows_are_as_long_as_memory_allows(monkeypatch: pytest.MonkeyPatch, capl
         Engine(model, limits=Limits(slots=8))
     assert "fewer slots" in caught.value.hint
     assert Engine(model, limits=Limits(slots=8, longest=250)).longest == 250
+    others = int(4 * 200 * place / 0.8)
+    assert Engine(model, limits=Limits(slots=4, reserved=others)).longest == 300
+    with pytest.raises(OutOfMemoryError, match="memory holds 0 tokens"):
+        Engine(model, limits=Limits(slots=4, reserved=10 * others))
 
 
 def test_an_adapter_in_the_place_of_another_is_the_one_that_answers() -> None:

@@ -159,10 +159,47 @@ def test_who_goes_before_the_body_has_ended_asked_nothing() -> None:
             raise AssertionError("nobody is there")
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        asyncio.run(Gate(app, None, 100)(scope, receive, send))
+        asyncio.run(Gate(app, None, 100, 1)(scope, receive, send))
 
     half = {"type": "http.request", "body": b'{"model": "a"', "more_body": True}
     told(half, {"type": "http.disconnect"})
     assert came == []
     told(half, {"type": "http.request", "body": b"}"})
     assert came == [b'{"model": "a"}']
+
+
+def test_more_at_once_than_are_let_in_are_told_so() -> None:
+    """In the words of all refusals, and only as long as the others are inside."""
+    go_on = asyncio.Event()
+
+    async def app(_: Any, __: Any, send: Any) -> None:
+        await go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    gate = Gate(app, None, 100, 2)
+
+    async def status(path: str) -> int:
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await gate({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
+        if sent[0]["status"] == 503:
+            assert b'"server_error"' in sent[1]["body"]
+            assert (b"retry-after", b"1") in sent[0]["headers"]
+        return int(sent[0]["status"])
+
+    async def several() -> list[int]:
+        inside = [asyncio.ensure_future(status("/v1/models")) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused = await status("/v1/models")
+        health = asyncio.ensure_future(status("/health"))
+        await asyncio.sleep(0)
+        go_on.set()
+        return [refused, await health, *(await asyncio.gather(*inside)), await status("/v1/models")]
+
+    assert asyncio.run(several()) == [503, 200, 200, 200, 200]

@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import LoratuneError
+from loratune.serve.library import LostError
+from loratune.serve.refusals import _STATUS as _REFUSED
 from tests.serve.conftest import Shelf, service
 
 
@@ -49,9 +51,11 @@ def test_one_that_is_damaged_takes_nobodys_place(library: Any, shelf: Shelf, tmp
     assert library.loaded == ("a", "b")
     (folder / "adapter_model.safetensors").write_bytes(b"damaged")
     before = state(library)
-    with pytest.raises(LoratuneError):
+    with pytest.raises(LostError, match="'late' cannot be loaded any more") as caught:
         library.ready("late")
+    assert str(tmp_path) not in str(caught.value)  # whoever asks is told no path
     assert state(library) == before
+    assert _REFUSED[LostError] == 500
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)

@@ -128,3 +128,22 @@ def test_the_tokens_of_what_was_cut_off_are_not_told() -> None:
         told += text.told()
     assert text.written == "ax"
     assert [(offset, one.token) for offset, one in told] == [(0, 0), (1, 3)]
+
+
+def test_an_answer_that_continues_a_text_keeps_its_space() -> None:
+    """SentencePiece leaves out the space that a text begins with, and this one begins in the prompt."""
+    tokenizer = spelled({"\u2581a": 0, "\u2581b": 1, "c": 2}, sentencepiece=True)
+    for after, expected in (((), "bc"), ((0,), " bc"), ((0, 1, 0), " bc")):
+        text = Text(tokenizer, [], after)
+        assert [text.add(Chosen(0, 1, None)), text.add(Chosen(0, 2, "length"))] == [expected[:-1], "c"]
+        assert [offset for offset, _ in text.told()] == [0, len(expected) - 1]
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(content=st.text(min_size=1, max_size=30), after=st.text(max_size=60))
+def test_what_was_before_changes_nothing_else(content: str, after: str) -> None:
+    ids, before = (list(TOKENIZER(text, add_special_tokens=False)["input_ids"]) for text in (content, after))
+    text = Text(TOKENIZER, [], before)
+    for place, token in enumerate(ids):
+        text.add(Chosen(0, token, "length" if place == len(ids) - 1 else None))
+    assert text.written == TOKENIZER.decode(ids, skip_special_tokens=True)

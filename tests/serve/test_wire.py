@@ -128,6 +128,30 @@ def test_a_million_wrong_items_are_one_problem(client: httpx.Client) -> None:
     assert time.perf_counter() - begun < 3
 
 
+def test_alternatives_without_probabilities_are_not_left_out(client: httpx.Client) -> None:
+    found = said(client, CHAT, {"top_logprobs": 2})
+    assert found.status_code == 400
+    assert "top_logprobs is for logprobs: true" in found.json()["error"]["message"]
+    assert said(client, CHAT, {"top_logprobs": None}).status_code == 200
+
+
+def test_a_body_that_is_no_json_says_where(client: httpx.Client) -> None:
+    """And names no field, since there is none."""
+    json = {"content-type": "application/json"}
+    error = client.post("/v1/completions", content='{"model": "a", }', headers=json).json()["error"]
+    assert error["message"].startswith("body: no JSON at character 15: ")
+    assert error["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [('{"model": "a", "prompt": "x"}', "text/plain"), ("[1]", "application/json")]
+)
+def test_a_body_that_is_no_object_says_what_to_send(client: httpx.Client, content: str, kind: str) -> None:
+    found = client.post("/v1/completions", content=content, headers={"content-type": kind})
+    assert found.status_code == 400
+    assert "send a JSON object, with Content-Type: application/json" in found.json()["error"]["message"]
+
+
 def test_what_is_deep_is_no_failure(client: httpx.Client) -> None:
     for deep in ("[" * 200_000, '{"model": "a", "prompt": ' + "[" * 5000 + "]" * 5000 + "}"):
         found = client.post("/v1/completions", content=deep, headers={"content-type": "application/json"})

@@ -30,10 +30,12 @@ class Mixed:
 
     def __init__(self, placement: Placement, names: Sequence[str]) -> None:
         """Raises AdapterStateError where a tensor is not finite: it would reach the tokens of all the others."""
-        _refuse_broken(placement, names)
         self.names = tuple(names)
         self._state = placement.state
-        self._stacks = Stacks(_stacks(placement, self.names), len(self.names))
+        stacks = _stacks(placement, self.names)
+        if not all(stack.is_finite() for stack in stacks.values()):
+            _refuse_broken(placement, names)
+        self._stacks = Stacks(stacks, len(self.names))
         self._some: dict[tuple[int, ...], Stacks] = {}
         self._seen: dict[tuple[int, ...], int] = {}
 
@@ -73,16 +75,16 @@ class Mixed:
 
 
 def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
+    """Raise for those of some adapters that hold what is not finite."""
     broken = []
     for name in names:
         for path, low_rank in placement.low_ranks(name).items():
-            # As the bank has them: what is finite in fp32 may not be in fp16.
+            # As the stacks have them: what is finite in fp32 may not be in fp16.
             dtype = weight_of(placement.layers[path]).dtype
             scaled = low_rank.factors()[1] * low_rank.scale
             if not all(bool(t.to(dtype).isfinite().all()) for t in (scaled, *low_rank.parameters())):
                 broken.append(f"{name!r} holds NaN or infinity: {path}, in {str(dtype).removeprefix('torch.')}")
-    if broken:
-        raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
+    raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from loratune.adapter.card import card_of
 from loratune.adapter.combination import Combined, combine
 from loratune.adapter.difference import Difference, diff
-from loratune.adapter.format import config_to_json, read_adapter, read_config, write_adapter
+from loratune.adapter.format import config_to_json, count_parameters, read_adapter, read_config, write_adapter
 from loratune.adapter.gguf import gguf_tensors, read_gguf, write_gguf
 from loratune.adapter.hub import adapter_folder
 from loratune.adapter.keys import DTYPES, to_keys
@@ -24,6 +24,7 @@ __all__ = [
     "card_of",
     "combine",
     "config_to_json",
+    "count_parameters",
     "diff",
     "effective_rank",
     "gguf_tensors",

@@ -8,6 +8,7 @@ have no place for, the hashes of base and tokenizer; other readers ignore it.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -241,6 +242,20 @@ def _tensor_bytes(adapter: SavedAdapter) -> bytes:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(path.read_bytes())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def count_parameters(folder: Path) -> int:
+    """How many numbers an adapter's file holds, by its header alone.
+
+    Raises:
+        AdapterFileError: no such file, or a damaged one.
+    """
+    path = folder / TENSOR_FILE
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
 

@@ -93,11 +93,13 @@ class Limits:
             with it, but not with its square: scores are computed by blocks.
         longest: tokens of a row, prompt and answer; the model's context where it is None, and less where memory would
             not hold as many in all slots.
+        reserved: bytes of memory that others will take, and slots do not.
     """
 
     slots: int = 32
     prompt_tokens: int = 2048
     longest: int | None = None
+    reserved: int = 0
 
 
 @dataclass
@@ -274,7 +276,7 @@ def _longest(model: PreTrainedModel, limits: Limits) -> int:
         alike = longest_alike(model)
         hint = "answer one prompt at a time" if alike is None else f"let rows have {alike:,} tokens at most"
         raise ConfigError(f"rows of this model cannot be continued together: {why}", hint=hint)
-    fits = places_in_memory(model) // limits.slots
+    fits = places_in_memory(model, limits.reserved) // limits.slots
     if fits >= asked:
         return asked
     if fits < _FEWEST:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from loratune.engine.batch import Engine, Limits, Request
 from loratune.engine.choose import GREEDY, Sampling, is_sound
 from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
 from loratune.errors import DataError, DivergedError
-from loratune.model import blocked_linears, context_of, evaluating, freed_memory_kept, packing
+from loratune.model import context_of, decoding, evaluating, freed_memory_kept, packing
 
 _Done = Callable[[int], None]
 
@@ -95,9 +94,8 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
         own = replace(sampling, seed=sampling.seed + i)
         place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
     rows: list[list[int]] = [[] for _ in prompts]
-    # A copy of all weights: not for one answer in a conversation.
-    blocked = blocked_linears(model) if len(prompts) > 1 else nullcontext()
-    with blocked, freed_memory_kept(model.device):
+    # A copy of all weights takes longer than one answer.
+    with decoding(model, copy=len(prompts) > 1), freed_memory_kept(model.device):
         while engine.busy:
             told = engine.step()
             _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")

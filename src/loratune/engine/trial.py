@@ -62,9 +62,10 @@ def longest_alike(model: PreTrainedModel) -> int | None:
     return min(map(int, contexts), default=None)
 
 
-def places_in_memory(model: PreTrainedModel) -> int:
-    """Tokens whose keys and values fit into what is free; the model has passed `why_not_batched`."""
-    return int(available_memory(model.device) * _MEMORY_SHARE) // _PASSED[model].bytes_per_place
+def places_in_memory(model: PreTrainedModel, reserved: int = 0) -> int:
+    """Tokens whose keys and values fit into what is free, but for so many bytes; the model passed `why_not_batched`."""
+    free = max(0, available_memory(model.device) - reserved)
+    return int(free * _MEMORY_SHARE) // _PASSED[model].bytes_per_place
 
 
 @torch.no_grad()

@@ -125,6 +125,11 @@ class Stack(NamedTuple):
         B = (bank.B * bank.scale[:, None, None]).transpose(0, 1).flatten(1).to(dtype)
         return cls(bank.A.flatten(0, 1).to(dtype), B, None if bank.bias is None else bank.bias.to(dtype))
 
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        # The product with zero is one of them exactly where a number is; one pass, and one answer.
+        return not any(bool((t * 0).sum().isnan()) for t in (self.A, self.B, self.bias) if t is not None)
+
     def of_some(self, adapters: Tensor, count: int) -> Stack:
         """Those at these positions, of the `count` that there are."""
         A = self.A.unflatten(0, (count, -1)).index_select(0, adapters).flatten(0, 1)

@@ -9,7 +9,7 @@ from loratune.model.attention import (
     why_no_shared_prefixes,
     why_not_packed,
 )
-from loratune.model.blocked_linear import block_linears, blocked_linears
+from loratune.model.decoding_linear import decoding, prepare_decoding
 from loratune.model.device import (
     available_memory,
     device_name,
@@ -49,9 +49,8 @@ __all__ = [
     "adapter_training",
     "available_memory",
     "base_of",
-    "block_linears",
-    "blocked_linears",
     "context_of",
+    "decoding",
     "device_name",
     "empty_model",
     "evaluating",
@@ -75,6 +74,7 @@ __all__ = [
     "peak_memory",
     "pick_device",
     "pick_dtype",
+    "prepare_decoding",
     "processor_name",
     "recompute_activations",
     "save_plain",

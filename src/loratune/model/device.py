@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from loratune.errors import ConfigError
+from loratune.model.container import allowance
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -82,17 +83,19 @@ def triton_available(device: torch.device) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a run may take now; on a GPU also those that torch keeps from what it has freed."""
+    """Bytes that a run may take now: of a container's where it is less; on a GPU with those that torch keeps."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
+    free, allowed = int(psutil.virtual_memory().available), allowance()
+    return free if allowed is None else min(free, allowed.left)
 
 
 def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().total)
+    there, allowed = int(psutil.virtual_memory().total), allowance()
+    return there if allowed is None else min(there, allowed.total)
 
 
 def peak_memory(device: torch.device) -> int:

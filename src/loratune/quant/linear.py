@@ -128,6 +128,10 @@ class QuantizedWeight:
         place = room(self._format.size_of(self._shape), wanted, self.device)
         return self._format.decode(self._stored(), self._shape, wanted, place)
 
+    def times(self, x: Tensor) -> Tensor | None:
+        """x Wᵀ without a gradient by the codes themselves; None where decoding them is faster."""
+        return self._format.times(self._stored(), x)
+
     def computed_by(self, forward: Callable[..., Any]) -> bool:
         return forward is QuantizedLinear.forward
 

@@ -9,7 +9,7 @@ from loratune.config import TrainConfig
 from loratune.data.example import Example
 from loratune.data.read import read
 from loratune.data.render import render, render_prompt
-from loratune.engine import GREEDY, Answer, Sampling
+from loratune.engine import GREEDY, Answer, Sampling, make_ready
 from loratune.engine import generate as continue_prompts
 from loratune.evaluation import exact_match, held_out_batches, held_out_loss
 from loratune.model import context_of, stop_ids, why_not_packed
@@ -98,6 +98,7 @@ def _answers(
     batch_size: int,
     done: Callable[[int], None] | None,
 ) -> list[Answer]:
+    make_ready(opened.base.model)
     stops = stop_ids(opened.base.model, opened.base.tokenizer)
     return continue_prompts(
         opened.base.model, opened.base.tokenizer, prompts, stops, sampling, batch_size=batch_size, done=done

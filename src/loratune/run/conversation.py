@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratune.engine import Answer, Sampling, generate
+from loratune.engine import Answer, Sampling, generate, make_ready
 from loratune.errors import ConfigError
 from loratune.model import stop_ids
 from loratune.run.opened import Opened, open_run
@@ -56,6 +56,7 @@ class Conversation:
         elif vs is not None:
             speakers.append(Speaker(vs, open_run(vs, **opening), adapter_on=True))
         for speaker in speakers:
+            make_ready(speaker.opened.base.model)
             if system:
                 speaker.messages.append({"role": "system", "content": system})
         return cls(tuple(speakers), sampling)

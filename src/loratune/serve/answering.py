@@ -112,8 +112,9 @@ async def answered(
         ]
 
     answers = await service.worker.ask(body.model, requests)
-    texts = [Text(service.tokenizer, body.stop or ()) for _ in prompts]
-    told = Told(body.model, secrets.token_hex(12), chat=isinstance(body, ChatBody))
+    chat = isinstance(body, ChatBody)
+    texts = [Text(service.tokenizer, body.stop or (), () if chat else prompt) for prompt in prompts]
+    told = Told(body.model, secrets.token_hex(12), chat=chat)
     call = _Call(service, told, answers, sum(map(len, prompts)), texts, alternatives is not None, begun)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage

@@ -26,6 +26,8 @@ from loratune.serve.wire import ChatBody, LoadBody, TextBody, UnloadBody, error_
 
 _PAGE = Path(__file__).parent / "page.html"
 _REPORT = "report.html"
+# Requests beside those that are answered or wait: lists, metrics, and who is told to come again.
+_OTHERS = 32
 # A report is a file of a run folder, which may come from anywhere: it is shown, and cannot act as this server's page.
 _REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 
@@ -40,7 +42,13 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.worker.stop, service.grace)
 
     app = FastAPI(title="loratune", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, api_key=service.api_key, largest=service.largest, hosts=service.hosts)
+    app.add_middleware(
+        Gate,
+        api_key=service.api_key,
+        largest=service.largest,
+        most=service.worker.most + _OTHERS,
+        hosts=service.hosts,
+    )
     add_refusals(app)
     _pages(app, service)
     _models(app, service)

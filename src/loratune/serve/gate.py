@@ -21,13 +21,17 @@ class Gate:
 
     Args:
         api_key: what callers must show, or None. largest: bytes of a body at most.
+        most: requests at once.
         hosts: the names by which the server may be called; None for any. Behind a name of its own that leads to this
             machine, a foreign page would be of one origin with the server (DNS rebinding).
     """
 
-    def __init__(self, app: Any, api_key: str | None, largest: int, hosts: Collection[str] | None = None) -> None:
-        self._app, self._key, self._largest = app, api_key, largest
+    def __init__(
+        self, app: Any, api_key: str | None, largest: int, most: int, hosts: Collection[str] | None = None
+    ) -> None:
+        self._app, self._key, self._largest, self._most = app, api_key, largest, most
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._inside = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -35,16 +39,25 @@ class Gate:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
-        if refusal is None:
-            try:
-                body = await self._read(headers, receive)
-            except _GoneError:
-                return
-            if body is not None:
-                await self._app(scope, _told_again(body, receive), send)
-                return
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        self._inside += 1
+        try:
+            await self._let_in(headers, scope, receive, send)
+        finally:
+            self._inside -= 1
+
+    async def _let_in(self, headers: Mapping[bytes, bytes], scope: Any, receive: Any, send: Any) -> None:
+        try:
+            body = await self._read(headers, receive)
+        except _GoneError:
+            return
+        if body is None:
             refusal = _refusal(413, f"a body of more than {self._largest:,} bytes")
-        await refusal(scope, receive, send)
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, _told_again(body, receive), send)
 
     def _refusal(self, scope: Any, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
@@ -58,6 +71,9 @@ class Gate:
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and scope["method"] not in _READING and urlsplit(origin).netloc != host:
             return _refusal(403, f"a page of {origin} may not ask this server")
+        if self._inside >= self._most and scope["path"] not in _OPEN:
+            said = error_of(f"{self._inside} requests are being answered; ask again later", "server_error")
+            return JSONResponse(said, 503, headers={"Retry-After": "1"})
         return None
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[Any]]) -> bytes | None:

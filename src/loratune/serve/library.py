@@ -5,6 +5,7 @@ Only the worker's thread changes anything here, between two steps; others read w
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from typing import Any
 from loratune.adapt import Adapters, attach
 from loratune.adapter import adapter_folder
 from loratune.engine import Engine
-from loratune.errors import AdapterStateError, LoratuneError
+from loratune.errors import AdapterFileError, AdapterStateError, LoratuneError
+
+_log = logging.getLogger("loratune.serve")
 
 
 class NoRoomError(LoratuneError):
@@ -23,6 +26,10 @@ class NoRoomError(LoratuneError):
 
 class UnknownNameError(LoratuneError):
     """No adapter, and not the base, has this name."""
+
+
+class LostError(LoratuneError):
+    """A known adapter cannot be loaded any more."""
 
 
 class Library:
@@ -88,7 +95,7 @@ class Library:
         """See that the model of this name, an adapter or the base, is loaded.
 
         Raises:
-            UnknownNameError, NoRoomError, AdapterFileError.
+            UnknownNameError, NoRoomError. LostError: its files are gone or damaged, or no longer fit.
         """
         self.refuse_unknown(name)
         if name == self.base:
@@ -96,8 +103,13 @@ class Library:
         if name in self._loaded:
             with self._lock:
                 self._loaded.move_to_end(name)
-        else:
+            return
+        try:
             self._load(name, self._folders[name])
+        except (AdapterFileError, AdapterStateError) as error:
+            # Who asks has done nothing wrong, and paths of this machine are not theirs to know.
+            _log.error("%s", error)
+            raise LostError(f"{name!r} cannot be loaded any more", hint="the server's log says why") from error
 
     def _load(self, name: str, folder: Path) -> None:
         """Put an adapter on the model; another one makes way only when this one is known to be good."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from loratune.errors import LoratuneError
-from loratune.serve.library import NoRoomError, UnknownNameError
+from loratune.serve.library import LostError, NoRoomError, UnknownNameError
 from loratune.serve.wire import error_of
 from loratune.serve.worker import BusyError, FailedError, StoppedError
 
@@ -16,9 +18,11 @@ _STATUS: dict[type[LoratuneError], int] = {
     NoRoomError: 429,
     BusyError: 429,
     FailedError: 500,
+    LostError: 500,
     StoppedError: 503,
 }
 _SHOWN = 20
+_NO_JSON = "json_invalid"
 
 
 def add_refusals(app: FastAPI) -> None:
@@ -31,13 +35,20 @@ def add_refusals(app: FastAPI) -> None:
 
 async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """Every problem of a body, each with where it is."""
-    problems = [
-        f"{'.'.join(str(part) for part in problem['loc'] if part != 'body') or 'body'}: {problem['msg']}"
-        for problem in error.errors()[:_SHOWN]
-    ]
-    first = error.errors()[0]["loc"]
-    param = str(first[1]) if len(first) > 1 else None
-    return JSONResponse(error_of("; ".join(problems), "invalid_request_error", param=param), 400)
+    problems, first = error.errors()[:_SHOWN], error.errors()[0]
+    named = len(first["loc"]) > 1 and first["type"] != _NO_JSON
+    param = str(first["loc"][1]) if named else None
+    message = "; ".join(_sentence(problem) for problem in problems)
+    return JSONResponse(error_of(message, "invalid_request_error", param=param), 400)
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    place = problem["loc"][1:]
+    if problem["type"] == _NO_JSON:
+        return f"body: no JSON at character {place[0]}: {problem['ctx']['error']}"
+    if not place and problem["type"] != "value_error":
+        return f"body: {problem['msg']}; send a JSON object, with Content-Type: application/json"
+    return f"{'.'.join(map(str, place)) or 'body'}: {problem['msg']}"
 
 
 async def _refused(_: Request, error: LoratuneError) -> JSONResponse:

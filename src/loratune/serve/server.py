@@ -17,16 +17,18 @@ from typing import Any
 
 import uvicorn
 
-from loratune.engine import Engine, Limits
+from loratune.engine import Engine, Limits, make_ready
 from loratune.errors import ConfigError, LoratuneError
-from loratune.model import Base, block_linears, load_base, stop_ids, why_not_fused, why_not_packed
+from loratune.model import Base, load_base, stop_ids
 from loratune.serve.app import make_app
 from loratune.serve.library import Library
+from loratune.serve.reserve import adapters_bytes
 from loratune.serve.service import Service
 from loratune.serve.worker import Worker
 
 Say = Callable[[str], None]
-# Connections beside those that are answered or wait: the page, /health, and who is told to come again.
+# Connections beside those that are answered or wait: those that are kept open, and who is told to come again. Beyond
+# them uvicorn itself refuses, in plain text.
 _OTHERS = 64
 
 
@@ -204,7 +206,7 @@ class Server(uvicorn.Server):
 
 def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
     """Everything that the routes need, with the adapters loaded."""
-    why_not = why_not_packed(base.model)
+    why_not = make_ready(base.model)
     if why_not is not None:
         raise ConfigError(f"{base.name} cannot answer several requests at once: {why_not}", hint="see loratune chat")
     if getattr(base.tokenizer, "backend_tokenizer", None) is None:
@@ -212,11 +214,13 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
             f"{base.name} has a tokenizer of Python only, which is too slow to serve",
             hint="save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))",
         )
-    why_not_fused(base.model)  # a family without such blocks is served as it is
-    block_linears(base.model)
-    engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest))
+    named = [_named(run) for run in runs]
+    reserved = 0
+    if named or config.adapter_dir is not None:
+        reserved = adapters_bytes(base.model, [path for _, path in named], config.adapters)
+    engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest, reserved=reserved))
     library = Library(engine, base.tokenizer, _called(base.name), config.adapters)
-    _add_all(library, runs)
+    _add_all(library, named)
     return Service(
         Worker(engine, library, config.queue),
         base.tokenizer,
@@ -234,11 +238,15 @@ def _called(name: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else name
 
 
-def _add_all(library: Library, runs: Sequence[str]) -> None:
+def _named(run: str) -> tuple[str, str]:
+    """Name and path of a run: `NAME=FOLDER`, or the folder's own name, in which a dot would look like a file's."""
+    name, _, path = run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run)
+    return name or Path(path).expanduser().resolve().name.replace(".", "-"), path
+
+
+def _add_all(library: Library, named: Sequence[tuple[str, str]]) -> None:
     problems, hint = [], ""
-    for run in runs:
-        name, _, path = run.partition("=") if "=" in run and not Path(run).exists() else ("", "", run)
-        name = name or Path(path).expanduser().resolve().name.replace(".", "-")
+    for name, path in named:
         try:
             library.add(name, path)
         except LoratuneError as error:

@@ -19,11 +19,13 @@ class Text:
         written: what has been given out. finish: why it ended, or None. tokens: how many came, the stop token too.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], after: Sequence[int] = ()) -> None:
+        """`after`: the tokens that the answer continues, where it is one text with them."""
         self._decoder, self._stops = tokenizer.backend_tokenizer, tuple(stop for stop in stops if stop)
-        # The last tokens: first those that are text already, on which it depends what the others become.
-        self._window: list[int] = []
-        self._read, self._before = 0, ""
+        # The last tokens: first those that are text already, on which it depends what the others become: SentencePiece
+        # leaves out a space that a text begins with.
+        self._window = list(after[-_QUIET:])
+        self._read, self._before = len(self._window), self._decoded()
         # What the others are so far, which may end in half a character; and text that may begin a stop sequence.
         self._open = self._held = ""
         self._told: list[tuple[int, Chosen]] = []

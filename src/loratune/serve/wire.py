@@ -102,6 +102,12 @@ class ChatBody(_Asked):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
+    @model_validator(mode="after")
+    def _alternatives_are_probabilities(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs: true")
+        return self
+
     @property
     def most(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens

@@ -1,0 +1,40 @@
+"""How much of the memory is kept for adapters, before the rest is given to keys and values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from loratune.adapter import adapter_folder, count_parameters
+from loratune.errors import AdapterFileError
+from loratune.lora import base_modules
+from loratune.quant import frozen_weight
+
+# What an adapter is taken to be where none is known yet.
+_RANK = 16
+# Copies of each number in the base's dtype: the stacks, and those that take their place when an adapter comes; the
+# blocks; and of two sets of half the adapters both.
+_COPIES = 5
+
+
+def adapters_bytes(model: PreTrainedModel, paths: Sequence[str], count: int) -> int:
+    """What `count` adapters take, each as large as the largest of those at `paths`.
+
+    Where none can be read they are taken to be of rank 16 on all linear layers; what is wrong with them is said when
+    they are loaded.
+    """
+    sizes = []
+    for path in paths:
+        with contextlib.suppress(AdapterFileError):
+            sizes.append(count_parameters(adapter_folder(path)))
+    largest = max(sizes, default=0) or _RANK * _widths(model)
+    return count * largest * (torch.float32.itemsize + _COPIES * model.dtype.itemsize)
+
+
+def _widths(model: PreTrainedModel) -> int:
+    """Inputs and outputs of all linear layers together: parameters of rank 1."""
+    weights = [frozen_weight(module) for _, module in base_modules(model)]
+    return sum(weight.in_features + weight.out_features for weight in weights if weight is not None)
