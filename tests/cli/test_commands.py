@@ -187,6 +187,26 @@ def test_chat(cli: Cli, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None
     said = cli("chat", finished, "--max-new-tokens", 3)
     assert said.code == 0
     assert said.out.strip() == lines[0]["answers"][1]["text"].strip()
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 + 3 =\n"))
+    said = cli("chat", finished, "--vs", finished, "--max-new-tokens", 3)
+    assert said.out.count("╭─") == said.out.count(" token") == 2
+
+
+def test_a_run_answers_with_its_base_in_few_bits(cli: Cli, finished: Path, data: str) -> None:
+    """The run's own base is dense; how much worse eight bits are is a question that can be asked."""
+    dense = cli("eval", finished, "--data", data, "--json").json
+    eight = cli("eval", finished, "--data", data, "--quant", "int8", "--json").json
+    assert eight["run"]["loss"] != dense["run"]["loss"]
+    assert eight["run"]["loss"] == pytest.approx(dense["run"]["loss"], rel=0.05)
+
+
+def test_progress_in_a_pipe(cli: Cli, finished: Path, data: str, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    said = cli("generate", finished, "--prompts", data, "--limit", 20, "--max-new-tokens", 1, "--out", out)
+    assert said.code == 0
+    counts = [int(line.split("/")[0]) for line in said.err.splitlines() if line.endswith("/20 answers")]
+    assert counts == sorted(counts)
+    assert counts[-1] == 20
 
 
 def test_doctor(cli: Cli) -> None:

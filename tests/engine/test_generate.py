@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratune.engine import Sampling, generate
+from loratune.engine import Sampling, generate, make_ready
 from loratune.engine.passes import Passes
 from loratune.errors import DataError, DivergedError
-from loratune.model import fuse, use_packed_attention
+from loratune.model import fuse, fused, use_packed_attention
 from tests.models import FAMILIES, tiny
 from tests.oracle.decoding import greedy
 from tests.tiny import tiny_tokenizer
@@ -185,3 +185,45 @@ def test_fewer_rows_at_once_where_memory_is_short(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Passes, "over", counted)
     assert generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=8)) == expected
     assert max(rows) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_answers_are_heard_as_they_are_written(family: str) -> None:
+    """In pieces where rows are continued here; whole where the family does it."""
+    model, heard = tiny(family), [list[str]() for _ in PROMPTS]
+    stops = stops_for(model)
+    answers = generate(
+        model, TOKENIZER, PROMPTS, stops, Sampling(max_new_tokens=8), hear=lambda i, piece: heard[i].append(piece)
+    )
+    assert ["".join(pieces) for pieces in heard] == [answer.text for answer in answers]
+    assert (max(map(len, heard)) > 2) == (family == "llama")
+
+
+def test_a_tokenizer_of_python_only_is_heard_at_the_end() -> None:
+    class Slow:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join(map(str, ids))
+
+    heard = []
+    answers = generate(
+        tiny(), Slow(), PROMPTS[:2], frozenset(), Sampling(max_new_tokens=3), hear=lambda *said: heard.append(said)
+    )  # type: ignore[arg-type]
+    assert heard == [(place, answer.text) for place, answer in enumerate(answers)]
+
+
+@torch.no_grad()
+def test_a_model_made_ready_gives_what_it_gave() -> None:
+    model = tiny().bfloat16().requires_grad_(False)
+    before = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=4))]
+    assert make_ready(model) is None
+    assert fused(model)
+    assert make_ready(model) is None  # once more changes nothing
+    after = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=4))]
+    assert sum(a[0] == b[0] for a, b in zip(before, after, strict=True)) >= len(PROMPTS) - 1  # roundings aside
+
+
+def test_a_family_that_cannot_be_packed_stays_as_it_is() -> None:
+    model = tiny("gemma2")
+    before = [type(module) for module in model.modules()]
+    assert make_ready(model) is not None
+    assert [type(module) for module in model.modules()] == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import loratune as lt
@@ -25,12 +26,14 @@ def test_parameters_are_counted_in_the_header(shelf: Shelf, tmp_path: Path) -> N
 def test_the_largest_counts_for_each(shelf: Shelf, tmp_path: Path) -> None:
     model = tiny("llama")
     paths = [str(shelf.adapters / name) for name in "ac"]
-    assert adapters_bytes(model, paths, 3) == 3 * 24 * count_parameters(shelf.adapters / "c")
-    assert adapters_bytes(model.bfloat16(), [*paths, str(tmp_path)], 1) == 14 * count_parameters(shelf.adapters / "c")
+    assert adapters_bytes(model, torch.float32, paths, 3) == 3 * 24 * count_parameters(shelf.adapters / "c")
+    assert adapters_bytes(model, torch.bfloat16, [*paths, str(tmp_path)], 1) == 14 * count_parameters(
+        shelf.adapters / "c"
+    )
 
 
 def test_without_one_rank_16_is_taken() -> None:
     model = tiny("llama")
     expected = lt.plan(model, lt.LoraConfig(r=16, target_modules="all-linear")).trainable
     head = 16 * sum(model.lm_head.weight.shape)
-    assert adapters_bytes(model, [], 2) == 2 * 24 * (expected + head)
+    assert adapters_bytes(model, torch.float32, [], 2) == 2 * 24 * (expected + head)

@@ -63,6 +63,8 @@ class Mixed:
 
         They stay together for many passes, and then never meet again.
         """
+        if not present:
+            return Stacks({}, 0)
         self._seen = {present: self._seen.get(present, 0) + 1}
         found = self._some.pop(present, None)
         if found is None and self._seen[present] >= _WHILE:
@@ -87,27 +89,23 @@ def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
     raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
 
 
-@torch.no_grad()
 def _stacks(placement: Placement, names: Sequence[str]) -> dict[nn.Module, Stack]:
-    found: dict[nn.Module, Stack] = {}
-    for layer in placement.layers.values():
-        dtype = weight_of(layer).dtype
-        bank = bank_of(_low_ranks(layer, names), torch.promote_types(dtype, torch.float32))
-        if bank is not None:
-            found[layer] = Stack.of(bank, dtype)
-    return found
+    fine = _banks(placement, names, at_least=torch.float32)
+    return {layer: Stack.of(bank, weight_of(layer).dtype) for layer, bank in fine}
 
 
 @torch.no_grad()
-def _banks(placement: Placement, names: Sequence[str | None]) -> Iterator[tuple[nn.Module, Bank]]:
+def _banks(
+    placement: Placement, names: Sequence[str | None], *, at_least: torch.dtype | None = None
+) -> Iterator[tuple[LoraLayer, Bank]]:
+    """The adapters of each layer that has some, in its weight's dtype or a finer one."""
     for layer in placement.layers.values():
-        bank = bank_of(_low_ranks(layer, names), weight_of(layer).dtype)
+        own = weight_of(layer).dtype
+        held = layer.lora._modules
+        low_ranks = [None if name is None else cast("LowRank | None", held.get(name)) for name in names]
+        bank = bank_of(low_ranks, own if at_least is None else torch.promote_types(own, at_least))
         if bank is not None:
             yield layer, bank
-
-
-def _low_ranks(layer: LoraLayer, names: Sequence[str | None]) -> list[LowRank | None]:
-    return [None if name is None else cast("LowRank | None", layer.lora._modules.get(name)) for name in names]
 
 
 def names_of_rows(names: object) -> tuple[str | None, ...]:

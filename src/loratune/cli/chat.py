@@ -1,14 +1,17 @@
-"""The loop of `loratune chat`: a prompt on a terminal, plain lines in a pipe."""
+"""The loop of `loratune chat`: on a terminal a prompt, and answers as they are written; plain lines in a pipe."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 
-from loratune.cli.output import stderr, stdout, write_json
+from loratune.cli.output import stderr, stdout, write, write_json
 from loratune.engine import Answer
 from loratune.run.conversation import Conversation
 
@@ -28,19 +31,42 @@ def converse(conversation: Conversation, *, as_json: bool) -> None:
             return
         if message == "/new":
             conversation.forget()
+        elif message and as_json:
+            write_json(_as_json(message, conversation.say(message)), indent=None)
+        elif message and len(conversation.speakers) == 1:
+            conversation.say(message, lambda _, piece: write(piece))
+            write("\n")
         elif message:
-            answers = conversation.say(message)
-            if as_json:
-                write_json(_as_json(message, answers), indent=None)
-            elif len(answers) == 1:
-                console.print(escape(answers[0][1].text))
-            else:
-                console.print(Columns([_panel(*a) for a in answers], equal=True, expand=True))
+            _beside(conversation, message, console)
 
 
-def _panel(name: str, answer: Answer) -> Panel:
-    note = f"{len(answer.ids)} tokens" + ("" if answer.stopped else ", cut off")
-    return Panel(escape(answer.text), title=escape(name), subtitle=f"[dim]{note}[/]", title_align="left")
+def _beside(conversation: Conversation, message: str, console: Console) -> None:
+    """Both answers side by side, growing where the console can be written over."""
+    said = [(speaker.name, "", "…") for speaker in conversation.speakers]
+    with Live(_panels(said), console=console, auto_refresh=False, transient=True) as live:
+
+        def hear(place: int, piece: str) -> None:
+            name, before, note = said[place]
+            said[place] = (name, before + piece, note)
+            if console.is_terminal:
+                live.update(_panels(said), refresh=True)
+
+        answers = conversation.say(message, hear)
+    console.print(_panels([(name, answer.text, _note(answer)) for name, answer in answers]))
+
+
+def _panels(said: Sequence[tuple[str, str, str]]) -> Columns:
+    """Of each speaker's name, its text, and a note on it."""
+    panels = [
+        Panel(escape(text), title=escape(name), subtitle=f"[dim]{note}[/]", title_align="left")
+        for name, text, note in said
+    ]
+    return Columns(panels, equal=True, expand=True)
+
+
+def _note(answer: Answer) -> str:
+    count = len(answer.ids)
+    return f"{count} token{'' if count == 1 else 's'}" + ("" if answer.stopped else ", cut off")
 
 
 def _as_json(message: str, answers: list[tuple[str, Answer]]) -> dict[str, object]:

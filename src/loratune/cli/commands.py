@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from loratune.cli.adapters import AnyTokenizer, Json, combine, diff, export, show
+from loratune.cli.answers import BaseOption, RunArgument, chat, evaluate, generate
 from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
@@ -30,17 +31,8 @@ Model = Annotated[str, typer.Argument(help="hub id, folder or GGUF file", show_d
 Data = Annotated[
     str, typer.Argument(help="JSONL, JSON, CSV, Parquet or text file, or a hub data set id", show_default=False)
 ]
-RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)
-]
 Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML or YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
-BaseOption = Annotated[str | None, typer.Option("--base", help="where the base is now, if not where the run found it")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps")]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer in tokens")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="sample from the likeliest tokens of this mass")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="seed of the sampling")]
 
 
 @app.callback(invoke_without_command=True)
@@ -117,114 +109,6 @@ def plan(
 
 
 @app.command()
-def chat(
-    run: RunArgument,
-    vs: Annotated[str | None, typer.Option("--vs", help="answer side by side: base, or another run")] = None,
-    base: BaseOption = None,
-    any_tokenizer: AnyTokenizer = False,
-    device: Device = None,
-    max_new_tokens: MaxNew = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    system: Annotated[str | None, typer.Option("--system", help="system message")] = None,
-    as_json: Json = False,
-) -> None:
-    """Talk to a run, beside its base or another run; each line of standard input is a message."""
-    from loratune.cli.chat import converse
-    from loratune.engine import Sampling
-    from loratune.run.conversation import Conversation
-
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    opening = {"base": base, "device": device, "any_tokenizer": any_tokenizer}
-    converse(Conversation.open(run, vs=vs, system=system, sampling=sampling, **opening), as_json=as_json)
-
-
-@app.command()
-def generate(
-    run: RunArgument,
-    prompts: Annotated[
-        str, typer.Option("--prompts", help="data file, with or without answers, or a text file with a prompt a line")
-    ],
-    out: Annotated[
-        str | None, typer.Option("--out", help="JSONL file for the answers; standard output otherwise")
-    ] = None,
-    columns: Annotated[
-        str | None, typer.Option("--columns", help="names of the data's columns: prompt=question")
-    ] = None,
-    base: BaseOption = None,
-    any_tokenizer: AnyTokenizer = False,
-    device: Device = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="only the first rows")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 16,
-    max_new_tokens: MaxNew = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Answer every prompt of a file; one JSON object a line."""
-    import json
-
-    from loratune.cli.progress import counting
-    from loratune.data.read import read
-    from loratune.engine import Sampling
-    from loratune.files import write_bytes
-    from loratune.run.answer import generate as answer
-    from loratune.run.opened import open_run
-
-    corpus = read(prompts, answers=False, **parse_given({"columns": columns}))
-    examples = corpus.examples[:limit]
-    opened = open_run(run, base=base, device=device, any_tokenizer=any_tokenizer)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    with counting(len(examples), "answers") as done:
-        rows = answer(opened, examples, sampling, batch_size=batch_size, done=done)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if out is None and not as_json:
-        write(lines)
-        return
-    if out is not None:
-        write_bytes(Path(out), lines.encode())
-    emit(
-        {"out": out, "rows": rows if out is None else len(rows)},
-        as_json=as_json,
-        text=[f"{len(rows)} answers in {out}"],
-    )
-
-
-@app.command("eval")
-@with_settings(groups=("Data",), leave_out=("pack",))
-def evaluate(
-    run: RunArgument,
-    data: Annotated[str, typer.Option("--data", help="rows to measure on")],
-    base: BaseOption = None,
-    any_tokenizer: AnyTokenizer = False,
-    device: Device = None,
-    vs_base: Annotated[bool, typer.Option("--vs-base/--no-vs-base", help="measure the base beside it")] = True,
-    answers: Annotated[int, typer.Option("--answers", min=0, help="answer so many rows and count exact matches")] = 0,
-    max_new_tokens: MaxNew = 256,
-    as_json: Json = False,
-    **settings: Any,
-) -> None:
-    """Loss, perplexity and exact matches on a file, of a run and of its base."""
-    from loratune.cli.progress import counting
-    from loratune.engine import Sampling
-    from loratune.run.answer import evaluate as measure
-    from loratune.run.opened import open_run
-
-    opened = open_run(run, base=base, device=device, any_tokenizer=any_tokenizer)
-    options = {"answers": answers, "sampling": Sampling(max_new_tokens), **parse_given(settings)}
-    both = vs_base and opened.lora is not None
-    with counting(answers * (2 if both else 1), "answers") as done:
-        found = {"run": measure(opened, data, done=done, **options)}
-        if both and opened.lora is not None:
-            with opened.lora.disabled():
-                found["base"] = measure(opened, data, done=done, **options)
-    rows = [[key, *(_figure(found[who].get(key)) for who in found)] for key in found["run"]]
-    emit(found, as_json=as_json, text=[table(["", *found], rows)])
-
-
-@app.command()
 @with_settings(leave_out=("method", "out", "resume", "log_with", "early_stop"))
 def compare(
     model: Model,
@@ -296,8 +180,8 @@ def merge(
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
-for command in (show, diff, combine, export, serve):
-    app.command()(command)
+for command in (chat, generate, evaluate, show, diff, combine, export, serve):
+    app.command("eval" if command is evaluate else None)(command)
 
 
 @app.command()
@@ -387,7 +271,3 @@ def _data_text(found: dict[str, Any]) -> list[Any]:
             row.append(piece, style="black on green" if supervised else "dim")
         text.append(row)
     return text
-
-
-def _figure(value: Any) -> str:
-    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

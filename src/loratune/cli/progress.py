@@ -118,9 +118,25 @@ def _figure(value: float | None) -> str:
 
 @contextmanager
 def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` rows on a terminal, nothing elsewhere; yields what advances it."""
+    """A bar over `total` rows on a terminal, about twenty lines elsewhere; yields what advances it."""
     console = stderr()
+    if not console.is_terminal:
+        yield _counted(console, total, what)
+        return
     columns = (MofNCompleteColumn(), TextColumn(what), BarColumn(bar_width=None), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal or not total, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not total, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda rows: bar.update(task, advance=rows)
+
+
+def _counted(console: Console, total: int, what: str) -> Callable[[int], None]:
+    """Says how far it is whenever another twentieth is done."""
+    done, step = 0, max(1, total // _LINES_WITHOUT_TERMINAL)
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        before, done = done, done + rows
+        if done // step > before // step:
+            console.print(f"{done}/{total} {what}")
+
+    return advance

@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loratune.engine.batch import Engine, Limits, Request
+from loratune.engine.batch import Chosen, Engine, Limits, Request
 from loratune.engine.choose import GREEDY, Sampling, is_sound
+from loratune.engine.text import Text
 from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
 from loratune.errors import DataError, DivergedError
 from loratune.model import context_of, decoding, evaluating, freed_memory_kept, packing
@@ -30,6 +31,7 @@ class _Work(NamedTuple):
 
     Attributes:
         longest: tokens of a row, prompt and answer. done: told how many answers have just been finished.
+        hear: told each token of an answer as it is chosen, by the prompt's place.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -38,6 +40,7 @@ class _Work(NamedTuple):
     batch_size: int
     longest: int
     done: _Done
+    hear: Callable[[int, Chosen], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ def generate(
     *,
     batch_size: int = 16,
     done: _Done | None = None,
+    hear: Callable[[int, str], None] | None = None,
 ) -> list[Answer]:
     """Continue each prompt (token ids) with what is active on the model; answers come back in the prompts' order.
 
@@ -65,6 +69,8 @@ def generate(
 
     Args:
         done: told how many answers have just been finished.
+        hear: told the text of an answer, by the prompt's place, as it comes; whole at the end where a model's rows or
+            its tokenizer allow no other way.
 
     Raises:
         DataError: a prompt that fills the model's context alone. DivergedError: a prompt after which the model gives
@@ -74,18 +80,42 @@ def generate(
     _refuse_full(prompts, context)
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     longest = min(longest, context or longest)
-    work = _Work(prompts, stop_ids, sampling, batch_size, longest, done or (lambda _: None))
+    told = _Told(tokenizer, hear)
+    work = _Work(prompts, stop_ids, sampling, batch_size, longest, done or (lambda _: None), told.token)
     with packing(model) as packed, evaluating(model):
         batched = packed and why_not_batched(model, work.longest) is None
         if not batched and longest > (longest_alike(model) or longest):
             work = work._replace(batch_size=1)  # a long row would change the positions of those beside it
         rows = _together(model, work) if batched else _padded(model, work)
-    return [_answer(row, stop_ids, tokenizer) for row in rows]
+    answers = [_answer(row, stop_ids, tokenizer) for row in rows]
+    told.rest(answers)
+    return answers
+
+
+class _Told:
+    """Answers as they come, for who wants to hear them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hear: Callable[[int, str], None] | None) -> None:
+        self._hear, self._tokenizer = hear, tokenizer
+        self._possible = getattr(tokenizer, "backend_tokenizer", None) is not None
+        self._texts: dict[int, Text] = {}
+
+    def token(self, place: int, chosen: Chosen) -> None:
+        if self._hear is not None and self._possible:
+            text = self._texts.setdefault(place, Text(self._tokenizer, ()))
+            piece = text.add(chosen)
+            if piece:
+                self._hear(place, piece)
+
+    def rest(self, answers: Sequence[Answer]) -> None:
+        for place, answer in enumerate(answers):
+            if self._hear is not None and place not in self._texts:
+                self._hear(place, answer.text)
 
 
 def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the engine: a prompt begins where another answer has ended. The longest first, so that the last are short."""
-    prompts, stop_ids, sampling, batch_size, longest, done = work
+    prompts, stop_ids, sampling, batch_size, longest, done, hear = work
     # Fewer at a time rather than shorter ones.
     slots = max(1, min(batch_size, places_in_memory(model) // longest))
     engine = Engine(model, limits=Limits(slots=slots, longest=longest))
@@ -101,6 +131,7 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
             _refuse_broken(place[chosen.ticket] for chosen in told if chosen.finish == "broken")
             for chosen in told:
                 rows[place[chosen.ticket]].append(chosen.token)
+                hear(place[chosen.ticket], chosen)
             ended = sum(chosen.finish is not None for chosen in told)
             if ended:
                 done(ended)
@@ -110,7 +141,7 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
 @torch.no_grad()
 def _padded(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     """By the family's own generation, for those that cannot take packed rows: batches of similar lengths, padded."""
-    prompts, stop_ids, sampling, batch_size, _, done = work
+    prompts, stop_ids, sampling, batch_size, _, done, _ = work
     if not sampling.greedy:
         torch.manual_seed(sampling.seed)
     rows: list[list[int]] = [[] for _ in prompts]

@@ -40,8 +40,9 @@ class DecodingLinear(Mixin):
         return y
 
     def _quick(self, x: Tensor) -> Tensor | None:
-        if isinstance(self, QuantizedLinear) and (self.blocked is None or _few(x)):
-            found = QuantizedWeight(self).times(x)
+        layer: nn.Module = self  # what else it is, its class does not say
+        if isinstance(layer, QuantizedLinear) and (self.blocked is None or _few(x)):
+            found = QuantizedWeight(layer).times(x)
             if found is not None:
                 return found if self.bias is None else found + self.bias.to(found.dtype)
         if self.blocked is None or x.dtype != self.blocked.dtype:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from loratune.engine import Answer, Sampling, generate, make_ready
@@ -21,14 +23,15 @@ class Speaker:
     adapter_on: bool
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def answer(self, message: str, sampling: Sampling) -> Answer:
-        """Say something to it; its answer joins its own history."""
+    def answer(self, message: str, sampling: Sampling, hear: Callable[[str], None]) -> Answer:
+        """Say something to it; its answer, of which `hear` is told each piece, joins its own history."""
         model, tokenizer = self.opened.base.model, self.opened.base.tokenizer
         self.messages.append({"role": "user", "content": message})
         prompt = self._prompt(tokenizer)
         off = self.opened.lora is not None and not self.adapter_on
         with self.opened.lora.disabled() if off and self.opened.lora is not None else nullcontext():
-            (answer,) = generate(model, tokenizer, [prompt], stop_ids(model, tokenizer), sampling)
+            stops = stop_ids(model, tokenizer)
+            (answer,) = generate(model, tokenizer, [prompt], stops, sampling, hear=lambda _, piece: hear(piece))
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer
 
@@ -61,9 +64,12 @@ class Conversation:
                 speaker.messages.append({"role": "system", "content": system})
         return cls(tuple(speakers), sampling)
 
-    def say(self, message: str) -> list[tuple[str, Answer]]:
-        """The speakers' answers, in their order."""
-        return [(speaker.name, speaker.answer(message, self.sampling)) for speaker in self.speakers]
+    def say(self, message: str, hear: Callable[[int, str], None] = lambda _, __: None) -> list[tuple[str, Answer]]:
+        """The speakers' answers, in their order; `hear` is told each piece as it comes, by the speaker's place."""
+        return [
+            (speaker.name, speaker.answer(message, self.sampling, partial(hear, place)))
+            for place, speaker in enumerate(self.speakers)
+        ]
 
     def forget(self) -> None:
         """Start over; system messages stay."""

@@ -37,7 +37,7 @@ def open_run(
 
     Args:
         base: where the base is now; what the run names otherwise.
-        quant: the format of few bits in which a bare model is kept; a run's record says its own.
+        quant: the format of few bits in which the base is kept; what a run's record says where it is None.
         any_tokenizer: accept a tokenizer or chat template that the adapter was not trained with.
         decoded: of a base that the run kept in few bits, the dense weights that these stand for.
 
@@ -51,7 +51,8 @@ def open_run(
     record = RunFolder(folder).record()
     if record and dtype == "auto":
         dtype = record["base"]["dtype"]
-    quant = record["settings"].get("quant", {}).get("value") if record else None
+    if record and quant is None:
+        quant = record["settings"].get("quant", {}).get("value")
     found = find_base(name, dtype=dtype, device=device, quant=quant)
     decoded = decoded and quant is not None
     if decoded:

@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from loratune.engine import Chosen, Sampling
 from loratune.engine import Request as Asked
+from loratune.engine.text import Text
 from loratune.errors import DataError, LoratuneError
 from loratune.serve.service import Service
-from loratune.serve.text import Text
 from loratune.serve.wire import ChatBody, TextBody, Told, error_of, usage_of
 from loratune.serve.worker import Answers, FailedError, StoppedError
 

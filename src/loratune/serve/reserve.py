@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from loratune.adapter import adapter_folder, count_parameters
 from loratune.errors import AdapterFileError
@@ -20,8 +20,8 @@ _RANK = 16
 _COPIES = 5
 
 
-def adapters_bytes(model: PreTrainedModel, paths: Sequence[str], count: int) -> int:
-    """What `count` adapters take, each as large as the largest of those at `paths`.
+def adapters_bytes(model: nn.Module, dtype: torch.dtype, paths: Sequence[str], count: int) -> int:
+    """What `count` adapters take on a model that computes in `dtype`, each as large as the largest at `paths`.
 
     Where none can be read they are taken to be of rank 16 on all linear layers; what is wrong with them is said when
     they are loaded.
@@ -31,10 +31,10 @@ def adapters_bytes(model: PreTrainedModel, paths: Sequence[str], count: int) -> 
         with contextlib.suppress(AdapterFileError):
             sizes.append(count_parameters(adapter_folder(path)))
     largest = max(sizes, default=0) or _RANK * _widths(model)
-    return count * largest * (torch.float32.itemsize + _COPIES * model.dtype.itemsize)
+    return count * largest * (torch.float32.itemsize + _COPIES * dtype.itemsize)
 
 
-def _widths(model: PreTrainedModel) -> int:
+def _widths(model: nn.Module) -> int:
     """Inputs and outputs of all linear layers together: parameters of rank 1."""
     weights = [frozen_weight(module) for _, module in base_modules(model)]
     return sum(weight.in_features + weight.out_features for weight in weights if weight is not None)

@@ -217,7 +217,7 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
     named = [_named(run) for run in runs]
     reserved = 0
     if named or config.adapter_dir is not None:
-        reserved = adapters_bytes(base.model, [path for _, path in named], config.adapters)
+        reserved = adapters_bytes(base.model, base.model.dtype, [path for _, path in named], config.adapters)
     engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest, reserved=reserved))
     library = Library(engine, base.tokenizer, _called(base.name), config.adapters)
     _add_all(library, named)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.engine import Chosen
-from loratune.serve.text import Text
+from loratune.engine.text import Text
 from tests.serve.conftest import spelled
 from tests.tiny import tiny_tokenizer
 

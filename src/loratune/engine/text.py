@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loratune.engine import Chosen
+from loratune.engine.batch import Chosen
 
 # A character has four bytes at most: after so many tokens without a whole one, what came is no part of any.
 _QUIET = 16
