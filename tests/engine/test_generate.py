@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+import loratune as lt
 from loratune.engine import Sampling, generate, make_ready
 from loratune.engine.passes import Passes
 from loratune.errors import DataError, DivergedError
@@ -227,3 +229,36 @@ def test_a_family_that_cannot_be_packed_stays_as_it_is() -> None:
     before = [type(module) for module in model.modules()]
     assert make_ready(model) is not None
     assert [type(module) for module in model.modules()] == before
+
+
+def everything_random(lora: lt.Adapters) -> None:
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.2)
+
+
+@pytest.mark.parametrize("state", ["one", "dora", "off", "two", "another", "merged"])
+def test_what_is_active_answers(state: str) -> None:
+    """However it is computed: by its name where it is the only one, else as the layers do."""
+    model = tiny().requires_grad_(False)
+    lora = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear", use_dora=state == "dora"))
+    everything_random(lora)
+    if state in ("two", "another"):
+        lora.add(lt.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "other")
+        lora.activate(*(("default", "other") if state == "two" else ("other",)))
+    if state == "merged":
+        lora.merge()
+    with lora.disabled() if state == "off" else nullcontext():
+        answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6))
+        assert [list(answer.ids) for answer in answers] == [greedy(model, prompt, (), 6)[0] for prompt in PROMPTS]
+    assert lora.merged == (state == "merged")
+    assert lora.active == {"two": ("default", "other"), "another": ("other",)}.get(state, ("default",))
+
+
+def test_an_adapter_that_is_broken_is_no_answer() -> None:
+    model = tiny().requires_grad_(False)
+    lora = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        next(iter(lora.parameters()))[0, 0] = torch.nan
+    with pytest.raises(DivergedError, match="prompt 1: the model's logits are NaN"):
+        generate(model, TOKENIZER, PROMPTS[:1], frozenset(), Sampling(max_new_tokens=6))

@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loratune.adapt import adapters
 from loratune.engine.batch import Chosen, Engine, Limits, Request
 from loratune.engine.choose import GREEDY, Sampling, is_sound
 from loratune.engine.text import Text
 from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
-from loratune.errors import DataError, DivergedError
+from loratune.errors import AdapterStateError, DataError, DivergedError
 from loratune.model import context_of, decoding, evaluating, freed_memory_kept, packing
 
 _Done = Callable[[int], None]
@@ -118,11 +119,11 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
     prompts, stop_ids, sampling, batch_size, longest, done, hear = work
     # Fewer at a time rather than shorter ones.
     slots = max(1, min(batch_size, places_in_memory(model) // longest))
-    engine = Engine(model, limits=Limits(slots=slots, longest=longest))
+    engine, name = _engine(model, Limits(slots=slots, longest=longest))
     place = {}
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         own = replace(sampling, seed=sampling.seed + i)
-        place[engine.submit(Request(tuple(prompts[i]), stop_ids, own))] = i
+        place[engine.submit(Request(tuple(prompts[i]), stop_ids, own, name))] = i
     rows: list[list[int]] = [[] for _ in prompts]
     # A copy of all weights takes longer than one answer.
     with decoding(model, copy=len(prompts) > 1), freed_memory_kept(model.device):
@@ -136,6 +137,20 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
             if ended:
                 done(ended)
     return rows
+
+
+def _engine(model: PreTrainedModel, limits: Limits) -> tuple[Engine, str | None]:
+    """An engine for what is active on the model, and the name by which requests have it.
+
+    By its name a single adapter is faster by a fifth: its factors are rounded once, not for every token.
+    """
+    try:
+        lora = adapters(model)
+        if lora.active and lora.active == lora.names and len(lora.names) == 1:
+            return Engine(model, lora, limits), lora.names[0]
+    except AdapterStateError:  # none, a merged one, or one that computes its own way
+        pass
+    return Engine(model, limits=limits), None
 
 
 @torch.no_grad()
