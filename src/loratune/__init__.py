@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         inspect,
         merge,
         open_run,
+        reproduce,
         show,
         train,
     )
@@ -50,6 +51,7 @@ _ROOM_OF = {
     "open_run": "run",
     "plan": "adapt",
     "quantize": "adapt",
+    "reproduce": "run",
     "show": "run",
     "train": "run",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "open_run",
     "plan",
     "quantize",
+    "reproduce",
     "show",
     "train",
 ]

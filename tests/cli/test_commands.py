@@ -250,3 +250,21 @@ def test_colours_only_where_asked_for(
     said = cli("show", tmp_path / "nowhere")
     assert (said.code, said.out) == (1, "")
     assert ("\x1b[1;31m" in said.err) == coloured
+
+
+def test_reproduce(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    found = cli("reproduce", finished, "--out", tmp_path / "again", "--json").json
+    assert found["same_bits"]
+    assert found["path"] == str(tmp_path / "again")
+    said = cli("reproduce", finished)
+    assert said.code == 0
+    assert "✓ the same bits: adapter, losses and gradient norms" in said.out
+
+
+def test_reproduce_something_else(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    said = cli("reproduce", copy)
+    assert said.code == 4
+    assert "the same bits were expected" in said.err

@@ -185,6 +185,13 @@ def test_finished_folder_is_left_alone(finished: Path, quick: Quick, tmp_path: P
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_what_was_decided_may_be_given_now(finished: Path, quick: Quick) -> None:
+    """Alpha was decided as 8, and is 8.0 where somebody gives it."""
+    settings = json.loads((finished / "record.json").read_text())["settings"]
+    assert settings["lora_alpha"] == {"value": 8, "reason": "twice the rank"}
+    assert quick(finished, lora_alpha=8.0).record["state"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -167,7 +167,7 @@ class Adapters:
             saved, where = read_adapter(folder), str(folder)
         target_plan = plan_as_written(self.model, saved.config)
         refusals = Refusals()
-        refusals.attempt(target_plan.check)
+        refusals.attempt(lambda: target_plan.check(where))
         if not target_plan.problems:
             refusals.attempt(lambda: check_fit(self.model, target_plan, saved, where))
         base = None if any_base or saved.origin.base is None else self._base_hash(target_plan)

@@ -102,10 +102,11 @@ class TargetPlan:
                 layers[index] = layers.get(index, 0) + target.parameters
         return layers
 
-    def check(self) -> None:
-        """Raise what attach would raise."""
+    def check(self, where: str = "") -> None:
+        """Raise what attach would raise; `where` the config stands, where that is a file's."""
         if self.problems:
-            raise TargetError(self.problems, hint=self.hint)
+            named = [f"{where}: {problem}" for problem in self.problems] if where else self.problems
+            raise TargetError(named, hint=self.hint)
 
 
 def inside_compiled(model: nn.Module) -> nn.Module:

@@ -180,6 +180,33 @@ def merge(
     emit(found, as_json=as_json, text=[f"✓ merged ≡ adapter ({found['verified']})", found["out"]])
 
 
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="run folder", show_default=False)],
+    out: Annotated[str | None, typer.Option("--out", help="keep the new run in this folder")] = None,
+    base: BaseOption = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="where the rows are now, if not where the run found them")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="another one than the run's")] = None,
+    any_versions: Annotated[
+        bool, typer.Option("--any-versions", help="go on with other versions of packages than the run had")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Do a run again from its record: the same bits on the same machine, elsewhere losses within two percent."""
+    from loratune.cli.progress import Screen
+    from loratune.run import reproduce as do_again
+
+    screen = Screen(stderr())
+    try:
+        found = do_again(run, model=base, data=data, out=out, device=device, any_versions=any_versions, listen=screen)
+    finally:
+        screen.close()
+    text = [f"✓ {found.line}", *(f"another machine: {why}" for why in found.elsewhere)]
+    emit(found.to_json(), as_json=as_json, text=[*text, *([found.path] if found.path else [])])
+
+
 for command in (chat, generate, evaluate, show, diff, combine, export, serve):
     app.command("eval" if command is evaluate else None)(command)
 

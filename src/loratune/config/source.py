@@ -66,27 +66,41 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: a config file ends in .toml, .yaml or .yml")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _yaml(path: Path, text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Numbers and booleans as in YAML 1.2: 1e-3 is a number, on and off are words (`recompute: on`)."""
+        """Numbers and booleans as in YAML 1.2: 1e-3 is a number, on and off are words (`recompute: on`).
+
+        A name that stands there twice is an error, not the last one of them.
+        """
 
         yaml_implicit_resolvers = {  # noqa: RUF012
             first: [(tag, regex) for tag, regex in resolvers if tag not in _YAML_1_2]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+            for name, own in node.value:
+                if names.count(name.value) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} twice", own.start_mark)
+            return super().construct_mapping(node, deep)
+
     for tag, (regex, first) in _YAML_1_2.items():
         Loader.add_implicit_resolver(tag, regex, first)
     try:
         return yaml.load(text, Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_why(error)}") from None
 
 
 def _mapping(path: Path, value: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -22,6 +23,8 @@ from loratune.model.fingerprint import fingerprint
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
 from loratune.quant import known_by, quantize, quantized_format, refuse_format
+
+_log = logging.getLogger("loratune")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def load_base(
     with quietly(), _as_model_error(name):
         model, info = _load(folder, dtype=precision.dtype)
     _refuse_incomplete(name, info)
+    _say_unused(name, info)
     model.name_or_path = model.config._name_or_path = name
     known = fingerprint(model.named_parameters())
     if quant is not None:
@@ -279,6 +283,14 @@ def _refuse_incomplete(name: str, info: dict[str, Any]) -> None:
         problems.append(f"{name}: {key} is {tuple(there)} in its files, {tuple(expected)} by its config")
     if problems:
         raise ModelError(problems, hint="the model's files are incomplete, or of another architecture than its config")
+
+
+def _say_unused(name: str, info: dict[str, Any]) -> None:
+    """Weights that the config has no place for may be another head's, or a sign that it is not theirs."""
+    unused = sorted(info.get("unexpected_keys", ()))
+    if unused:
+        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        _log.warning("%s: %d tensors in its files are no part of the model: %s", name, len(unused), shown)
 
 
 @contextmanager

@@ -7,12 +7,14 @@ from loratune.run.diff import diff
 from loratune.run.export import export
 from loratune.run.merge import merge
 from loratune.run.opened import Opened, open_run
+from loratune.run.reproduce import Reproduction, reproduce
 from loratune.run.show import inspect, show
 from loratune.run.train import Run, train
 
 __all__ = [
     "Comparison",
     "Opened",
+    "Reproduction",
     "Run",
     "combine",
     "compare",
@@ -23,6 +25,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_run",
+    "reproduce",
     "show",
     "train",
 ]

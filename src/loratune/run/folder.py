@@ -136,12 +136,12 @@ def refuse_other_run(folder: RunFolder, before: dict[str, Any], now: dict[str, A
         raise RunFolderError(f"{folder.path} holds a run already", hint="name another with --out, or --resume auto")
     if before["identity"] == now["identity"]:
         return
-    differences = list(_differences(before, now))
     hint = "name another folder with --out, or repeat its settings"
-    raise RunFolderError([f"{folder.path} holds another run", *differences], hint=hint)
+    raise RunFolderError([f"{folder.path} holds another run", *differences(before, now)], hint=hint)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What decides a run's result and is not the same in two records, a line each."""
     old, new = before.get("identity_of", {}), now["identity_of"]
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in changed]

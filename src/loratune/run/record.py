@@ -114,8 +114,14 @@ def _plain(value: Any) -> Any:
 def identity_of(settings: Mapping[str, Mapping[str, Any]], **facts: str) -> tuple[str, dict[str, Any]]:
     """A hash of what decides a run's result, and what went into it: settings, data, base and tokenizer."""
     parts: dict[str, Any] = {k: v["value"] for k, v in settings.items() if k not in _OUTSIDE_IDENTITY}
-    parts = json.loads(json.dumps({**parts, **facts}, default=str))
+    parts = json.loads(json.dumps({**parts, **facts}, default=str), parse_float=_number)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), parts
+
+
+def _number(word: str) -> float:
+    """Whether it was given or decided, 16.0 is 16."""
+    value = float(word)
+    return int(value) if value.is_integer() else value
 
 
 def adapter_facts(plan: TargetPlan) -> dict[str, Any]:

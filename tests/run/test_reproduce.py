@@ -1,0 +1,190 @@
+"""A run done again from its record: the same bits, or a list of why not; and what was tampered with is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loratune.errors import CheckError, RunFolderError
+from loratune.run import reproduce, train
+from tests.models import additions, saved, write_jsonl
+from tests.run.conftest import QUICK
+
+Quick = Callable[..., Any]
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    change(record)
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def test_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """Every decision is the record's, and none is made again."""
+    found = reproduce(finished, out=tmp_path / "again")
+    assert found.same_bits
+    assert found.passed
+    assert found.elsewhere == ()
+    assert (found.loss, found.val_loss) == (0, 0)
+    again = json.loads((tmp_path / "again" / "record.json").read_text())
+    assert again["identity"] == json.loads((finished / "record.json").read_text())["identity"]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "full", "r": None, "lr": 1e-3},
+        {"method": "bitfit", "r": None, "base": "gpt2"},
+        {"method": "dora", "early_stop": 1, "eval_every": 1, "lr": 0.5},
+        {"method": "qlora", "dtype": "bf16"},
+        {"lora_dropout": 0.3, "val": 5, "epochs": 2.0, "max_steps": None, "warmup": 3},
+        {"modules_to_save": ("lm_head",), "micro_batch_tokens": 64, "lora_plus_ratio": 4.0},
+        {"group_prefixes": False, "overlong": "drop", "max_length": 22, "loss": "all"},
+    ],
+    ids=lambda settings: ",".join(map(str, settings)),
+)
+def test_whatever_was_given(settings: dict[str, Any], quick: Quick, tmp_path: Path) -> None:
+    if "base" in settings:
+        settings = {**settings, "model": str(saved(tmp_path / "base", settings["base"]))}
+        del settings["base"]
+    quick(tmp_path / "run", **settings)
+    assert reproduce(tmp_path / "run").same_bits
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["run"], ["base", "run"])
+
+
+def test_an_interrupted_run_too(quick: Quick, tmp_path: Path) -> None:
+    """Its metrics have the steps once, whatever was done twice."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if getattr(event, "step", 0) == 4:
+            raise Enough
+
+    with pytest.raises(Enough):
+        quick(tmp_path / "run", save_every=3, listen=stop)
+    with pytest.raises(RunFolderError, match="the run is failed"):
+        reproduce(tmp_path / "run")
+    quick(tmp_path / "run", save_every=3)
+    assert reproduce(tmp_path / "run").same_bits
+
+
+def test_no_run(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no run"):
+        reproduce(tmp_path)
+    (copy / "metrics.jsonl").unlink()
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl is not there"):
+        reproduce(copy)
+
+
+def test_all_that_differs_is_said_at_once(copy: Path, other_base: str, tmp_path: Path) -> None:
+    """Rows, base, settings and versions; nothing is trained, and nothing of the run is changed."""
+    other_rows = write_jsonl(tmp_path / "rows.jsonl", additions(25))
+    changed(copy, lambda record: record["versions"].update(torch="1.0"))
+    changed(copy, lambda record: record["settings"]["lr"].update(value=0.5))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match="cannot be done again here") as caught:
+        reproduce(copy, model=other_base, data=str(other_rows), out=tmp_path / "again")
+    named = {problem.split(":")[0] for problem in caught.value.problems[1:]}
+    assert named >= {"base_fingerprint", "data_sha256", "lr", "torch"}
+    assert "tokenizer_sha256" not in named
+    assert f"torch: 1.0 there, {torch.__version__.split('+')[0]}" in str(caught.value)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "again" / "adapter_model.safetensors").exists()
+
+
+def test_another_template(base: str, copy: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(base, tmp_path / "moved")
+    template = moved / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    with pytest.raises(RunFolderError) as caught:
+        reproduce(copy, model=str(moved))
+    assert [problem.split(":")[0] for problem in caught.value.problems[1:]] == ["chat_template_sha256"]
+
+
+def test_rows_that_were_objects(base: str, tmp_path: Path) -> None:
+    rows = additions(24)
+    train(base, rows, out=str(tmp_path / "run"), **QUICK)
+    with pytest.raises(RunFolderError, match="were given as objects"):
+        reproduce(tmp_path / "run")
+    assert reproduce(tmp_path / "run", data=rows).same_bits
+
+
+def test_an_adapter_that_was_changed(copy: Path) -> None:
+    file = copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckError, match="other bits from the adapter on") as caught:
+        reproduce(copy)
+    assert caught.value.exit_code == 4
+
+
+def test_a_curve_that_was_changed(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines):
+        metric = json.loads(line)
+        if metric["step"] == 3 and "loss" in metric:
+            lines[number] = json.dumps({**metric, "loss": metric["loss"] * 1.001})
+    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckError, match=r"other bits from step 3 on: losses within 0.10%"):
+        reproduce(copy)
+    # Elsewhere it is what may happen.
+    changed(copy, lambda record: record["hardware"].update(processor="another"))
+    found = reproduce(copy)
+    assert not found.same_bits
+    assert found.passed
+    assert found.loss == pytest.approx(1e-3, rel=0.01)
+    assert found.elsewhere[0].startswith("processor: another there")
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(1.015, True), (1.03, False), (float("nan"), False)])
+def test_elsewhere_losses_are_within_a_band(copy: Path, factor: float, passed: bool) -> None:
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    for metric in lines:
+        if "val_loss" in metric:
+            metric["val_loss"] *= factor
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(metric) + "\n" for metric in lines))
+    changed(copy, lambda record: record["versions"].update(torch="1.0"))
+    if passed:
+        assert reproduce(copy, any_versions=True).val_loss == pytest.approx(factor - 1, rel=0.05)
+    else:
+        with pytest.raises(CheckError, match="losses within 2% were expected"):
+            reproduce(copy, any_versions=True)
+
+
+def test_what_memory_forced_is_a_reason(copy: Path) -> None:
+    forced = {"step": 2, "kind": "out of memory", "text": "micro-batch halved to 100 tokens"}
+    changed(copy, lambda record: record["events"].append(forced))
+    found = reproduce(copy)
+    assert found.elsewhere == ("out of memory there: micro-batch halved to 100 tokens",)
+
+
+def test_threads_are_those_of_the_run(copy: Path) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    changed(copy, lambda record: record["hardware"].update(cores=before + 1))
+    reproduce(copy, listen=lambda _: seen.append(torch.get_num_threads()))
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_the_folder_is_new(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="exists already"):
+        reproduce(finished, out=tmp_path)
