@@ -28,6 +28,7 @@ def quantize(model: nn.Module, format: str, *, device: torch.device | None = Non
             missing. AdapterStateError: the model has adapters.
     """
     refuse_adapted(model, hint="quantise the base first, then attach")
+    _end_decoding(model)
     return to_bits(model, format, device=device, keep_originals=keep_originals)
 
 
@@ -41,4 +42,13 @@ def dequantize(model: nn.Module) -> int:
         AdapterStateError: the model has adapters.
     """
     refuse_adapted(model, hint="save the adapter, detach it, and load it again afterwards with any_base=True")
+    _end_decoding(model)
     return to_dense(model)
+
+
+def _end_decoding(model: nn.Module) -> None:
+    """Copies of weights would stay with the layers that give way."""
+    # Not imported above: a model of plain torch needs no transformers.
+    from loratune.model import end_decoding
+
+    end_decoding(model)

@@ -78,14 +78,14 @@ class Mixed:
 
 def _refuse_broken(placement: Placement, names: Sequence[str]) -> None:
     """Raise for those of some adapters that hold what is not finite."""
-    broken = []
-    for name in names:
-        for path, low_rank in placement.low_ranks(name).items():
-            # As the stacks have them: what is finite in fp32 may not be in fp16.
-            dtype = weight_of(placement.layers[path]).dtype
-            scaled = low_rank.factors()[1] * low_rank.scale
-            if not all(bool(t.to(dtype).isfinite().all()) for t in (scaled, *low_rank.parameters())):
-                broken.append(f"{name!r} holds NaN or infinity: {path}, in {str(dtype).removeprefix('torch.')}")
+    paths: dict[nn.Module, str] = {layer: path for path, layer in placement.layers.items()}
+    broken = [
+        # What is finite in fp32 may not be in fp16.
+        f"{name!r} holds NaN or infinity: {paths[layer]}, in {str(weight_of(layer).dtype).removeprefix('torch.')}"
+        for name in names
+        for layer, stack in _stacks(placement, (name,)).items()
+        if not stack.is_finite()
+    ]
     raise AdapterStateError(broken, hint="remove it, or load a sound one in its place")
 
 

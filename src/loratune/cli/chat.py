@@ -13,6 +13,7 @@ from rich.panel import Panel
 
 from loratune.cli.output import stderr, stdout, write, write_json
 from loratune.engine import Answer
+from loratune.errors import DataError
 from loratune.run.conversation import Conversation
 
 
@@ -31,13 +32,23 @@ def converse(conversation: Conversation, *, as_json: bool) -> None:
             return
         if message == "/new":
             conversation.forget()
-        elif message and as_json:
-            write_json(_as_json(message, conversation.say(message)), indent=None)
-        elif message and len(conversation.speakers) == 1:
-            conversation.say(message, lambda _, piece: write(piece))
-            write("\n")
         elif message:
-            _beside(conversation, message, console)
+            try:
+                _answer(conversation, message, console, as_json=as_json)
+            except DataError as error:
+                if not terminal:  # whoever reads a pipe must know that an answer is missing
+                    raise
+                stderr().print(f"{escape(str(error))}\n[dim]/new starts over[/]")
+
+
+def _answer(conversation: Conversation, message: str, console: Console, *, as_json: bool) -> None:
+    if as_json:
+        write_json(_as_json(message, conversation.say(message)), indent=None)
+    elif len(conversation.speakers) == 1:
+        conversation.say(message, lambda _, piece: write(piece))
+        write("\n")
+    else:
+        _beside(conversation, message, console)
 
 
 def _beside(conversation: Conversation, message: str, console: Console) -> None:

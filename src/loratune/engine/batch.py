@@ -22,7 +22,7 @@ from loratune.adapt import Adapters
 from loratune.engine.choose import GREEDY, Sampling, choose, is_sound
 from loratune.engine.passes import Passes
 from loratune.engine.slots import Slots
-from loratune.engine.trial import longest_alike, places_in_memory, why_not_batched
+from loratune.engine.trial import longest_alike, places_in_memory, refuse_unmixable, why_not_batched
 from loratune.errors import AdapterStateError, ConfigError, DataError, OutOfMemoryError
 from loratune.model import context_of
 
@@ -113,6 +113,7 @@ class Engine:
 
     Raises:
         ConfigError: rows of this model cannot be continued together (`why_not_batched`).
+        AdapterStateError: rows with one of the adapters cannot.
         OutOfMemoryError: the slots would have no room for rows of any use.
     """
 
@@ -131,6 +132,8 @@ class Engine:
         self._slots = Slots(self.limits.slots, self.longest)
         self._passes = Passes(self.model, self._slots)
         self.refresh()
+        for name in self.adapters:
+            self.refuse_unmixable(name)
 
     # -- what may be asked for -------------------------------------------------------------------------------------
 
@@ -138,6 +141,14 @@ class Engine:
         """Take the adapters as the handle has them now; those that a row still needs must be among them."""
         names = () if self.lora is None else self.lora.names
         self._passes.mixed = self.lora.mixed(*names) if self.lora is not None and names else None
+
+    def refuse_unmixable(self, name: str) -> None:
+        """Raise AdapterStateError where rows with this adapter of the handle's cannot be continued beside others."""
+        assert self.lora is not None, "it has an adapter"
+        mixed = self._passes.mixed
+        refuse_unmixable(
+            self.model, mixed if mixed is not None and name in mixed.names else self.lora.mixed(name), name
+        )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -281,7 +292,9 @@ def _longest(model: PreTrainedModel, limits: Limits) -> int:
         return asked
     if fits < _FEWEST:
         raise OutOfMemoryError(
-            f"memory holds {fits:,} tokens in each of {limits.slots} slots", hint="have fewer slots, or a smaller model"
+            f"memory holds {fits:,} tokens in each of {limits.slots} slots"
+            + (f", beside {limits.reserved / 2**30:.1f} GB for adapters" if limits.reserved else ""),
+            hint="have fewer slots, fewer adapters at once, or a smaller model",
         )
     _log.warning("a row has %s tokens at most, not %s: memory holds no more in %s slots", fits, asked, limits.slots)
     return fits

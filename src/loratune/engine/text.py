@@ -25,7 +25,7 @@ class Text:
         # The last tokens: first those that are text already, on which it depends what the others become: SentencePiece
         # leaves out a space that a text begins with.
         self._window = list(after[-_QUIET:])
-        self._read, self._before = len(self._window), self._decoded()
+        self._read, self._before = self._whole()
         # What the others are so far, which may end in half a character; and text that may begin a stop sequence.
         self._open = self._held = ""
         self._told: list[tuple[int, Chosen]] = []
@@ -51,6 +51,14 @@ class Text:
         count = sum(everything or offset < len(self.written) for offset, _ in self._told)
         found, self._told = self._told[:count], self._told[count:]
         return found
+
+    def _whole(self) -> tuple[int, str]:
+        """How many of the tokens are whole characters together, and their text; half a one is the answer's to end."""
+        for count in range(len(self._window), 0, -1):
+            text = str(self._decoder.decode(self._window[:count], skip_special_tokens=True))
+            if not text.endswith(_NO_CHARACTER):
+                return count, text
+        return 0, ""
 
     def _decoded(self) -> str:
         return str(self._decoder.decode(self._window, skip_special_tokens=True))

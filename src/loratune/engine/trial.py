@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loratune.adapt import Mixed
 from loratune.engine.passes import Passes
 from loratune.engine.slots import Slots
 from loratune.model import CannotPackError, available_memory, evaluating, fused
@@ -66,6 +67,19 @@ def places_in_memory(model: PreTrainedModel, reserved: int = 0) -> int:
     """Tokens whose keys and values fit into what is free, but for so many bytes; the model passed `why_not_batched`."""
     free = max(0, available_memory(model.device) - reserved)
     return int(free * _MEMORY_SHARE) // _PASSED[model].bytes_per_place
+
+
+@torch.no_grad()
+def refuse_unmixable(model: PreTrainedModel, mixed: Mixed, name: str) -> None:
+    """Raise where a pass in which each token has an adapter of its own is not what the adapter's layers compute by.
+
+    Raises:
+        AdapterStateError: a layer sees some of the tokens only, as an expert does.
+    """
+    passes = Passes(model, Slots(1, 4))
+    passes.mixed = mixed
+    with evaluating(model):
+        passes.over((), (), [(0, 0, 0)], (name,))
 
 
 @torch.no_grad()

@@ -25,8 +25,12 @@ class Mixin(nn.Module):
     # The child that holds adapters' tensors by this mixin's doing.
     holder: str | None = None
 
+    # Whether copies have it too.
+    lasts = True
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         mixins, base = _parts(type(self))
+        mixins = tuple(mixin for mixin in mixins if mixin.lasts)
         state = self.__getstate__()  # type: ignore[no-untyped-call]  # a module may leave things out
         return _rebuild, (base, tuple(mixin.made_by or mixin for mixin in mixins)), state
 
@@ -96,7 +100,7 @@ def _parts(kind: type[nn.Module]) -> tuple[tuple[type[Mixin], ...], type[nn.Modu
 
 def _rebuild(base: type[nn.Module], mixins: tuple[Any, ...]) -> nn.Module:
     made = tuple(mixin[0](mixin[1]) if isinstance(mixin, tuple) else mixin for mixin in mixins)
-    kind = _class_of(base, made)
+    kind = _class_of(base, made) if made else base
     return kind.__new__(kind)
 
 

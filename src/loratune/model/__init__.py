@@ -9,7 +9,7 @@ from loratune.model.attention import (
     why_no_shared_prefixes,
     why_not_packed,
 )
-from loratune.model.decoding_linear import decoding, prepare_decoding
+from loratune.model.decoding_linear import decoding, end_decoding, prepare_decoding
 from loratune.model.device import (
     available_memory,
     device_name,
@@ -53,6 +53,7 @@ __all__ = [
     "decoding",
     "device_name",
     "empty_model",
+    "end_decoding",
     "evaluating",
     "find_base",
     "fingerprint",

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from loratune.lora import Blocked, Mixin, base_modules, base_of, blocks_help, put_on, take_off, wears
 from loratune.model.device import available_memory
-from loratune.quant import FrozenWeight, QuantizedLinear, QuantizedWeight, frozen_weight
+from loratune.quant import FrozenWeight, QuantizedLinear, QuantizedWeight, Sample, frozen_weight
 
 # Of the memory that is free, what copies may take; the rest is for keys and values.
 _SHARE = 0.25
 # Up to so many tokens eight-bit codes are read faster than blocks, which have twice as many bytes (SmolLM2's linear
-# layers on two cores: 10 against 14 ms for 1 token, 11 against 13 for 3, 13 against 12.5 for 4).
+# layers on two cores: 9 against 14 ms for 1 token, 12 against 13 for 3, 13 against 12.5 for 4).
 _FEWEST_TOKENS = 3
+
+
+class _Made(NamedTuple):
+    """Which tensors something was made of, as they were then.
+
+    Attributes:
+        tensors: the objects themselves; an address may be another's when they are gone.
+        states: where the numbers of each are, and how often they were written.
+        samples: some of the numbers, for writes that leave no trace (through `.data`, by fused optimizers).
+    """
+
+    tensors: tuple[weakref.ref[Tensor], ...]
+    states: tuple[tuple[int, int], ...]
+    samples: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Made:
+        held = _tensors(module)
+        samples = tuple(Sample.of(t).values for t in held)
+        return cls(tuple(weakref.ref(t) for t in held), tuple(map(_state, held)), samples)
+
+    def is_of(self, held: tuple[Tensor, ...]) -> bool:
+        """Whether these are the tensors, whatever they hold now."""
+        return len(held) == len(self.tensors) and all(seen() is t for seen, t in zip(self.tensors, held, strict=True))
+
+    def holds(self, held: tuple[Tensor, ...]) -> bool:
+        """Whether of these, which are the tensors, none is known to have been written."""
+        return all(state == _state(t) for state, t in zip(self.states, held, strict=True))
+
+    def looks_like(self, held: tuple[Tensor, ...]) -> bool:
+        """Whether these are the tensors, with the numbers that they had, as far as the samples tell."""
+        return (
+            self.is_of(held)
+            and self.holds(held)
+            and all(torch.equal(Sample.of(t).values, values) for t, values in zip(held, self.samples, strict=True))
+        )
 
 
 class DecodingLinear(Mixin):
@@ -24,20 +62,34 @@ class DecodingLinear(Mixin):
 
     Attributes:
         blocked: a copy of the weight, decoded and in the order in which few tokens are multiplied fastest, or None.
-        made_of: which state of the weight it is a copy of.
+        made_of: what it is a copy of; None once the weight has been written, or may have been trained.
     """
 
     order = 4
     prefix = "Decoding"
+    lasts = False
     bias: Tensor | None
     blocked: Blocked | None
-    made_of: tuple[int, ...]
+    made_of: _Made | None
 
     def forward(self, input: Tensor) -> Tensor:
-        y = None if torch.is_grad_enabled() or self.made_of != _state_of(self) else self._quick(input)
+        y = self._quick(input) if self._is_ready() else None
         if y is None:
             y = super().forward(input)
         return y
+
+    def _is_ready(self) -> bool:
+        if torch.compiler.is_compiling() or self.made_of is None:
+            return False
+        held = _tensors(self)
+        if not self.made_of.is_of(held):  # an adapter has its own, or it was exchanged
+            return False
+        trains = torch.is_grad_enabled()
+        # Optimizers may write what they train without a trace, and an address may come again.
+        if (trains and any(t.requires_grad for t in held)) or not self.made_of.holds(held):
+            vars(self).update(blocked=None, made_of=None)
+            return False
+        return not trains
 
     def _quick(self, x: Tensor) -> Tensor | None:
         layer: nn.Module = self  # what else it is, its class does not say
@@ -49,21 +101,33 @@ class DecodingLinear(Mixin):
             return None
         return self.blocked.times(x, self.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("blocked", "made_of")}
+
 
 def prepare_decoding(model: nn.Module, *, copy: bool = True) -> list[nn.Module]:
     """Have the frozen linear layers of a model multiply few tokens fast; gives those that were changed for it.
+
+    What was prepared for weights that are others by now is prepared anew.
 
     Args:
         copy: keep a copy of weights that are read faster in another order, or would be decoded for each product, where
             memory has room for all of them.
     """
-    found = [module for _, module in base_modules(model) if _can_be(module) and not wears(module, DecodingLinear.order)]
+    before = set(_stale(model))
+    _take_back(before)
+    found = [m for _, m in base_modules(model) if _can_be(m) and not wears(m, DecodingLinear.order)]
     copied = _copies(found) if copy else {}
     ready = [module for module in found if module in copied or _reads_codes(module)]
     for module in ready:
-        vars(module).update(blocked=copied.get(module), made_of=_state_of(module))
+        vars(module).update(blocked=copied.get(module), made_of=_Made.of(module))
         put_on(module, DecodingLinear)
-    return ready
+    return [module for module in ready if module not in before]
+
+
+def end_decoding(model: nn.Module) -> None:
+    """Take back whatever was prepared."""
+    _take_back(_prepared(model))
 
 
 @contextmanager
@@ -74,6 +138,19 @@ def decoding(model: nn.Module, *, copy: bool = True) -> Iterator[None]:
         yield
     finally:
         _take_back(found)
+
+
+def _prepared(model: nn.Module) -> list[nn.Module]:
+    return [module for _, module in base_modules(model) if wears(module, DecodingLinear.order)]
+
+
+def _stale(model: nn.Module) -> Iterator[nn.Module]:
+    """What was prepared for weights that are not those of now, or may be trained."""
+    for module in _prepared(model):
+        made = cast(DecodingLinear, module).made_of
+        held = _tensors(module)
+        if made is None or not made.looks_like(held) or any(t.requires_grad for t in held):
+            yield module
 
 
 def _copies(modules: Iterable[nn.Module]) -> dict[nn.Module, Blocked]:
@@ -125,7 +202,12 @@ def _few(x: Tensor) -> bool:
     return x.shape[:-1].numel() <= _FEWEST_TOKENS
 
 
-def _state_of(module: nn.Module) -> tuple[int, ...]:
-    """Where its tensors are, and how often each was written."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return tuple(number for t in tensors if t is not None for number in (t.data_ptr(), t._version))
+def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
+    """Those that its weight is: where an adapter has its own of it, that one."""
+    if isinstance(module, QuantizedLinear):
+        return tuple(t for t in module._buffers.values() if t is not None)
+    return (cast(Tensor, module.weight),)
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), 0 if t.is_inference() else t._version  # which counts no writes to those

@@ -69,6 +69,8 @@ def evaluate(
         max_length=decide_length(decisions, context_of(model)),
         overlong=decisions["overlong"],
     )
+    if answers:
+        make_ready(model)  # before the loss: with and without the adapter, it is measured of the same kernels
     packed = why_not_packed(model) is None
     batches = held_out_batches(rendered.rows, packed=packed, limit=_LIMIT, pad_id=opened.base.pad_id)
     held_out = held_out_loss(model, batches, opened.base.device)

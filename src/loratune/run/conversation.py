@@ -26,19 +26,19 @@ class Speaker:
     def answer(self, message: str, sampling: Sampling, hear: Callable[[str], None]) -> Answer:
         """Say something to it; its answer, of which `hear` is told each piece, joins its own history."""
         model, tokenizer = self.opened.base.model, self.opened.base.tokenizer
-        self.messages.append({"role": "user", "content": message})
-        prompt = self._prompt(tokenizer)
+        asked = {"role": "user", "content": message}
+        prompt = self._prompt(tokenizer, [*self.messages, asked])
         off = self.opened.lora is not None and not self.adapter_on
         with self.opened.lora.disabled() if off and self.opened.lora is not None else nullcontext():
             stops = stop_ids(model, tokenizer)
             (answer,) = generate(model, tokenizer, [prompt], stops, sampling, hear=lambda _, piece: hear(piece))
-        self.messages.append({"role": "assistant", "content": answer.text})
+        self.messages += [asked, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def _prompt(self, tokenizer: Any) -> list[int]:
+    def _prompt(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         if tokenizer.chat_template is None:
-            return list(tokenizer("".join(m["content"] for m in self.messages))["input_ids"])
-        text = tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+            return list(tokenizer("".join(m["content"] for m in messages))["input_ids"])
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

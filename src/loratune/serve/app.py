@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
 
-from loratune.errors import AdapterStateError
+from loratune.errors import AdapterFileError, AdapterStateError, TargetError
 from loratune.serve.answering import answered, refuse_many
 from loratune.serve.gate import Gate
 from loratune.serve.library import UnknownNameError
@@ -128,7 +128,12 @@ def _models(app: FastAPI, service: Service) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadBody) -> dict[str, str]:
         folder = _allowed(body.lora_path, service.allowed)
-        await service.worker.do(lambda: service.library.add(body.lora_name, folder))
+        try:
+            await service.worker.do(lambda: service.library.add(body.lora_name, folder))
+        except (AdapterFileError, TargetError) as error:
+            # Where on this machine it lies is not for who asks to know.
+            told = [problem.replace(str(folder), body.lora_path) for problem in error.problems]
+            raise type(error)(told, hint=error.hint) from error
         return {"status": "loaded", "model": body.lora_name}
 
     @app.post("/v1/unload_lora_adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
@@ -21,15 +22,21 @@ class Gate:
 
     Args:
         api_key: what callers must show, or None. largest: bytes of a body at most.
-        most: requests at once.
+        most: requests at once. patience: seconds that a body may take to come.
         hosts: the names by which the server may be called; None for any. Behind a name of its own that leads to this
             machine, a foreign page would be of one origin with the server (DNS rebinding).
     """
 
     def __init__(
-        self, app: Any, api_key: str | None, largest: int, most: int, hosts: Collection[str] | None = None
+        self,
+        app: Any,
+        api_key: str | None,
+        largest: int,
+        most: int,
+        hosts: Collection[str] | None = None,
+        patience: float = 30.0,
     ) -> None:
-        self._app, self._key, self._largest, self._most = app, api_key, largest, most
+        self._app, self._key, self._largest, self._most, self._patience = app, api_key, largest, most, patience
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._inside = 0
 
@@ -50,8 +57,13 @@ class Gate:
 
     async def _let_in(self, headers: Mapping[bytes, bytes], scope: Any, receive: Any, send: Any) -> None:
         try:
-            body = await self._read(headers, receive)
+            body = await asyncio.wait_for(self._read(headers, receive), self._patience)
         except _GoneError:
+            return
+        except TimeoutError:
+            # Nothing more is read of this connection: what follows would be taken for another request.
+            refusal = _refusal(408, f"the body did not come within {self._patience:g} seconds", Connection="close")
+            await refusal(scope, receive, send)
             return
         if body is None:
             refusal = _refusal(413, f"a body of more than {self._largest:,} bytes")
@@ -69,7 +81,7 @@ class Gate:
                 said = error_of("the API key is missing or wrong", "invalid_api_key", code="invalid_api_key")
                 return JSONResponse(said, 401, headers={"WWW-Authenticate": "Bearer"})
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
-        if origin and scope["method"] not in _READING and urlsplit(origin).netloc != host:
+        if origin and scope["method"] not in _READING and _address_of(origin) != host:
             return _refusal(403, f"a page of {origin} may not ask this server")
         if self._inside >= self._most and scope["path"] not in _OPEN:
             said = error_of(f"{self._inside} requests are being answered; ask again later", "server_error")
@@ -114,5 +126,13 @@ def _name_of(host: str) -> str:
     return host.partition(":")[0]
 
 
-def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse(error_of(message, "invalid_request_error"), status)
+def _address_of(origin: str) -> str | None:
+    """Host and port of an origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def _refusal(status: int, message: str, **headers: str) -> JSONResponse:
+    return JSONResponse(error_of(message, "invalid_request_error"), status, headers=headers)

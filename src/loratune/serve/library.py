@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratune.adapt import Adapters, attach
+from loratune.adapt import attach
 from loratune.adapter import adapter_folder
 from loratune.engine import Engine
 from loratune.errors import AdapterFileError, AdapterStateError, LoratuneError
@@ -121,7 +121,7 @@ class Library:
                 engine.lora.activate()
             else:
                 engine.lora.load(folder, name, tokenizer=self.tokenizer)
-            _refuse_alone(engine.lora, name)
+            _refuse_alone(engine, name)
             if idle is not None:
                 self._forget(idle)
             engine.refresh()
@@ -154,10 +154,10 @@ class Library:
             del self._loaded[name]
 
 
-def _refuse_alone(lora: Adapters, name: str) -> None:
+def _refuse_alone(engine: Engine, name: str) -> None:
     """Raise AdapterStateError where an adapter cannot share a batch with others."""
     try:
-        lora.mixed(name)
+        engine.refuse_unmixable(name)
     except AdapterStateError as error:
         raise AdapterStateError(
             error.problems, hint="`loratune merge` it, and serve the merged model as a base"

@@ -215,9 +215,8 @@ def service_of(base: Base, runs: Sequence[str], config: ServeConfig) -> Service:
             hint="save it with a tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True))",
         )
     named = [_named(run) for run in runs]
-    reserved = 0
-    if named or config.adapter_dir is not None:
-        reserved = adapters_bytes(base.model, base.model.dtype, [path for _, path in named], config.adapters)
+    count = config.adapters if config.adapter_dir is not None else min(config.adapters, len(named))
+    reserved = adapters_bytes(base.model, base.model.dtype, [path for _, path in named], count)
     engine = Engine(base.model, limits=Limits(config.slots, longest=config.longest, reserved=reserved))
     library = Library(engine, base.tokenizer, _called(base.name), config.adapters)
     _add_all(library, named)
