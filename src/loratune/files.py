@@ -12,6 +12,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 
 _STAGED = ".staged"
 _COMMITTED = ".committed"
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 # Of renameat2 (linux/fs.h, fcntl.h) and of renamex_np (macOS, sys/stdio.h).
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _RENAME_SWAP = 2
@@ -33,7 +35,7 @@ def to_json(value: Any) -> bytes:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -43,6 +45,34 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is something half-written, by its name."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Drop what processes that are no more left half-written here: for who is about to write, and alone."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        named = _TEMPORARY.fullmatch(path.name)
+        # In a container every process may have the number that the killed one had.
+        if named and (int(named[1]) == os.getpid() or not _lives(int(named[1]))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no process's number at all
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -201,7 +231,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -180,11 +180,10 @@ def _start(
 ) -> Progress:
     """The first step's state, or that of the newest sound checkpoint."""
     checkpoint, damaged = latest_checkpoint(folder.checkpoints) if resume else (None, [])
+    if resume:
+        journal.go_on_after(checkpoint.step if checkpoint else 0)
     for text in damaged:
         journal.hear(Noticed(0, "checkpoint", text))
-    # Without a base loss in the record step 0 is validated again, so its line goes too.
-    first = 0 if "base_val_loss" in journal.record["result"] else 1
-    folder.keep_metrics(first, checkpoint.step if checkpoint else 0)
     if checkpoint is None:
         return Progress(0, setup.decisions["micro_batch_tokens"])
     journal.hear(Noticed(checkpoint.step, "resumed", f"continued after step {checkpoint.step}"))
