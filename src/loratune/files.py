@@ -8,6 +8,7 @@ reader sees one set or the other. Elsewhere the files move in one by one, and `f
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import glob
 import json
@@ -22,6 +23,8 @@ from typing import Any
 
 _STAGED = ".staged"
 _COMMITTED = ".committed"
+# How Rust, in which safetensors is written, ends the message of what the system refused.
+_REFUSED_IN_RUST = re.compile(r"\(os error (\d+)\)")
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 # Of renameat2 (linux/fs.h, fcntl.h) and of renamex_np (macOS, sys/stdio.h).
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
@@ -235,7 +238,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with _system_errors(path):
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync_file(file)
@@ -251,6 +255,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What the system refuses is an OSError with its number and place, whatever a library makes of it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is None:  # numpy: 800 requested and 496 written
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        refused = _REFUSED_IN_RUST.search(str(error))
+        if isinstance(error, OSError) or refused is None:
+            raise
+        number = int(refused[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _sync_file(path: Path) -> None:

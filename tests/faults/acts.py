@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Sequence
+import resource
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.faults.moments import Fault, Moments
@@ -51,3 +55,76 @@ def watched(tell: Teller, words: Sequence[str], place: str, fault: dict[str, Any
         code = main(list(words))
     tell({"moments": moments.names, "calls": moments.calls})
     return code
+
+
+def limited(_: Teller, words: Sequence[str], file_bytes: int) -> int:
+    """`loratune …` where no file may grow beyond so many bytes: the system refuses the write that would."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    return command(_, words)
+
+
+def on_small_disk(tell: Teller, words: Sequence[str], disk: str, kilobytes: int, then: str, copy: str) -> int:
+    """`loratune …` twice: on a file system of that size, and after it has grown, or was read-only, once more.
+
+    Args:
+        disk: an empty folder, where the file system lies for this process alone.
+        then: "full": that size first, then a large one. "sealed": large, with one run begun, and read-only first.
+        copy: where its files are copied to in the end.
+    """
+    if not _own_file_systems():
+        tell({"granted": False})
+        return 0
+    _mount(disk, f"size={kilobytes}k")
+    if then == "sealed":
+        _mount(disk, "", _REMOUNT | _READ_ONLY)
+    first = _in_process_of_its_own(lambda: command(tell, words))
+    _mount(disk, "size=64m", _REMOUNT)
+    second = _in_process_of_its_own(lambda: command(tell, words))
+    shutil.copytree(disk, copy, dirs_exist_ok=True)
+    tell({"granted": True, "first": first})
+    return second
+
+
+# Of linux/sched.h and linux/mount.h.
+_NEW_USER, _NEW_MOUNTS = 0x10000000, 0x00020000
+_READ_ONLY, _REMOUNT = 1, 32
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _own_file_systems() -> bool:
+    """Let this process mount what nobody else sees; False where the system does not grant that."""
+    user, group = os.getuid(), os.getgid()
+    if not hasattr(_libc, "unshare") or _libc.unshare(_NEW_USER | _NEW_MOUNTS) != 0:
+        return False
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    return True
+
+
+def _mount(place: str, options: str, flags: int = 0) -> None:
+    if _libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags, options.encode()) != 0:
+        raise OSError(ctypes.get_errno(), "mount", place)
+
+
+def _in_process_of_its_own(act: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = act()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def without_override(tell: Teller, words: Sequence[str]) -> int:
+    """`loratune …` as somebody whom the modes of files bind; root is given up the capability that overrides them."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of linux/capability.h, this process
+    data = (ctypes.c_uint32 * 6)()
+    if os.getuid() == 0:
+        assert _libc.capget(header, data) == 0
+        data[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective ones
+        assert _libc.capset(header, data) == 0
+    return command(tell, words)

@@ -43,10 +43,12 @@ class Place:
         return record
 
     def outcome(self) -> Outcome:
+        # Which checkpoints stay beside the last depends on where a run stopped.
+        *older, _ = sorted((self.run / "checkpoints").glob("step-*"))
         files = {
             str(path.relative_to(self.root)): None if path.name in _TIMES else path.read_bytes()
             for path in self.root.rglob("*")
-            if path.is_file() and path.name != ".lock"  # nobody's, where it was killed
+            if path.is_file() and path.parent not in older and path.name != ".lock"  # nobody's, after a kill
         }
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
         metrics = [{key: line[key] for key in ("step", "loss", "val_loss", "lr") if key in line} for line in lines]

@@ -27,7 +27,7 @@ from loratune.run.proof import Proof
 from loratune.run.record import effective_ranks, first_record
 from loratune.run.samples import take_samples
 from loratune.run.setup import Setup, plan_line, set_up
-from loratune.run.signals import stop_signals
+from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
 from loratune.training.loop import Hooks, Loop, Progress, Work
@@ -71,7 +71,7 @@ def train(
     check_trackers(config.log_with)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes cannot train one adapter yet", hint="start one process")
-    with given_back(model), memory_errors():
+    with terminated_like_interrupted(), given_back(model), memory_errors():
         return _run(model, Rows(data, held_out), tokenizer, config, listen)
 
 
