@@ -40,7 +40,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, atomically."""
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with _system_errors(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -263,13 +263,17 @@ def _system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is None:  # numpy: 800 requested and 496 written
-            raise OSError(errno.EIO, str(error), str(path)) from error
         refused = _REFUSED_IN_RUST.search(str(error))
-        if isinstance(error, OSError) or refused is None:
+        if isinstance(error, OSError):
+            if error.filename is not None:
+                raise
+            # numpy has no number either: 800 requested and 496 written.
+            number, said = error.errno or errno.EIO, error.strerror or str(error)
+        elif refused is not None:
+            number, said = int(refused[1]), os.strerror(int(refused[1]))
+        else:
             raise
-        number = int(refused[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(number, said, str(path)) from error
 
 
 def _sync_file(path: Path) -> None:
