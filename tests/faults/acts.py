@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,62 @@ def limited(_: Teller, words: Sequence[str], file_bytes: int) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
     return command(_, words)
+
+
+def in_little_memory(tell: Teller, words: Sequence[str], spare: int, kill_at: int = 0) -> int:
+    """`loratune …` where training may take `spare` bytes more than it holds at its first step.
+
+    Args:
+        kill_at: the step after which it is killed; 0 for none.
+    """
+    from loratune.run.journal import Journal
+    from loratune.training.events import StepDone
+    from loratune.training.loop import Loop
+
+    hear = Journal.hear
+
+    def killed(journal: Journal, event: Any) -> None:
+        hear(journal, event)
+        if isinstance(event, StepDone) and event.step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.hear = killed  # type: ignore[method-assign]
+
+    run = Loop.run
+
+    def limited_run(loop: Loop) -> None:
+        status = Path("/proc/self/status").read_text().splitlines()
+        held = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (held * 1024 + spare, hard))
+        try:
+            run(loop)
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+    Loop.run = limited_run  # type: ignore[method-assign]
+    return command(tell, words)
+
+
+def diverging(tell: Teller, words: Sequence[str], what: str, step: int) -> int:
+    """`loratune …` where a step's loss is NaN, or its update brings infinity into a weight."""
+    import torch
+
+    from loratune.training import loop
+
+    take = loop.Loop._step
+    summed_loss = loop.summed_loss
+
+    def poisoned(self: loop.Loop) -> None:
+        if what == "loss" and self.progress.step + 1 == step:
+            loop.summed_loss = lambda *args: summed_loss(*args) * float("nan")  # type: ignore[assignment]
+        take(self)
+        if what == "weights" and self.progress.step == step:
+            with torch.no_grad():
+                self.lora.parameters()[3][0, 0] = float("inf")
+
+    loop.Loop._step = poisoned  # type: ignore[method-assign]
+    return command(tell, words)
 
 
 def on_small_disk(tell: Teller, words: Sequence[str], disk: str, kilobytes: int, then: str, copy: str) -> int:

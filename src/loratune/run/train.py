@@ -30,6 +30,7 @@ from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
+from loratune.training.checks import all_finite
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
@@ -156,6 +157,11 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
         journal.base_loss(base_loss)
 
     def save(at: Progress) -> None:
+        finite = all_finite(lora)
+        if not finite.passed:
+            raise DivergedError(
+                f"step {at.step}: NaN or infinity in {finite.detail}", hint="lower --lr; the last checkpoint is kept"
+            )
         save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"])
 
     journal.begin(progress.step, steps)
