@@ -6,10 +6,11 @@ The checks' own tests are in tests/training/test_checks.py; here it is seen that
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,91 @@ def test_every_check_has_a_fault() -> None:
     found = set().union(*(checks_in(path.read_text(encoding="utf-8")) for path in sources))
     assert found == set(PLANTED)
     assert checks_in('def f():\n    return checks.Check("new", "after", True, "")') == {"new"}
+
+
+# -- what is written is read back -------------------------------------------------------------------------------------
+
+
+EXPORT = importlib.import_module("loratune.run.export")
+GGUF = importlib.import_module("loratune.gguf.model")
+
+
+def another_gguf(patch: Patch) -> tuple[str, ...]:
+    write = EXPORT.write_gguf
+    patch.setattr(
+        EXPORT, "write_gguf", lambda path, adapter, *rest, **more: write(path, halved(adapter), *rest, **more)
+    )
+    return ("--to", "gguf")
+
+
+def another_adapter(patch: Patch) -> tuple[str, ...]:
+    write = EXPORT.write_adapter
+    patch.setattr(EXPORT, "write_adapter", lambda path, adapter, **more: write(path, halved(adapter), **more))
+    return ("--to", "vllm")
+
+
+def halved(adapter: Any) -> Any:
+    factors = {path: f._replace(B=f.B / 2) for path, f in adapter.factors.items()}
+    return replace(adapter, factors=factors)
+
+
+def another_model(patch: Patch) -> tuple[str, ...]:
+    turned = GGUF.turned
+    # As often as it is asked for: what is written and what is compared then differ.
+    calls = iter(range(10**6))
+    patch.setattr(GGUF, "turned", lambda *args: turned(*args) * (0.5 if next(calls) == 3 else 1.0))
+    return ("--to", "gguf", "--merged")
+
+
+def too_large_for_fp16(patch: Patch) -> tuple[str, ...]:
+    state = EXPORT._plain_state
+
+    @contextlib.contextmanager
+    def with_one_large(opened: Any) -> Iterator[Any]:
+        with state(opened) as (tensors, checks):
+            name = "model.layers.0.mlp.up_proj.weight"
+            yield {**tensors, name: tensors[name] * 1e9}, checks
+
+    patch.setattr(EXPORT, "_plain_state", with_one_large)
+    return ("--to", "gguf", "--merged", "--dtype", "fp16")
+
+
+# The function that raises → how it is made to.
+READ_BACK: dict[str, Callable[[Patch], tuple[str, ...]]] = {
+    "_gguf": another_gguf,
+    "_require": another_adapter,
+    "compare_model": another_model,
+    "tensors": too_large_for_fp16,
+}
+
+
+@pytest.mark.parametrize("function", READ_BACK)
+def test_what_is_read_back_must_be_what_was_written(
+    function: str, finished: Path, tmp_path: Path, monkeypatch: Patch, counted: Counted
+) -> None:
+    words = READ_BACK[function](monkeypatch)
+    options = {"to": words[1], "merged": "--merged" in words, "dtype": words[-1] if "--dtype" in words else "auto"}
+    with pytest.raises(CheckError) as caught:
+        EXPORT.export(str(finished), str(tmp_path / "out"), **options)
+    assert function in [entry.name for entry in caught.traceback]
+    counted("fault that a self-check must catch")
+
+
+def raisers_in(source: str) -> set[str]:
+    """The functions of a module that raise a `CheckError` of their own."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return {
+        function.name
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise) and "CheckError" in ast.dump(node)
+    }
+
+
+def test_every_other_check_has_a_fault() -> None:
+    sources = (REPOSITORY / "src").rglob("*.py")
+    found = set().union(*(raisers_in(path.read_text(encoding="utf-8")) for path in sources))
+    assert found == set(READ_BACK) | {"require"}  # which raises for the checks above
 
 
 # -- what is refused rather than checked ------------------------------------------------------------------------------

@@ -46,11 +46,13 @@ def exact_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().contiguous().view(-1)
-        if flat.device.type == "cpu":
-            digest.update(flat.view(torch.uint8).numpy())
-            continue
-        bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        weights = 2 * torch.arange(_PIECE, device=flat.device) + 1
-        sums = [(piece * weights[: len(piece)]).sum() for piece in bits.split(_PIECE)]
-        digest.update(torch.stack(sums).cpu().numpy().tobytes() if len(flat) else b"")
+        on_cpu = flat.view(torch.uint8) if flat.device.type == "cpu" else _weighted_sums(flat).cpu()
+        digest.update(on_cpu.numpy())
     return digest.hexdigest()
+
+
+def _weighted_sums(flat: Tensor) -> Tensor:
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    weights = 2 * torch.arange(_PIECE, device=flat.device) + 1
+    sums = [(piece * weights[: len(piece)]).sum() for piece in bits.split(_PIECE)]
+    return torch.stack(sums)
