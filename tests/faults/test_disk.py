@@ -16,7 +16,7 @@ from tests.faults.warmed import Ended, Warmed
 
 Counted = Callable[..., None]
 EACH = 5
-ALWAYS = {("checkpoint", 1), ("final save", 2)}
+ALWAYS = {("checkpoint", 1)}
 SPACE, ROOM, SEALED = "No space left on device", "File too large", "Read-only file system"
 
 
@@ -56,7 +56,7 @@ def test_full_from_a_moment_on(
 
 
 @pytest.mark.parametrize(
-    "size", [4096, pytest.param(10_000, marks=pytest.mark.full), 40_000, pytest.param(56_000, marks=pytest.mark.full)]
+    "size", [40_000, *(pytest.param(size, marks=pytest.mark.full) for size in (4096, 10_000, 56_000))]
 )
 def test_limit_on_the_size_of_files(size: int, place: Place, whole: Whole, warmed: Warmed, counted: Counted) -> None:
     """The system itself refuses in the middle of a write."""
@@ -66,6 +66,7 @@ def test_limit_on_the_size_of_files(size: int, place: Place, whole: Whole, warme
     counted("size of a full disk")
 
 
+@pytest.mark.full
 def test_limit_on_what_other_commands_write(place: Place, whole: Whole, warmed: Warmed, counted: Counted) -> None:
     goes_on(warmed, place, whole)
     for words in (["merge"], ["export", "--to", "gguf", "--merged"], ["export", "--to", "peft"]):
@@ -110,7 +111,9 @@ def copied(place: Place) -> Place:
     return dataclasses.replace(place, root=place.root.with_name("copied"))
 
 
-@pytest.mark.parametrize("which", ["parent", "folder", "checkpoints"])
+@pytest.mark.parametrize(
+    "which", ["checkpoints", *(pytest.param(which, marks=pytest.mark.full) for which in ("parent", "folder"))]
+)
 def test_folder_that_may_not_be_written(
     which: str, place: Place, whole: Whole, warmed: Warmed, counted: Counted
 ) -> None:
@@ -130,6 +133,7 @@ def test_folder_that_may_not_be_written(
     counted("place that may not be written")
 
 
+@pytest.mark.full
 def test_readers_need_no_right_to_write(place: Place, whole: Whole, warmed: Warmed, counted: Counted) -> None:
     goes_on(warmed, place, whole)
     folders = [place.run, *(Path(path) for path, _, _ in os.walk(place.run))]

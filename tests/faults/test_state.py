@@ -34,7 +34,7 @@ def tree(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("which", "code"), [("data", 3), ("base", 1)])
+@pytest.mark.parametrize(("which", "code"), [("data", 3), pytest.param("base", 1, marks=pytest.mark.full)])
 def test_vanished(
     which: str, code: int, place: Place, whole: Whole, warmed: Warmed, tmp_path: Path, counted: Counted
 ) -> None:
@@ -90,6 +90,7 @@ def test_damaged_checkpoint(damage: str, place: Place, whole: Whole, warmed: War
     counted("damage to a checkpoint")
 
 
+@pytest.mark.full
 def test_every_checkpoint_damaged(place: Place, whole: Whole, warmed: Warmed, counted: Counted) -> None:
     checkpoints = killed_at_the_end_of_training(warmed, place, whole)
     for checkpoint in checkpoints:
@@ -131,6 +132,7 @@ def test_out_of_memory(
     counted("memory that ran out")
 
 
+@pytest.mark.full
 def test_out_of_memory_and_killed(
     large: Place, unlimited: dict[str, torch.Tensor], warmed: Warmed, tmp_path: Path, counted: Counted
 ) -> None:

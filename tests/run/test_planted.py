@@ -196,7 +196,15 @@ PLANTED: dict[str, dict[str, tuple[Callable[[Patch], Any], dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize(("check", "fault"), [(check, fault) for check, faults in PLANTED.items() for fault in faults])
+def one_for_each_and_all_in_full() -> list[Any]:
+    return [
+        pytest.param(check, fault, marks=pytest.mark.full if number else ())
+        for check, faults in PLANTED.items()
+        for number, fault in enumerate(faults)
+    ]
+
+
+@pytest.mark.parametrize(("check", "fault"), one_for_each_and_all_in_full())
 def test_run_ends_with_the_check(
     check: str, fault: str, quick: Quick, tmp_path: Path, monkeypatch: Patch, counted: Counted
 ) -> None:

@@ -47,7 +47,7 @@ def exact_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().contiguous().view(-1)
         on_cpu = flat.view(torch.uint8) if flat.device.type == "cpu" else _weighted_sums(flat).cpu()
-        digest.update(on_cpu.numpy())
+        digest.update(on_cpu.numpy().data)
     return digest.hexdigest()
 
 

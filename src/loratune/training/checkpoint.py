@@ -47,7 +47,7 @@ def save_checkpoint(
     tensors |= {f"optimizer.{name}": leaves[name] for name in first.values()}
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    state = {
+    state: dict[str, Any] = {
         "step": progress.step,
         "micro_batch_tokens": progress.micro_batch_tokens,
         # JSON has no infinity; None says that nothing was validated yet.
