@@ -120,7 +120,7 @@ def unlimited(large: Place, warmed: Warmed) -> dict[str, torch.Tensor]:
 
 
 # With two megabytes left, what writes the checkpoint cannot have its buffer and ends the process: that is a kill.
-@pytest.mark.parametrize("spare", [16 << 20, *(pytest.param(n << 20, marks=pytest.mark.full) for n in (12, 8, 4))])
+@pytest.mark.parametrize("spare", [8 << 20, *(pytest.param(n << 20, marks=pytest.mark.full) for n in (10, 6, 4))])
 def test_out_of_memory(
     spare: int, large: Place, unlimited: dict[str, torch.Tensor], warmed: Warmed, tmp_path: Path, counted: Counted
 ) -> None:
@@ -138,7 +138,8 @@ def test_out_of_memory_and_killed(
 ) -> None:
     """What was halved stays halved, and the record of the run that went on says so too."""
     little = dataclasses.replace(large, root=tmp_path)
-    assert warmed("in_little_memory", words=little.train, spare=16 << 20, kill_at=3).code == -signal.SIGKILL
+    assert warmed("in_little_memory", words=little.train, spare=8 << 20, kill_at=3).code == -signal.SIGKILL
+    assert any(event["kind"] == "out of memory" for event in little.record()["events"])
     assert warmed("command", words=little.train).code == 0
     agrees(little, unlimited)
     checkpoint, _ = latest_checkpoint(little.run / "checkpoints")
