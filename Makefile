@@ -4,7 +4,7 @@
 #   make demo        fine-tune a real model on real data and compare it with its base (examples/function_calling)
 #   make check       lint, formatting, types, contracts
 #   make test        lint, types and every test that needs no accelerator and is not marked `full`
-#   make test-full   all tests, also those in llama.cpp, which it builds once; the result is written to docs/test-full.txt
+#   make test-full   all tests, also those in llama.cpp, which it builds once; the results go to docs/test-full.txt and docs/reliability.md
 #   make clean       remove .venv and the tools' caches
 
 PYTHON ?= python3
@@ -62,7 +62,7 @@ test: lint types
 	@$(PYTEST) $(ARGS)
 
 test-full: lint types $(LLAMA)
-	@$(PYTEST) -m "" --timeout 3600 --write-result=docs/test-full.txt $(ARGS)
+	@$(PYTEST) -m "" --timeout 3600 --write-result=docs/test-full.txt --write-counts=docs/reliability.md $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

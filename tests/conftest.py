@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -38,6 +38,8 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests import counts  # noqa: E402
+
 LOCAL_HOSTS = {"127.0.0.1", "::1", "localhost", ""}
 REPORTED_VERSIONS = ("torch", "transformers", "accelerate", "datasets", "peft", "pytest")
 
@@ -66,8 +68,19 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """`counted("moment of a kill")`: one more for this row of `docs/reliability.md`, if the test passes."""
+
+    def count(what: str, number: int = 1) -> None:
+        record_property(counts.PROPERTY, (counts.named(what), number))
+
+    return count
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-result", metavar="FILE", help="write date, versions and counts of this run to FILE")
+    parser.addoption("--write-counts", metavar="PAGE", help="write what the tests counted into PAGE, between its marks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,10 +95,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
-    path = config.getoption("--write-result")
-    if not path or IS_WORKER:
+    if IS_WORKER:
         return
-    stats = terminalreporter.stats
+    if path := config.getoption("--write-result"):
+        write_result(Path(config.rootpath, path), terminalreporter.stats, exitstatus, config)
+    if path := config.getoption("--write-counts"):
+        write_counts(Path(config.rootpath, path), terminalreporter.stats.get("passed", []), exitstatus)
+
+
+def write_counts(page: Path, passed: list[pytest.TestReport], exitstatus: int) -> None:
+    found = counts.totals(item for report in passed for item in report.user_properties)
+    result = "passed" if exitstatus == 0 else f"FAILED (exit status {int(exitstatus)})"
+    now = dt.datetime.now(dt.UTC)
+    head = f"Counted by {len(passed)} tests on {now:%Y-%m-%d}: {result}."
+    page.write_text(counts.with_counts(page.read_text(encoding="utf-8"), found, head), encoding="utf-8")
+
+
+def write_result(target: Path, stats: dict[str, list[Any]], exitstatus: int, config: pytest.Config) -> None:
     outcomes = ("passed", "failed", "error", "skipped", "xfailed")
     counts = {name: len(stats.get(name, ())) for name in outcomes}
     now = dt.datetime.now(dt.UTC)
@@ -103,7 +129,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     lines += ["", "not passed:"] if counts["failed"] + counts["error"] + counts["skipped"] else []
     for outcome in ("failed", "error", "skipped"):
         lines += sorted(f"  {outcome:8}{report.nodeid}" for report in stats.get(outcome, ()))
-    target = Path(config.rootpath, path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

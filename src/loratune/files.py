@@ -8,10 +8,12 @@ reader sees one set or the other. Elsewhere the files move in one by one, and `f
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,9 @@ from typing import Any
 
 _STAGED = ".staged"
 _COMMITTED = ".committed"
+# How Rust, in which safetensors is written, ends the message of what the system refused.
+_REFUSED_IN_RUST = re.compile(r"\(os error (\d+)\)")
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 # Of renameat2 (linux/fs.h, fcntl.h) and of renamex_np (macOS, sys/stdio.h).
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _RENAME_SWAP = 2
@@ -33,9 +38,9 @@ def to_json(value: Any) -> bytes:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with _system_errors(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -43,6 +48,34 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is something half-written, by its name."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Drop what processes that are no more left half-written here: for who is about to write, and alone."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        named = _TEMPORARY.fullmatch(path.name)
+        # In a container every process may have the number that the killed one had.
+        if named and (int(named[1]) == os.getpid() or not _lives(int(named[1]))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no process's number at all
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -201,11 +234,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with _system_errors(path):
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync_file(file)
@@ -221,6 +255,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """What the system refuses is an OSError with its number and place, whatever a library makes of it."""
+    try:
+        yield
+    except Exception as error:
+        refused = _REFUSED_IN_RUST.search(str(error))
+        if isinstance(error, OSError):
+            if error.filename is not None:
+                raise
+            # numpy has no number either: 800 requested and 496 written.
+            number, said = error.errno or errno.EIO, error.strerror or str(error)
+        elif refused is not None:
+            number, said = int(refused[1]), os.strerror(int(refused[1]))
+        else:
+            raise
+        raise OSError(number, said, str(path)) from error
 
 
 def _sync_file(path: Path) -> None:

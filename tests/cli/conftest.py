@@ -71,5 +71,5 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """No report and no measuring of this machine."""
     import loratune.run  # noqa: F401 - what is patched must be there
 
-    monkeypatch.setattr("loratune.run.journal.write_report", lambda folder: folder)
+    monkeypatch.setattr("loratune.run.journal.write_report", lambda *_: None)
     monkeypatch.setattr("loratune.run.setup.forward_rate", lambda *_: 1e4)

@@ -205,6 +205,28 @@ def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: 
     assert events == ["sync file", "rename", "sync folder"]
 
 
+def test_what_the_dead_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = os.getppid()
+    for name in (
+        f".a.{dead.pid}.tmp",
+        f".b.{os.getpid()}.tmp",
+        f".c.{living}.tmp",
+        ".d.tmp",
+        "e.1.tmp",
+        f".f.{2**70}.tmp",
+    ):
+        (tmp_path / name).write_bytes(b"half")
+    fill(tmp_path / f".g.{dead.pid}.tmp")
+    assert files.is_temporary(tmp_path / ".a.1.tmp")
+    files.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f".c.{living}.tmp", ".d.tmp", f".f.{2**70}.tmp", "e.1.tmp"]
+    )
+    files.sweep(tmp_path / "nowhere")
+
+
 def test_json() -> None:
     assert files.to_json({"b": [1, 2], "a": "é"}) == '{\n  "a": "é",\n  "b": [\n    1,\n    2\n  ]\n}\n'.encode()
     for bad in (float("nan"), float("inf")):

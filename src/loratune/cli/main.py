@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoratuneError as error:
         return complain(error, as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the last door: no traceback passes it
-        return complain(_out_of_memory(error) or _internal(error), as_json=as_json)
+        return complain(_out_of_memory(error) or _refused(error) or _internal(error), as_json=as_json)
     return 0
 
 
@@ -39,6 +39,13 @@ def _out_of_memory(error: Exception) -> LoratuneError | None:
     elif not isinstance(error, MemoryError):
         return None
     return OutOfMemoryError("out of memory", hint="lower --batch-size or --max-length")
+
+
+def _refused(error: Exception) -> LoratuneError | None:
+    """What the system refused: a full disk, a folder that is somebody else's."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return None
+    return LoratuneError(f"{error.filename}: {error.strerror}", hint="free some space or use another folder")
 
 
 def _left(code: int, *, as_json: bool) -> int:

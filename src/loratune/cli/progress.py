@@ -54,7 +54,7 @@ class Screen:
     def _line(self, topic: str, text: str) -> None:
         # One check a line where there are several: they are what people read.
         for i, part in enumerate(text.replace("  ✓", "\n✓").replace("  ✗", "\n✗").split("\n")):
-            self.console.print(f"[bold cyan]{escape(topic) if i == 0 else '':<8}[/]{_coloured(escape(part))}")
+            self.console.print(f"[bold cyan]{escape(topic) if i == 0 else '':<7} [/]{_coloured(escape(part))}")
 
     def _begin(self, event: Begun) -> None:
         self.steps = event.steps

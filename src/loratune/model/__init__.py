@@ -20,7 +20,7 @@ from loratune.model.device import (
     processor_name,
     total_memory,
 )
-from loratune.model.fingerprint import fingerprint
+from loratune.model.fingerprint import exact_hash, fingerprint
 from loratune.model.fuse import fuse, fused, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
@@ -56,6 +56,7 @@ __all__ = [
     "end_decoding",
     "evaluating",
     "find_base",
+    "exact_hash",
     "fingerprint",
     "freed_memory_kept",
     "fuse",

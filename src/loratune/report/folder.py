@@ -235,16 +235,20 @@ class Run:
     damage: tuple[str, ...]
 
 
-def read_run(folder: Path) -> Run:
-    """Raises RunFolderError, with every problem found, if the folder holds no run or something unreadable."""
+def read_run(folder: Path, record: Mapping[str, Any] | None = None) -> Run:
+    """What the folder holds, with `record` in place of its own where one is given.
+
+    Raises:
+        RunFolderError: with every problem found, if the folder holds no run or something unreadable.
+    """
     problems: list[str] = []
     damage: list[str] = []
-    record = _read_record(folder, problems)
+    decoded = _read_record(folder, problems) if record is None else decode(Record, dict(record), RECORD, problems)
     metrics = _read_lines(folder / METRICS, Metric, problems, damage)
     samples = _read_lines(folder / SAMPLES, Sample, problems, damage)
     if problems:
         raise RunFolderError(problems, hint=f"restore the files of {folder} from a copy, or train again")
-    return Run(record, metrics, samples, tuple(damage))
+    return Run(decoded, metrics, samples, tuple(damage))
 
 
 def _read_record(folder: Path, problems: list[str]) -> Record:

@@ -23,8 +23,11 @@ _TEMPLATE = "report.html.jinja"
 _SHOWN_PLACES = 12
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, record: Mapping[str, Any] | None = None) -> Path:
     """Write `report.html` into a run folder; whatever the run has not recorded is named as missing.
+
+    Args:
+        record: what `record.json` is about to hold; else it is read.
 
     Returns:
         the path of the page.
@@ -33,7 +36,7 @@ def write_report(folder: Path) -> Path:
         RunFolderError: there is no record, or a file of the folder holds something else than a run writes.
     """
     path = folder / REPORT
-    write_bytes(path, page_of(read_run(folder), name=folder.resolve().name))
+    write_bytes(path, page_of(read_run(folder, record), name=folder.resolve().name))
     return path
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import RunFolderError
-from loratune.files import append_line, locked, write_bytes, write_json
+from loratune.files import append_line, is_temporary, locked, sweep, write_bytes, write_json
+from loratune.training.events import Measured, measured_event
 
 RECORD, METRICS, SAMPLES, CHECKPOINTS = "record.json", "metrics.jsonl", "samples.jsonl", "checkpoints"
 LOCK = ".lock"
@@ -71,6 +72,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / LOCK):
+                for folder in (self.path, self.checkpoints):
+                    sweep(folder)
                 yield
         except BlockingIOError:
             raise RunFolderError(
@@ -81,25 +84,27 @@ class RunFolder:
             hint = "free some space or choose another folder with --out"
             raise RunFolderError(f"{where} cannot be written: {why}", hint=hint) from error
 
-    def keep_metrics(self, first: int, last: int) -> None:
-        """Keep the lines of steps `first` to `last`: what an interrupted run logged after its checkpoint goes."""
+    def keep_metrics(self, last: int) -> list[Measured]:
+        """Keep the events up to step `last`, and return them: what a run logged after its checkpoint goes."""
         path = self.path / METRICS
         if not path.is_file():
-            return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if first <= _step_of(line) <= last]
-        write_bytes(path, "".join(line + "\n" for line in kept).encode())
+            return []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [(line, event) for line in lines if (event := _event_of(line)) is not None and event.step <= last]
+        write_bytes(path, "".join(line + "\n" for line, _ in found).encode())
+        return [event for _, event in found]
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_bytes(self.path / SAMPLES, lines.encode())
 
 
-def _step_of(line: str) -> float:
-    """The step of a metrics line; a line cut off by a kill belongs to no step and is dropped."""
+def _event_of(line: str) -> Measured | None:
+    """The event of a metrics line; None of one that a kill cut off."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return measured_event(json.loads(line))
+    except (ValueError, RecursionError):
+        return None
 
 
 def choose_folder(out: str | None) -> RunFolder:
@@ -121,7 +126,9 @@ def refuse_foreign(folder: RunFolder) -> dict[str, Any] | None:
     if folder.path.exists() and not folder.path.is_dir():
         raise RunFolderError(f"{folder.path} is a file", hint="name a folder with --out")
     record = folder.record()
-    if record is None and folder.path.is_dir() and any(path.name != LOCK for path in folder.path.iterdir()):
+    # A process killed before it wrote a record leaves these.
+    is_ours = record is not None or not folder.path.is_dir()
+    if not is_ours and not all(path.name == LOCK or is_temporary(path) for path in folder.path.iterdir()):
         raise RunFolderError(f"{folder.path} holds other files and no run", hint="name another folder with --out")
     return record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,9 +29,15 @@ class Journal:
     def open(self, before: dict[str, Any] | None) -> None:
         """Write the record of a run that starts, or goes on from `before`."""
         if before is not None:
-            self.record.update(created=before["created"], events=before["events"], result=before["result"])
-            self._go_on_from(before.get("measured", {}))
+            self.record.update({key: before[key] for key in ("created", "events", "result")})
         self.folder.write_record(self.record)
+
+    def go_on_after(self, step: int) -> None:
+        """Forget what came after this step; what came before is in the metrics, also where a kill left no record."""
+        self.record["events"] = [event for event in self.record["events"] if event["step"] <= step]
+        self.record["result"] = {}
+        for event in self.folder.keep_metrics(step):
+            self._note_result(event)
 
     def say(self, topic: str, text: str) -> None:
         self._pass_on(Said(topic, text))
@@ -42,6 +48,7 @@ class Journal:
     def hear(self, event: Event) -> None:
         if isinstance(event, Noticed):
             self.record["events"].append(asdict(event))
+            self.folder.write_record(self.record)
         else:
             self.folder.add_metrics(asdict(event))
             self._note_result(event)
@@ -50,9 +57,8 @@ class Journal:
         self._pass_on(event)
 
     def base_loss(self, loss: float) -> None:
-        """The held-out loss of the base, which is validation 0; recorded at once, since it is measured only once."""
+        """The held-out loss of the base, which is validation 0."""
         self.hear(Validated(0, loss))
-        self.folder.write_record(self.record)
 
     def take(self, topic: str, found: Sequence[Check]) -> None:
         """Note checks and say them; raises `CheckError` if one failed."""
@@ -61,7 +67,7 @@ class Journal:
         require(found)
 
     def measured(self) -> dict[str, Any]:
-        """Totals of the steps heard, with those of the processes before that could still write them down."""
+        """Totals of the steps heard, by the processes before too."""
         return {
             "seconds": round(self._seconds, 2),
             "peak_memory_bytes": self._peak,
@@ -69,17 +75,12 @@ class Journal:
         }
 
     def close(self, state: str, error: str | None = None) -> None:
-        """Write the record's last state and the report."""
+        """Write the report and the record's last state, which is last: it says that the run is finished."""
         self.record.update(state=state, ended=now(), measured=self.measured())
         if error is not None:
             self.record["error"] = error
+        write_report(self.folder.path, self.record)
         self.folder.write_record(self.record)
-        write_report(self.folder.path)
-
-    def _go_on_from(self, measured: Mapping[str, Any]) -> None:
-        self._seconds = float(measured.get("seconds", 0.0))
-        self._tokens = round(measured.get("tokens_per_second", 0.0) * self._seconds)
-        self._peak = int(measured.get("peak_memory_bytes", 0))
 
     def _note_result(self, event: StepDone | Validated) -> None:
         result = self.record["result"]

@@ -10,7 +10,7 @@ from loratune.adapt import Adapters
 from loratune.data.batch import Batch, make_batch, needed
 from loratune.data.render import Rendered
 from loratune.lora import base_modules
-from loratune.model import fingerprint, stop_ids
+from loratune.model import exact_hash, stop_ids
 from loratune.quant import stored_in
 from loratune.run.decide import learning_rate
 from loratune.run.setup import Setup
@@ -60,11 +60,10 @@ class Proof:
 
     def after(self, lora: Adapters) -> list[Check]:
         """Checks on the trained adapter, which is left as it is."""
-        found = [
-            checks.every_update_moved(lora, self.start),
-            checks.all_finite(lora),
-            checks.reload_is_live(self.model, lora, self.probe),
-        ]
+        found = [checks.every_update_moved(lora, self.start), checks.all_finite(lora)]
+        if not found[-1].passed:
+            return found  # the next ones write the adapter, which is refused
+        found.append(checks.reload_is_live(self.model, lora, self.probe))
         if self.setup.decisions["checks"] == "full":
             found.append(checks.merged_is_adapter(self.model, lora, self.probe))
         now = self._stored()
@@ -73,7 +72,7 @@ class Proof:
 
     def _stored(self) -> str:
         """A hash of what the base holds; of quantised weights, the bytes."""
-        return fingerprint(stored_in(base_modules(self.model)))
+        return exact_hash(stored_in(base_modules(self.model)))
 
     def _probe_rows(self) -> list[Rendered]:
         """A few rows with at most about 512 tokens, held-out ones where there are some."""

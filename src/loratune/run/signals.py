@@ -10,6 +10,20 @@ from typing import Any
 
 
 @contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does, unless the program has its own way with it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once, as Python does."""
     stop = threading.Event()

@@ -27,9 +27,10 @@ from loratune.run.proof import Proof
 from loratune.run.record import effective_ranks, first_record
 from loratune.run.samples import take_samples
 from loratune.run.setup import Setup, plan_line, set_up
-from loratune.run.signals import stop_signals
+from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
 from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
+from loratune.training.checks import all_finite
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
@@ -71,7 +72,7 @@ def train(
     check_trackers(config.log_with)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes cannot train one adapter yet", hint="start one process")
-    with given_back(model), memory_errors():
+    with terminated_like_interrupted(), given_back(model), memory_errors():
         return _run(model, Rows(data, held_out), tokenizer, config, listen)
 
 
@@ -156,6 +157,11 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
         journal.base_loss(base_loss)
 
     def save(at: Progress) -> None:
+        finite = all_finite(lora)
+        if not finite.passed:
+            raise DivergedError(
+                f"step {at.step}: NaN or infinity in {finite.detail}", hint="lower --lr; the last checkpoint is kept"
+            )
         save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"])
 
     journal.begin(progress.step, steps)
@@ -180,11 +186,10 @@ def _start(
 ) -> Progress:
     """The first step's state, or that of the newest sound checkpoint."""
     checkpoint, damaged = latest_checkpoint(folder.checkpoints) if resume else (None, [])
+    if resume:
+        journal.go_on_after(checkpoint.step if checkpoint else 0)
     for text in damaged:
         journal.hear(Noticed(0, "checkpoint", text))
-    # Without a base loss in the record step 0 is validated again, so its line goes too.
-    first = 0 if "base_val_loss" in journal.record["result"] else 1
-    folder.keep_metrics(first, checkpoint.step if checkpoint else 0)
     if checkpoint is None:
         return Progress(0, setup.decisions["micro_batch_tokens"])
     journal.hear(Noticed(checkpoint.step, "resumed", f"continued after step {checkpoint.step}"))

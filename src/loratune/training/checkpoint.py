@@ -47,7 +47,7 @@ def save_checkpoint(
     tensors |= {f"optimizer.{name}": leaves[name] for name in first.values()}
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    state = {
+    state: dict[str, Any] = {
         "step": progress.step,
         "micro_batch_tokens": progress.micro_batch_tokens,
         # JSON has no infinity; None says that nothing was validated yet.
@@ -62,7 +62,8 @@ def save_checkpoint(
     with new_folder(path) as temporary:
         # Straight to the file: as bytes first, they would be held twice.
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
-        (temporary / _STATE).write_bytes(to_json({**state, "sha256": _hash_of(temporary / _TENSORS)}))
+        state["sha256"] = _hash_of(temporary / _TENSORS)
+        (temporary / _STATE).write_bytes(to_json({**state, "state_sha256": _hash_of_state(state)}))
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -124,10 +125,16 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / _STATE).read_text())
+    state = json.loads((path / _STATE).read_bytes())
+    if not isinstance(state, dict) or state.pop("state_sha256") != _hash_of_state(state):
+        raise ValueError("its state does not match its hash")
     if _hash_of(path / _TENSORS) != state["sha256"]:
         raise ValueError("its tensors do not match their hash")
     return Checkpoint(state["step"], safetensors.torch.load_file(path / _TENSORS), state)
+
+
+def _hash_of_state(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json(state)).hexdigest()
 
 
 def _hash_of(path: Path) -> str:

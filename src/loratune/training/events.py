@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +43,19 @@ class Noticed:
     text: str
 
 
-Event = StepDone | Validated | Noticed
+Measured = StepDone | Validated
+Event = Measured | Noticed
 Listener = Callable[[Event], None]
+
+
+def measured_event(values: Any) -> Measured | None:
+    """The event that `dataclasses.asdict` made these of; None where they are no event's."""
+    for kind in (StepDone, Validated):
+        names = {field.name for field in fields(kind)}
+        if isinstance(values, dict) and values.keys() == names and all(map(_is_number, values.values())):
+            return kind(**values)
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
