@@ -512,3 +512,21 @@ def test_an_adapter_in_the_place_of_another_is_the_one_that_answers() -> None:
         answers.append([chosen.token for chosen in run(engine)[ticket]])
         assert answers[-1] == greedy(model, handle, name, prompt, 9)
     assert answers[1] != answers[2]
+
+
+@pytest.mark.parametrize("where", ["bias", "start"])
+def test_whoever_is_not_finite_is_named(where: str) -> None:
+    """Where its bias overflows in the base's dtype, and where the start that it is counted from holds NaN."""
+    model = tiny().half() if where == "bias" else tiny()
+    assert why_not_packed(model) is None
+    init: Any = "olora" if where == "start" else False
+    config = lt.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=where == "bias", init_lora_weights=init)
+    handle = lt.attach(model, config, name="a")
+    with torch.no_grad():
+        layer = model.model.layers[1].self_attn.q_proj
+        if where == "bias":
+            next(p for name, p in layer.named_parameters() if name.endswith("a.bias")).fill_(60_000.0)
+        else:
+            next(b for name, b in layer.named_buffers()).fill_(torch.nan)
+    with pytest.raises(AdapterStateError, match=r"'a' holds NaN or infinity: model.layers.1.self_attn.q_proj"):
+        handle.mixed("a")

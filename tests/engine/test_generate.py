@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import loratune as lt
 from loratune.engine import Sampling, generate, make_ready
 from loratune.engine.passes import Passes
 from loratune.errors import DataError, DivergedError
+from loratune.lora import blocks_help
 from loratune.model import fuse, fused, use_packed_attention
+from loratune.model.decoding_linear import DecodingLinear
 from tests.models import FAMILIES, tiny
 from tests.oracle.decoding import greedy
 from tests.tiny import tiny_tokenizer
@@ -219,6 +222,7 @@ def test_a_model_made_ready_gives_what_it_gave() -> None:
     before = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=4))]
     assert make_ready(model) is None
     assert fused(model)
+    assert any(isinstance(module, DecodingLinear) for module in model.modules()) == blocks_help(model.lm_head.weight)
     assert make_ready(model) is None  # once more changes nothing
     after = [answer.ids for answer in generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=4))]
     assert sum(a[0] == b[0] for a, b in zip(before, after, strict=True)) >= len(PROMPTS) - 1  # roundings aside
@@ -231,6 +235,20 @@ def test_a_family_that_cannot_be_packed_stays_as_it_is() -> None:
     assert [type(module) for module in model.modules()] == before
 
 
+def noted_names(monkeypatch: pytest.MonkeyPatch) -> set[str | None]:
+    """The names by which rows have their adapter, as passes are told them."""
+    seen: set[str | None] = set()
+    over = Passes.over
+
+    def noted(self: Passes, tokens: Any, lengths: Any, prompts: Any, names: Any, **how: Any) -> Any:
+        if self.slots.count == 6:  # not those of a trial
+            seen.update(names)
+        return over(self, tokens, lengths, prompts, names, **how)
+
+    monkeypatch.setattr(Passes, "over", noted)
+    return seen
+
+
 def everything_random(lora: lt.Adapters) -> None:
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -238,7 +256,7 @@ def everything_random(lora: lt.Adapters) -> None:
 
 
 @pytest.mark.parametrize("state", ["one", "dora", "off", "two", "another", "merged"])
-def test_what_is_active_answers(state: str) -> None:
+def test_what_is_active_answers(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However it is computed: by its name where it is the only one, else as the layers do."""
     model = tiny().requires_grad_(False)
     lora = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear", use_dora=state == "dora"))
@@ -248,9 +266,11 @@ def test_what_is_active_answers(state: str) -> None:
         lora.activate(*(("default", "other") if state == "two" else ("other",)))
     if state == "merged":
         lora.merge()
+    named = noted_names(monkeypatch)
     with lora.disabled() if state == "off" else nullcontext():
-        answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6))
+        answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6), batch_size=6)
         assert [list(answer.ids) for answer in answers] == [greedy(model, prompt, (), 6)[0] for prompt in PROMPTS]
+    assert named == {"default" if state == "one" else None}
     assert lora.merged == (state == "merged")
     assert lora.active == {"two": ("default", "other"), "another": ("other",)}.get(state, ("default",))
 
@@ -262,3 +282,30 @@ def test_an_adapter_that_is_broken_is_no_answer() -> None:
         next(iter(lora.parameters()))[0, 0] = torch.nan
     with pytest.raises(DivergedError, match="prompt 1: the model's logits are NaN"):
         generate(model, TOKENIZER, PROMPTS[:1], frozenset(), Sampling(max_new_tokens=6))
+
+
+class Experts(nn.Module):
+    """Each token goes through one of two linear layers, which is told the tokens that are its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat, y = x.flatten(0, -2), torch.zeros_like(x.flatten(0, -2))
+        first = flat[:, 0] > 0
+        for expert, own in zip(self.experts, (first, ~first), strict=True):
+            y[own] = expert(flat[own])
+        return y.view_as(x)
+
+
+def test_layers_that_see_some_of_the_tokens() -> None:
+    """An adapter on them cannot be given by rows; what is active answers all the same."""
+    model = tiny()
+    for layer in model.model.layers:
+        layer.mlp = Experts(32)
+    model.requires_grad_(False)
+    lora = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear"))
+    everything_random(lora)
+    answers = generate(model, TOKENIZER, PROMPTS, frozenset(), Sampling(max_new_tokens=6))
+    assert [list(answer.ids) for answer in answers] == [greedy(model, prompt, (), 6)[0] for prompt in PROMPTS]

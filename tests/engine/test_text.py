@@ -147,3 +147,14 @@ def test_what_was_before_changes_nothing_else(content: str, after: str) -> None:
     for place, token in enumerate(ids):
         text.add(Chosen(0, token, "length" if place == len(ids) - 1 else None))
     assert text.written == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_half_a_character_of_the_prompt_is_ended_by_the_answer() -> None:
+    """Who gives token ids may end anywhere; the character is the answer's then."""
+    ids = list(TOKENIZER("é你x", add_special_tokens=False)["input_ids"])
+    for cut in range(len(ids)):
+        text = Text(TOKENIZER, [], ids[:cut])
+        for place, token in enumerate(ids[cut:]):
+            text.add(Chosen(0, token, "length" if place == len(ids) - cut - 1 else None))
+        before = TOKENIZER.decode(ids[:cut]).rstrip("\ufffd")
+        assert before + text.written == "é你x"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loratune.errors import AdapterStateError
-from loratune.lora import AdapterState, LoraLayer, LowRank, Rows, bank_of
+from loratune.lora import AdapterState, LoraLayer, LowRank, Rows, Stack, bank_of
 from tests.lora.cases import (
     SLOW,
     Adapter,
@@ -242,3 +242,13 @@ def test_the_work_does_not_grow_with_the_number_of_adapters(variant: str) -> Non
         counts.append(calls.counts)
     assert sum(number for name, number in counts[0].items() if name.endswith("bmm")) == 2
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["A", "B", "bias"])
+def test_a_stack_that_is_not_finite_says_so(part: str, value: float) -> None:
+    stack = Stack(torch.ones(4, 3), torch.ones(5, 4), torch.ones(2, 5))
+    assert stack.is_finite()
+    assert stack._replace(bias=None).is_finite()
+    getattr(stack, part)[1, 2] = value
+    assert not stack.is_finite()

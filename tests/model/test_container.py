@@ -36,6 +36,14 @@ def test_second_version(tmp_path: Path) -> None:
     assert allowance(tmp_path, own) == Allowance(5 * GB, 0)
 
 
+def test_what_is_given_up_is_no_more_than_is_used(tmp_path: Path) -> None:
+    """The two numbers are not read at one moment."""
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    group(tmp_path, str(8 * GB), GB, 3 * GB)
+    assert allowance(tmp_path, own) == Allowance(8 * GB, 8 * GB)
+
+
 def test_first_version_seen_from_inside(tmp_path: Path) -> None:
     """The path is the one outside; inside, the group's files are at the root."""
     own = tmp_path / "own"

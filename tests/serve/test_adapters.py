@@ -74,6 +74,20 @@ def test_refused(clean: Server, name: str, path: str, words: str) -> None:
     assert ask(clean, "a", "hi", 2).choices
 
 
+def test_a_refusal_tells_no_path_of_the_machine(clean: Server, shelf: Shelf) -> None:
+    broken = shutil.copytree(shelf.adapters / "late", shelf.adapters / "broken")
+    try:
+        (broken / "adapter_model.safetensors").write_bytes(b"broken")
+        message = load(clean, "one", "broken").json()["error"]["message"]
+        assert message.startswith("broken/adapter_model.safetensors is damaged")
+        (broken / "adapter_model.safetensors").unlink()
+        assert load(clean, "one", "broken").json()["error"]["message"].startswith("broken holds no adapter")
+        for name in ("dora", "stranger", "nowhere"):
+            assert str(shelf.adapters) not in load(clean, "one", name).text
+    finally:
+        shutil.rmtree(broken)
+
+
 def test_links_out_of_the_folder_are_not_followed(clean: Server, shelf: Shelf, tmp_path: Path) -> None:
     link = shelf.adapters / "link"
     shutil.copytree(shelf.adapters / "late", tmp_path / "elsewhere")  # sound: only its place is wrong

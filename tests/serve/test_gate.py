@@ -92,6 +92,8 @@ def test_on_the_network_any_name_will_do(shelf: Shelf) -> None:
         ("http://localhost:3000", 403),
         ("https://evil.example", 403),
         ("null", 403),
+        ("http://[", 403),
+        ("http://[x]:1", 403),
     ],
 )
 def test_pages_of_others_may_not_ask(shelf: Shelf, origin: str | None, status: int) -> None:
@@ -203,3 +205,24 @@ def test_more_at_once_than_are_let_in_are_told_so() -> None:
         return [refused, await health, *(await asyncio.gather(*inside)), await status("/v1/models")]
 
     assert asyncio.run(several()) == [503, 200, 200, 200, 200]
+
+
+def test_a_body_that_does_not_come_makes_way() -> None:
+    """Else as many half ones as are let in would keep all others out."""
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("nothing was asked")
+
+    gate, sent = Gate(app, None, 100, 1, patience=0.05), list[dict[str, Any]]()
+    half = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        return half.pop() if half else await asyncio.Event().wait()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(gate({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send))
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert gate._inside == 0

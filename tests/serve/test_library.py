@@ -56,6 +56,11 @@ def test_one_that_is_damaged_takes_nobodys_place(library: Any, shelf: Shelf, tmp
     assert str(tmp_path) not in str(caught.value)  # whoever asks is told no path
     assert state(library) == before
     assert _REFUSED[LostError] == 500
+    shutil.rmtree(folder)
+    shutil.copytree(shelf.adapters / "dora", folder)  # sound, and one that cannot share a batch
+    with pytest.raises(LostError):
+        library.ready("late")
+    assert state(library) == before
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from loratune.adapter import count_parameters
 from loratune.errors import AdapterFileError
 from loratune.serve.reserve import adapters_bytes
 from tests.models import tiny
-from tests.serve.conftest import Shelf
+from tests.serve.conftest import Shelf, service
 
 
 def test_parameters_are_counted_in_the_header(shelf: Shelf, tmp_path: Path) -> None:
@@ -37,3 +38,29 @@ def test_without_one_rank_16_is_taken() -> None:
     expected = lt.plan(model, lt.LoraConfig(r=16, target_modules="all-linear")).trainable
     head = 16 * sum(model.lm_head.weight.shape)
     assert adapters_bytes(model, torch.float32, [], 2) == 2 * 24 * (expected + head)
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "count"),
+    [
+        ({}, (), 0),
+        ({}, ("a", "b"), 2),
+        ({"adapters": 1}, ("a", "b"), 1),
+        ({"adapter_dir": "."}, ("a",), 16),
+        ({"adapter_dir": ".", "adapters": 3}, (), 3),
+    ],
+)
+def test_for_as_many_as_may_be_loaded(
+    config: dict[str, Any], names: tuple[str, ...], count: int, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def reserved(*args: Any) -> int:
+        seen.append(args[-1])
+        return adapters_bytes(*args)
+
+    monkeypatch.setattr("loratune.serve.server.adapters_bytes", reserved)
+    found = service(shelf, *names, **config)
+    assert seen == [count]
+    each = adapters_bytes(found.worker.engine.model, torch.float32, [str(shelf.adapters / name) for name in names], 1)
+    assert found.worker.engine.limits.reserved == count * each

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loratune.engine.text import Text
 from loratune.serve.wire import ChatBody
 from tests.serve.conftest import Shelf, asked_here, service
 
@@ -126,6 +127,22 @@ def test_a_million_wrong_items_are_one_problem(client: httpx.Client) -> None:
     assert found.status_code == 400
     assert len(found.content) < 2000
     assert time.perf_counter() - begun < 3
+
+
+def test_a_text_goes_on_from_its_prompt_and_a_chat_does_not(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Noted(Text):
+        def __init__(self, tokenizer: Any, stops: Any, after: Any = ()) -> None:
+            seen.append(tuple(after))
+            super().__init__(tokenizer, stops, after)
+
+    monkeypatch.setattr("loratune.serve.answering.Text", Noted)
+    assert said(client, TEXT, {"prompt": [[5, 6], [7]]}).status_code == 200
+    assert said(client, CHAT, {}).status_code == 200
+    assert seen == [(5, 6), (7,), ()]
 
 
 def test_alternatives_without_probabilities_are_not_left_out(client: httpx.Client) -> None:
