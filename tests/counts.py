@@ -26,6 +26,7 @@ ROWS = {
     "divergence": "exit 6, the last good checkpoint stays and is sound",
     "fault that a self-check must catch": "planted in a run: it ends with this check's name, exit 4",
     "fault that a refusal must catch": "planted in files, data or tokenizer: a typed error that names it",
+    "malformed input": "rows, files, settings, adapters, model folders: read right, or a typed error that names it",
 }
 
 BEGIN, END = "<!-- counts: written by make test-full -->", "<!-- end of counts -->"

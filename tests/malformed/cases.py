@@ -11,6 +11,8 @@ from loratune.errors import LoratuneError
 
 # A file or folder made in the folder given.
 Make = Callable[[Path], Path]
+# The fixture `counted` of tests/conftest.py.
+Counted = Callable[..., None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 import loratune as lt
 from tests.malformed.adapters import cases
-from tests.malformed.cases import REFUSED, Case, outcome
+from tests.malformed.cases import REFUSED, Case, Counted, outcome
 from tests.models import tiny
 
 IDS = torch.arange(3, 20)[None]
@@ -38,7 +38,7 @@ def test_the_sound_one_is_taken(sound: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_adapters(case: Case, sound: Path, model: Any, tmp_path: Path) -> None:
+def test_adapters(case: Case, sound: Path, model: Any, tmp_path: Path, counted: Counted) -> None:
     shutil.copytree(sound, tmp_path / "adapter")
     path = case.make(tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -57,3 +57,4 @@ def test_adapters(case: Case, sound: Path, model: Any, tmp_path: Path) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+    counted("malformed input")

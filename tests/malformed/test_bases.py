@@ -12,7 +12,7 @@ import pytest
 from loratune.model import load_base
 from loratune.run.look import look_at_data
 from tests.malformed.bases import cases
-from tests.malformed.cases import REFUSED, Case, outcome
+from tests.malformed.cases import REFUSED, Case, Counted, outcome
 from tests.models import additions, saved
 
 ROWS = [
@@ -51,13 +51,14 @@ def test_weights_without_a_place_are_said(
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
-def test_bases(case: Case, sound: Path, tmp_path: Path) -> None:
+def test_bases(case: Case, sound: Path, tmp_path: Path, counted: Counted) -> None:
     shutil.copytree(sound, tmp_path / "model")
     path = case.make(tmp_path)
     # What is said of a template is said of the rows that it was to make.
     named = outcome if "template" not in case.name else _by_rows
     assert named(case, path, used) is REFUSED
     assert not (tmp_path / "ran").exists(), "code ran"
+    counted("malformed input")
 
 
 def _by_rows(case: Case, path: Path, read: Any) -> Any:

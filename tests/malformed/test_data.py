@@ -9,7 +9,7 @@ import pytest
 
 from loratune.run.look import look_at_data
 from tests.malformed import data_files, data_rows
-from tests.malformed.cases import Case, outcome
+from tests.malformed.cases import Case, Counted, outcome
 from tests.models import tiny
 from tests.tiny import tiny_tokenizer
 
@@ -22,10 +22,13 @@ def parts() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_data(case: Case, parts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data(
+    case: Case, parts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
     tokenizer, model = parts
     monkeypatch.setattr("loratune.run.look.load_tokenizer", lambda _: tokenizer)
     monkeypatch.setattr("loratune.run.look.empty_model", lambda _: model)
     path = case.make(tmp_path)
     found = outcome(case, path, lambda data: look_at_data("model", str(data), val=0)["rows"])
     assert found == case.result
+    counted("malformed input")
