@@ -76,7 +76,8 @@ def train(
         run = run_training(model, data, listen=screen, **chosen)
     finally:
         screen.close()
-    emit({"path": str(run.path), "record": run.record}, as_json=as_json, text=[str(run.path)])
+    if run.written_here:
+        emit({"path": str(run.path), "record": run.record}, as_json=as_json, text=[str(run.path)])
 
 
 @app.command()

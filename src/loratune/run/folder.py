@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loratune.errors import RunFolderError
 from loratune.files import append_line, locked, write_bytes, write_json
@@ -36,6 +36,8 @@ _ANIMALS = ("badger", "crane", "falcon", "finch", "hare", "heron", "ibex", "lynx
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     path: Path
+
+    written_here: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -92,6 +94,29 @@ class RunFolder:
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_bytes(self.path / SAMPLES, lines.encode())
+
+
+class WatchedFolder(RunFolder):
+    """The folder of a run seen by a process that leaves it to another one to write there."""
+
+    __slots__ = ()
+    written_here = False
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        pass
+
+    def add_metrics(self, values: dict[str, Any]) -> None:
+        pass
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def keep_metrics(self, first: int, last: int) -> None:
+        pass
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        pass
 
 
 def _step_of(line: str) -> float:

@@ -74,7 +74,8 @@ class Journal:
         if error is not None:
             self.record["error"] = error
         self.folder.write_record(self.record)
-        write_report(self.folder.path)
+        if self.folder.written_here:
+            write_report(self.folder.path)
 
     def _go_on_from(self, measured: Mapping[str, Any]) -> None:
         self._seconds = float(measured.get("seconds", 0.0))

@@ -11,28 +11,28 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 
 from loratune.errors import ConfigError, MissingExtraError
-from loratune.training import processes
+from loratune.training import trackers
 from loratune.training.events import Noticed, StepDone, Validated
 
 STEP = StepDone(3, 1.5, 1e-3, 0.7, 100, 90, 40, 4, 0.1, 10**8)
 
 
 def test_no_trackers_need_nothing() -> None:
-    processes.check_trackers(())
+    trackers.check_trackers(())
 
 
 def test_all_unknown_trackers_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
-        processes.check_trackers(["wandbd", "comet"])
+        trackers.check_trackers(["wandbd", "comet"])
     assert "'wandbd'; did you mean 'wandb'?" in str(caught.value)
     assert "'comet'" in str(caught.value)
     assert "tensorboard, wandb, mlflow, trackio" in caught.value.hint
 
 
 def test_all_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "find_spec", lambda _: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError) as caught:
-        processes.check_trackers(["mlflow", "tensorboard"])
+        trackers.check_trackers(["mlflow", "tensorboard"])
     assert caught.value.hint == "pip install mlflow tensorboard"
     assert len(caught.value.problems) == 2
 
@@ -50,7 +50,7 @@ def test_listener_passes_on() -> None:
             self.logged.append((step, values))
 
     recorder = Recorder()
-    listen = processes.tracker_listener(recorder, "brave-otter", {"r": 8, "targets": ("q_proj",), "val": None})  # type: ignore[arg-type]
+    listen = trackers.tracker_listener(recorder, "brave-otter", {"r": 8, "targets": ("q_proj",), "val": None})  # type: ignore[arg-type]
     for event in (STEP, Validated(3, 1.25), Noticed(3, "early stop", "…")):
         listen(event)
     assert recorder.started == ("brave-otter", {"r": 8, "targets": "('q_proj',)", "val": "None"})
@@ -58,23 +58,23 @@ def test_listener_passes_on() -> None:
 
 
 def test_accelerator_keeps_the_dtype(tmp_path: Path) -> None:
-    accelerator = processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+    accelerator = trackers.make_accelerator(torch.device("cpu"), (), tmp_path)
     assert accelerator.mixed_precision == "no"
     assert accelerator.device.type == "cpu"
 
 
 def test_after_a_run_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate has one state for a process, and refuses `cpu=True` where that is a GPU's."""
-    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+    trackers.make_accelerator(torch.device("cpu"), (), tmp_path)
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
     monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device("cuda"))
     with pytest.raises(ValueError, match="already been initialized"):
         Accelerator(cpu=True)
-    assert processes.make_accelerator(torch.device("cpu"), (), tmp_path).mixed_precision == "no"
+    assert trackers.make_accelerator(torch.device("cpu"), (), tmp_path).mixed_precision == "no"
 
 
 def test_mixed_precision_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+    trackers.make_accelerator(torch.device("cpu"), (), tmp_path)
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
     with pytest.raises(ConfigError, match=r"set up for mixed precision \(bf16\) in this process"):
-        processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+        trackers.make_accelerator(torch.device("cpu"), (), tmp_path)
