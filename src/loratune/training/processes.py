@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,6 +165,9 @@ class Group(Processes):
         except Exception as error:
             if isinstance(error, LoratuneError) or not _is_broken_off(error):
                 raise
+            # Launchers end whom a failed process leaves behind. This one ends too, but first writes why.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise self._of_peer() from error
 
     @contextmanager
