@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,10 @@ class Outcome:
     seen: Any = None
 
 
-def launched(launcher: str, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def launched(
+    launcher: str, words: Sequence[str], *, interrupt_after: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`interrupt_after`: the launcher is sent what Ctrl-C sends once this file is there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -65,7 +69,22 @@ def launched(launcher: str, words: Sequence[str]) -> subprocess.CompletedProcess
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     command = [sys.executable, *LAUNCHERS[launcher], port, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT, check=False)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            if interrupt_after is not None:
+                _wait_for(interrupt_after, process)
+                process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=_LIMIT)
+        finally:
+            process.terminate()  # the launcher ends its processes, where it has not ended by itself
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + _LIMIT
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def failing(fault: str, rank: int, words: Sequence[str]) -> subprocess.CompletedProcess[str]:

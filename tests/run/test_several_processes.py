@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loratune.adapt import plan
+from loratune.config import LoraConfig
 from loratune.errors import RunInterrupted
+from loratune.estimation import BaseMemory, Pass, Shape, estimate_memory
 from loratune.run import train
 from tests.launch import Job, Outcome, failing, launched, together
-from tests.models import additions, write_jsonl
+from tests.models import additions, tiny, write_jsonl
 from tests.run.conftest import QUICK
 from tests.run.test_resume import losses_of, record_of, steps_of, stop_at
 from tests.run.test_sharing import SYSTEM
@@ -112,7 +115,9 @@ def test_two_processes_train_what_one_trains(name: str, pair: Pair) -> None:
     one = pair.alone(name, CHECKED | {"lora_dropout": 0.3})
     assert_same_run(pair.folder / name, one)
     ours, theirs = record_of(pair.folder / name), record_of(one)
-    assert [check["name"] for check in ours["checks"]] == [check["name"] for check in theirs["checks"]]
+    names = [check["name"] for check in ours["checks"]]
+    assert (name == "copies") == ("one adapter everywhere" in names)
+    assert [other for other in names if other != "one adapter everywhere"] == [c["name"] for c in theirs["checks"]]
     assert all(check["passed"] for check in ours["checks"])
     assert (ours["plan"]["processes"], ours["plan"]["sharded"]) == (2, name == "parts")
     assert ours["identity"] == theirs["identity"]
@@ -140,6 +145,11 @@ def test_what_is_sharded(pair: Pair) -> None:
     whole = pair.outcomes["copies"][1].seen
     assert whole["kinds"] == ["Parameter"]
     assert seen["bytes"] * 2 == whole["bytes"]
+    model = tiny()
+    targets = plan(model, LoraConfig(r=4, target_modules="all-linear"))
+    through = Pass(4, 1, 1, 1)
+    planned = estimate_memory(targets, Shape.of(model), through, BaseMemory.of(model, 4, None), parts=2)
+    assert planned.base + planned.masters == seen["bytes"]
 
 
 @pytest.mark.parametrize("name", ["one row", "one row in parts"])
@@ -217,6 +227,19 @@ def test_one_that_is_killed_ends_all(base: str, data: str, tmp_path: Path) -> No
     record = record_of(tmp_path / "run")
     assert record["state"] == "failed"
     assert "ended without a word" in record["error"]
+
+
+@pytest.mark.full
+def test_launcher_that_is_interrupted(base: str, data: str, tmp_path: Path) -> None:
+    """Ctrl-C reaches the launcher, which passes it on: a checkpoint is saved, and the same command goes on."""
+    settings = {**COMMON, "max_steps": 2000, "shard": "on"}
+    command = ["-m", "loratune", *words(base, data, tmp_path / "run", settings)]
+    done = launched("torchrun", command, interrupt_after=tmp_path / "run" / "metrics.jsonl")
+    assert done.stderr.count("checkpoint saved") == 1
+    record = record_of(tmp_path / "run")
+    assert record["state"] == "interrupted"
+    assert 0 < record["result"]["steps"] < 2000
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
 
 
 @pytest.mark.full

@@ -357,6 +357,7 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
         "",
         table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", *planned], sizes),
         "logits and a layer's gradients are never there together: the total has the larger",
+        *(f"--shard on, {count} processes: {gigabytes(size)} each" for count, size in found["sharded"].items()),
         "",
         *found["decisions"],
         *found["notes"],

@@ -72,10 +72,10 @@ def spread_out(model: Any, config: TrainConfig, processes: Processes) -> Spread:
         return Spread(processes)
     named = isinstance(model, str | os.PathLike)
     device = pick_device(config.device)
+    _refuse_launch()
     if named:  # a loaded model is where somebody put it
         check_device(processes, device, config.device)
-    # What `accelerate launch --use_fsdp`, or its config file, tells the processes that it starts.
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    launched = _told("ACCELERATE_USE_FSDP")
     if config.shard == "on" or (config.shard == "auto" and launched):
         if problems:
             raise ConfigError(problems, hint="leave it out, or say --shard off")
@@ -86,6 +86,24 @@ def spread_out(model: Any, config: TrainConfig, processes: Processes) -> Spread:
             why = f"the base's {weights / 2**30:.1f} GB are more than {_BASE_SHARE:.0%} of a GPU's memory"
             return Spread(processes, True, why, device)
     return Spread(processes, False, "given" if config.shard == "off" else "each process has room for the base")
+
+
+def _told(name: str) -> bool:
+    """Whether `accelerate launch`, by its flags or its config file, says so to the processes that it starts."""
+    return os.environ.get(name, "").lower() in ("true", "1")
+
+
+def _refuse_launch() -> None:
+    """What accelerate was told and would not happen is refused rather than left out without a word."""
+    problems = []
+    if _told("ACCELERATE_USE_DEEPSPEED"):
+        problems.append("accelerate's launch asks for DeepSpeed, which is not used here")
+    if _told("ACCELERATE_USE_MEGATRON_LM"):
+        problems.append("accelerate's launch asks for Megatron-LM, which is not used here")
+    if _told("ACCELERATE_USE_FSDP") and _told("FSDP_OFFLOAD_PARAMS"):
+        problems.append("accelerate's launch asks for weights in the CPU's memory, which stay on the GPUs here")
+    if problems:
+        raise ConfigError(problems, hint="launch with --use_fsdp --fsdp_version 2, or say --shard on")
 
 
 def _undividable(model: Any, config: TrainConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from loratune.config import TrainConfig
 from loratune.data.pack import batches
 from loratune.errors import DivergedError, LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_loss
-from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, recompute_activations
+from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, quietly, recompute_activations
 from loratune.quant import drop_originals
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
@@ -33,6 +33,7 @@ from loratune.run.signals import stop_signals
 from loratune.run.smaller import smaller_ranks
 from loratune.run.spread import spread_out
 from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
+from loratune.training.checks import same_everywhere
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
@@ -77,7 +78,8 @@ def train(
         LoratuneError: the kind tells what went wrong; see `loratune.errors`.
     """
     processes = join()
-    with processes.one_failure(), given_back(model), memory_errors(), processes.hearing():
+    alone = nullcontext() if processes.first else quietly()
+    with alone, processes.one_failure(), given_back(model), memory_errors(), processes.hearing():
         config = TrainConfig(**settings)
         check_trackers(config.log_with)
         return _run(model, Rows(data, held_out), tokenizer, config, listen, processes)
@@ -142,6 +144,8 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
             tensors = trained_tensors(lora)  # every process gives its parts
             processes.from_first(lambda: _finish(*put_together(setup, tensors), folder, journal, progress))
         else:
+            if decisions["checks"] != "off" and processes.count > 1:
+                journal.take("verify", [same_everywhere(lora, processes)])
             processes.from_first(lambda: _finish(setup, lora, proof, folder, journal, progress))
     finally:
         if not setup.spread.sharded:  # nobody can take the parts' classes off, and the model is of no further use

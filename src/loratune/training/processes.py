@@ -76,12 +76,26 @@ class Processes:
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make each gradient the sum over all processes; those of sharded parameters are that already."""
 
+    def gathered(self, value: T) -> list[T]:
+        """What each process gives, by rank."""
+        return [value]
+
     def refuse_different(self, values: Mapping[str, Any]) -> None:
         """Raise unless all processes have the same values.
 
         Raises:
             ConfigError: with one line for each that differs.
         """
+        first, *others = self.gathered(dict(values))
+        problems = [
+            f"{name}: {first.get(name)!r} in process 0, {other.get(name)!r} in process {rank}"
+            for rank, other in enumerate(others, 1)
+            for name in sorted({*first, *other})
+            if first.get(name) != other.get(name)
+        ]
+        if problems:
+            hint = "give every process the same data, base and versions, or say the setting"
+            raise ConfigError(["the processes would not train the same adapter", *problems], hint=hint)
 
     @contextmanager
     def hearing(self) -> Iterator[None]:
@@ -106,8 +120,17 @@ class Group(Processes):
         self._store = dist.distributed_c10d.PrefixStore(f"loratune/{run}", dist.distributed_c10d._get_default_store())
 
     def from_first(self, make: Callable[[], T]) -> T:
-        found: list[Any] = [make() if self.first else None]
-        dist.broadcast_object_list(found, src=0, group=self._words, device=torch.device("cpu"))
+        found: list[Any] = [None, None]
+        try:
+            if self.first:
+                found[0] = make()
+        except BaseException as error:
+            found[1] = self._word_for(error)  # the others need not wait until this process has ended
+            raise
+        finally:
+            dist.broadcast_object_list(found, src=0, group=self._words, device=torch.device("cpu"))
+        if found[1] is not None:
+            raise _peer_error(found[1])
         made: T = found[0]
         return made
 
@@ -145,18 +168,10 @@ class Group(Processes):
             for gradient, part in zip(piece, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def refuse_different(self, values: Mapping[str, Any]) -> None:
+    def gathered(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, dict(values), group=self._words)
-        problems = [
-            f"{name}: {found[0].get(name)!r} in process 0, {other.get(name)!r} in process {rank}"
-            for rank, other in enumerate(found)
-            for name in sorted({*found[0], *other})
-            if found[0].get(name) != other.get(name)
-        ]
-        if problems:
-            hint = "give every process the same data, base and versions, or say the setting"
-            raise ConfigError(["the processes would not train the same adapter", *problems], hint=hint)
+        dist.all_gather_object(found, value, group=self._words)
+        return found
 
     @contextmanager
     def hearing(self) -> Iterator[None]:
@@ -188,15 +203,16 @@ class Group(Processes):
 
     def _say(self, error: BaseException) -> PeerError | None:
         """None if this process is the first that fails, else what the first one says."""
-        stopped = isinstance(error, KeyboardInterrupt)
-        word = {"rank": self.rank, "said": str(error) or type(error).__name__}
-        word["exit_code"] = getattr(error, "exit_code", 130 if stopped else 1)
-        mine = json.dumps(word)
+        mine = self._word_for(error)
         try:
             found = self._store.compare_set(_FAILURE, "", mine).decode()
         except RuntimeError:  # who kept the words is gone, and was the first
             return PeerError("process 0 is gone")
         return None if found == mine else _peer_error(found)
+
+    def _word_for(self, error: BaseException) -> str:
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        return json.dumps({"rank": self.rank, "said": str(error) or type(error).__name__, "exit_code": code})
 
     def _of_peer(self) -> PeerError:
         try:
