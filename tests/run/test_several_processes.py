@@ -101,9 +101,17 @@ def pair(base: str, conversations: str, tmp_path_factory: pytest.TempPathFactory
         "stopped": (DROPPING | {"shard": "on"}, "asked to stop"),
         "from one": (DROPPING | {"shard": "on"}, "none"),
         "other data": (COMMON, "other data"),
+        "whole": (DROPPING, "none"),
+        "cut": (DROPPING, "asked to stop"),
+        "cut again": (DROPPING, "none"),
+        "foreign": (COMMON, "none"),
+        "no data": (COMMON, "none"),
     }
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("years of work")
+    sources = {"tree": conversations, "no data": str(folder / "nowhere.jsonl")}
     jobs = [
-        Job(words(base, conversations if name == "tree" else data, folder / name, settings), fault)
+        Job(words(base, sources.get(name, data), folder / name.removesuffix(" again"), settings), fault)
         for name, (settings, fault) in plans.items()
     ]
     return Pair(folder, dict(zip(plans, together(folder, jobs), strict=True)), alone)
@@ -193,6 +201,23 @@ def test_stopped_alone_and_continued_in_parts(pair: Pair) -> None:
     assert [outcome.code for outcome in pair.outcomes["from one"]] == [0, 0]
     assert "continued after step 3" in pair.outcomes["from one"][0].err
     assert_same_run(pair.folder / "from one", pair.alone("from one", DROPPING))
+
+
+def test_as_many_processes_go_on_to_the_same_bits(pair: Pair) -> None:
+    assert [outcome.code for outcome in pair.outcomes["cut"]] == [130, 130]
+    assert [outcome.code for outcome in pair.outcomes["cut again"]] == [0, 0]
+    whole, cut = (tensors_of(pair.folder / name) for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("foreign", 1, "holds other files and no run"), ("no data", 3, "nowhere.jsonl")]
+)
+def test_what_is_refused_is_refused_once(name: str, code: int, said: str, pair: Pair) -> None:
+    """Whether one process looks for all, or each for itself."""
+    outcomes = pair.outcomes[name]
+    assert [outcome.code for outcome in outcomes] == [code, code]
+    assert "".join(outcome.err for outcome in outcomes).count(said) == 1
 
 
 def test_processes_that_see_different_data(pair: Pair) -> None:

@@ -139,7 +139,8 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
         if decisions["checks"] != "off":
             journal.take("checks", processes.from_first(lambda: proof.before(lora)))
         drop_originals(setup.model)
-        progress = _fit(setup, folder, journal, lora, resume=resume)
+        with _trackers(setup, folder, journal):
+            progress = _fit(setup, folder, journal, lora, resume=resume)
         if setup.spread.sharded:
             tensors = trained_tensors(lora)  # every process gives its parts
             processes.from_first(lambda: _finish(*put_together(setup, tensors), folder, journal, progress))
@@ -187,7 +188,7 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
         journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
-    with _trackers(setup, folder, journal), stop_signals() as stop:
+    with stop_signals() as stop:
 
         def asked_to_stop() -> bool:
             return processes.some(stop.is_set())
@@ -213,9 +214,11 @@ def _trackers(setup: Setup, folder: RunFolder, journal: Journal) -> Iterator[Non
         return
     accelerator = make_accelerator(setup.base.device, names, folder.path)
     journal.trackers.append(tracker_listener(accelerator, folder.name, setup.decisions.values))
-    yield
-    for tracker in accelerator.trackers:  # not `end_training`: it would end what the processes talk through, too
-        tracker.finish()
+    try:
+        yield
+    finally:  # not `end_training`: it would end what the processes talk through, too
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _start(
