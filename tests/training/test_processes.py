@@ -7,10 +7,13 @@ import pickle
 import pytest
 import torch
 
+import loratune as lt
 from loratune.cli.output import complain
 from loratune.errors import ConfigError, DataError, PeerError
 from loratune.training import processes
+from loratune.training.checks import same_everywhere
 from loratune.training.processes import Processes, check_device, join
+from tests.models import tiny
 
 
 class Several(Processes):
@@ -71,6 +74,24 @@ def test_what_another_process_has_said_is_not_said_again(capsys: pytest.CaptureF
     assert "gone without a word" in capsys.readouterr().err
     again = pickle.loads(pickle.dumps(said))
     assert (str(again), again.exit_code, again.said) == ("process 1 failed: row 7", 3, True)
+
+
+def test_a_process_that_went_its_own_way_is_found() -> None:
+    """The last of the trained tensors differs in its last bit."""
+
+    class Together(Several):
+        def gathered(self, value: object) -> list[object]:  # type: ignore[override]
+            heard.append(value)
+            return [heard[0], value]
+
+    heard: list[object] = []
+    lora = lt.attach(tiny(), lt.LoraConfig(r=4, target_modules="all-linear"))
+    assert same_everywhere(lora, Together()).passed
+    last = lora.parameters()[-1]
+    with torch.no_grad():
+        last.view(-1)[-1:].copy_(torch.nextafter(last.view(-1)[-1:], torch.tensor(1.0)))
+    check = same_everywhere(lora, Together())
+    assert (check.passed, check.detail) == (False, "not in 1")
 
 
 def test_gradients_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
