@@ -251,6 +251,8 @@ def _convert(path: Path, target: Path) -> None:
             del model.hf_quantizer
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        # Among several processes transformers writes in the first alone; this one may be another machine's only one.
+        vars(model)["should_save_on_this_rank"] = lambda _: True
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
 

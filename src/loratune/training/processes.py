@@ -251,6 +251,8 @@ _runs = iter(range(1 << 62))
 def _meet() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # transformers would load weights in the first process alone and wait for accelerate to send them on.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:
         # Without a backend's name there is one for each kind of device.
         dist.init_process_group(timeout=_PATIENCE)
