@@ -32,7 +32,7 @@ LAUNCHERS = {
         "--main_process_port",
     ),
 }
-_LIMIT = 240
+_LIMIT = 600
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def train(
         data: file, hub data set id, rows, or a `datasets.Dataset`.
         tokenizer: for a loaded model whose tokenizer is not found by its name.
         held_out: rows to validate on, as `data`, in place of the setting `val`.
-        listen: told everything that happens, as events.
+        listen: told everything that happens, as events; of several processes, in the first.
         settings: the options of `loratune train` by name; see `TrainConfig`.
 
     Raises:
