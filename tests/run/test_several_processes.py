@@ -270,9 +270,9 @@ def test_one_that_is_killed_ends_all(base: str, data: str, tmp_path: Path) -> No
 @pytest.mark.full
 def test_launcher_that_is_interrupted(base: str, data: str, tmp_path: Path) -> None:
     """Ctrl-C reaches the launcher, which passes it on: a checkpoint is saved, and the same command goes on."""
-    settings = {**COMMON, "max_steps": 2000, "shard": "on"}
+    settings = {**COMMON, "max_steps": 2000, "shard": "on", "save_every": 5}
     command = ["-m", "loratune", *words(base, data, tmp_path / "run", settings)]
-    done = launched("torchrun", command, interrupt_after=tmp_path / "run" / "metrics.jsonl")
+    done = launched("torchrun", command, interrupt_after=tmp_path / "run" / "checkpoints")
     assert done.stderr.count("checkpoint saved") == 1
     record = record_of(tmp_path / "run")
     assert record["state"] == "interrupted"
