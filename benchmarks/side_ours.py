@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,7 +27,7 @@ from loratune.run.train import _work as work_of
 from loratune.training.events import Event, StepDone
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.optimizer import make_optimizer
-from loratune.training.processes import make_accelerator
+from loratune.training.processes import Processes
 from loratune.training.schedule import Schedule
 
 
@@ -68,7 +66,6 @@ class Run:
         decisions = self.setup.decisions
         steps = work.order.steps_per_epoch
         schedule = Schedule(decisions["schedule"], decisions["lr"], steps, 0)
-        accelerator = make_accelerator(self.setup.base.device, (), Path(tempfile.gettempdir()))
 
         def emit(event: Event) -> None:
             if isinstance(event, StepDone):
@@ -76,7 +73,7 @@ class Run:
 
         hooks = Hooks(emit, None, lambda _: None, lambda: False)
         progress = Progress(0, decisions["micro_batch_tokens"])
-        loop = Loop(self.setup.model, self.lora, work, optimizer, schedule, accelerator, progress, hooks)
+        loop = Loop(self.setup.model, self.lora, work, optimizer, schedule, Processes(), progress, hooks)
         with freed_memory_kept(self.setup.base.device):
             loop.run()
 

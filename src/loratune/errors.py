@@ -14,7 +14,8 @@
     ├── AdapterFileError       1   an adapter folder is incomplete, foreign or damaged
     ├── AdapterStateError      1   a verb of the handle that its present state does not allow
     │   └── MergedError            … because an adapter is folded into the weights
-    └── RunFolderError         1   a run folder holds something else than expected
+    ├── RunFolderError         1   a run folder holds something else than expected
+    └── PeerError              that of the first process that failed, of several that train together
 
 An error carries every problem found, not the first, and one hint: the nearest fix.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -116,6 +118,23 @@ class MergedError(AdapterStateError):
 
 class RunFolderError(LoratuneError):
     pass
+
+
+class PeerError(LoratuneError):
+    """Another process of the same run has failed.
+
+    Args:
+        exit_code: that process's.
+        said: whether it has said so itself, so that nobody else need.
+    """
+
+    def __init__(self, problems: str | Iterable[str], *, hint: str = "", exit_code: int = 1, said: bool = True) -> None:
+        super().__init__(problems, hint=hint)
+        self.exit_code = exit_code
+        self.said = said
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(PeerError, hint=self.hint, exit_code=self.exit_code, said=self.said), (self.problems,)
 
 
 class Refusals:

@@ -31,6 +31,9 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Σ −log p(target) over the batch's supervised tokens, an fp32 scalar with a graph where gradients are on."""
+    if isinstance(model, Objective):
+        found: Tensor = model(batch)
+        return found
     if not has_separate_head(model):
         return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
     hidden = hidden_at(model, batch.scored, _inputs(batch))
@@ -38,6 +41,20 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     return _summed(
         hidden, batch.targets, batch.times, lambda some, part: logits_from(model, some, batch.scored[part]), trained
     )
+
+
+class Objective(nn.Module):
+    """A model's loss as a module: all that reads the model's parameters then runs inside one forward pass.
+
+    What is sharded gathers its parameters for that long; this is its root.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return summed_loss(self.model, batch)
 
 
 def _trained(model: nn.Module, hidden: Tensor, scored: Tensor) -> list[nn.Parameter]:

@@ -92,11 +92,13 @@ def test_plan(cli: Cli, base: str, data: str) -> None:
     assert said.code == 0
     assert "trainable 4,096 of 48,288 (8.48%)" in said.out
     assert "memory" in said.out
+    assert "--shard on, 8 processes:" in said.out
     found = cli("plan", base, data, "--rank", 4, "--json").json
     assert sum(module["parameters"] for module in found["adapter"]["modules"]) == 4096
     assert found["base_parameters"] == 44_192
     parts = ("base", "constants", "adapter", "activations", "working")
     assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
+    assert found["sharded"]["2"] > found["sharded"]["8"] > found["memory"]["activations"]
 
 
 def test_plan_without_data_or_weights(cli: Cli, base: str, tmp_path: Path) -> None:

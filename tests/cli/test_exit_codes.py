@@ -115,7 +115,7 @@ def test_nan_in_the_weights(train: Train, base: str, tmp_path: Path) -> None:
 
 
 def test_missing_tracker(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratune.training.processes.find_spec", lambda _: None)
+    monkeypatch.setattr("loratune.training.trackers.find_spec", lambda _: None)
     refused(train("--log-with", "mlflow"), 2, "mlflow is not installed", "pip install mlflow", run=tmp_path / "run")
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from loratune.data.pack import Layout, batches, micro_batches, sharing, tree_micro_batches
+from loratune.data.batch import Batch
+from loratune.data.pack import Layout, Part, batches, micro_batches, sharing, tree_micro_batches
+from loratune.data.render import Rendered
 from loratune.data.tree import Node, prefix_tree, subtree, tree_tokens
-from tests.models import PAD, branching_rows
+from loratune.loss import summed_loss
+from tests.models import PAD, branching_rows, rows_of, tiny
 
 Row = tuple[int, ...]
 
@@ -77,3 +84,67 @@ def test_each_layout_computes_what_it_says() -> None:
 
 def max_target(supervised: tuple[bool, ...]) -> int:
     return max(i for i, is_target in enumerate(supervised) if is_target)
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def counters(found: list[Batch]) -> dict[int, int]:
+    """How often each place of the step's canonical order is computed."""
+    places = [int(i) for batch in found for i in batch.tokens[batch_mask(batch)].flatten()] if found else []
+    return {place: places.count(place) for place in places}
+
+
+def batch_mask(batch: Batch) -> Tensor:
+    whole = torch.ones_like(batch.tokens, dtype=torch.bool)
+    return whole if batch.attention_mask is None else batch.attention_mask
+
+
+@pytest.mark.parametrize("limit", [2048, 45, 1])
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_parts_are_the_whole(count: int, layout: Layout, limit: int) -> None:
+    """Every target once, every token under its own place, and as many passes in each part; 12 parts have 10 rows."""
+    rows = branching_rows()
+    parts = [batches(rows, layout, limit=limit, pad_id=PAD, part=Part(i, count)) for i in range(count)]
+    whole = batches(rows, layout, limit=limit, pad_id=PAD)
+    assert len({len(part) for part in parts}) == 1
+    busy = [[batch for batch in part if batch.examples] for part in parts]
+    together = [batch for part in busy for batch in part]
+    assert sum(batch.examples for batch in together) == len(rows)
+    assert sum(batch.supervised for part in parts for batch in part) == sum(batch.supervised for batch in whole)
+    assert counters(together).keys() == counters(whole).keys()
+    if count > len(rows):
+        assert sum(not part for part in busy) >= 2
+
+
+def test_idle_passes_count_nothing() -> None:
+    rows = rows_of(9, 5)
+    _, (idle,) = (batches(rows[:1], Layout.PACKED, limit=99, pad_id=PAD, part=Part(i, 2)) for i in range(2))
+    assert (idle.examples, idle.computed_tokens, idle.supervised) == (0, 0, 0)
+    model = tiny()
+    loss = summed_loss(model, idle)
+    assert float(loss) == 0.0
+
+
+def test_parts_have_about_as_many_tokens() -> None:
+    rows = rows_of(50, 10, 10, 10, 10, 12)
+    tokens = [
+        sum(batch.computed_tokens for batch in batches(rows, Layout.PACKED, limit=2048, pad_id=PAD, part=Part(i, 2)))
+        for i in range(2)
+    ]
+    assert max(tokens) - min(tokens) <= 12
+
+
+def test_rows_that_begin_alike_stay_in_one_part() -> None:
+    """Two groups of two: side by side in the order of a step they would be torn apart."""
+    first, second = rows_of(40, 41)
+    rows = [row for n in (5, 9) for row in (longer(first, n), longer(second, n))]
+    for i in range(2):
+        (batch,) = batches(rows, Layout.TREE, limit=2048, pad_id=PAD, part=Part(i, 2))
+        assert batch.examples == 2
+        assert batch.computed_tokens < 60, "what they share is computed once"
+
+
+def longer(row: Rendered, by: int) -> Rendered:
+    return dataclasses.replace(row, ids=row.ids + (by,) * by, supervised=row.supervised + (True,) * by)

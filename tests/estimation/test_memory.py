@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Moe
 
 import loratune as lt
 from loratune.adapt import TargetPlan
+from loratune.adapt import plan as plan_targets
 from loratune.adapt.plan import Target
 from loratune.config import NO_TARGETS
 from loratune.data.batch import make_batch
@@ -33,6 +34,7 @@ from loratune.lora import base_modules
 from loratune.loss import summed_loss
 from loratune.model import fuse, recompute_activations, use_packed_attention
 from loratune.quant import FORMATS, quantize, stored_in
+from loratune.training.sharding import units_of
 from tests.models import PAD, rows_of, tiny
 
 
@@ -258,3 +260,19 @@ def test_forward_rate_counts_the_tokens_it_sent(monkeypatch: pytest.MonkeyPatch)
     assert forward_rate(model, tokens=64) == 64.0
     assert sent == [64, 64, 64]
     assert model.training
+
+
+def test_parts_of_a_base() -> None:
+    """Two processes hold half each; what no layer holds is whole besides, with two layers and what trains in them."""
+    model = tiny()
+    units, targets = units_of(model), plan_targets(model, lt.LoraConfig(r=4, target_modules="all-linear"))
+    held = BaseMemory.of(model, 2, None, in_layers=units)
+    layers = sum(p.numel() for p in model.model.layers.parameters()) * 2
+    assert (len(units), held.in_layers) == (2, layers)
+    through = Pass(2, tokens=64, scored=10, longest=8)
+    one, two = (estimate_memory(targets, Shape.of(model), through, held, parts=parts) for parts in (1, 2))
+    assert (one.gathered, two.gathered) == (0, held.weights - layers + layers + 4 * targets.trainable)
+    for name in ("base", "masters", "gradients", "optimizer"):
+        assert getattr(two, name) == -(-getattr(one, name) // 2)
+    assert (two.activations, two.working) == (one.activations, one.working)
+    assert two.total == two.base + two.adapter + two.activations + two.working + two.gathered

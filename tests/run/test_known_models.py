@@ -82,6 +82,12 @@ def test_llama_70b_in_four_bits_fits_two_cards_of_24(tmp_path: Path) -> None:
     assert found["methods"]["full"]["total"] > 1200 * GB
 
 
+def test_llama_70b_in_eight_parts_fits_cards_of_24(tmp_path: Path) -> None:
+    found = planned(tmp_path, "llama-2-70b", r=16, batch_size=1, recompute="on")
+    assert found["memory"]["total"] > 138 * GB
+    assert 138 * GB / 8 < found["sharded"]["8"] < 24 * GB
+
+
 def test_gpt3(tmp_path: Path) -> None:
     """Hu et al. (arXiv:2106.09685), section 4.2 and table 4: rank 1 on queries and values is 4.7 M parameters, rank 4 a
     checkpoint of 35 MB instead of 350 GB."""

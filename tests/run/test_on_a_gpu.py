@@ -21,9 +21,11 @@ from loratune.loss import summed_loss
 from loratune.model import fuse, recompute_activations, use_packed_attention, why_not_packed
 from loratune.quant import FORMATS, quantize
 from loratune.run import train
+from tests.launch import launched
 from tests.models import PAD, VOCABULARY, additions, rows_of, saved, tiny, write_jsonl
 from tests.run.conftest import QUICK
 from tests.run.test_resume import adapter_bytes, losses_of, stop_at
+from tests.run.test_several_processes import words
 
 pytestmark = pytest.mark.gpu
 
@@ -184,3 +186,14 @@ def test_merged_into_the_base() -> None:
         assert torch.equal(model(input_ids=ids).logits, right)
     assert float((merged - right).norm() / right.norm()) < 1e-5
     assert float((bare - right).norm() / right.norm()) > 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two processes need two GPUs")
+@pytest.mark.parametrize("shard", ["off", "on"])
+def test_two_gpus_train_what_one_trains(shard: str, wide: Any, data: str, tmp_path: Path) -> None:
+    plain = {**QUICK, "device": "cuda", "lora_dropout": 0.1, "checks": "fast"}
+    command = ["-m", "loratune", *words(wide("llama"), data, tmp_path / "two", {**plain, "shard": shard})]
+    done = launched("torchrun", command, gpus=True)
+    assert done.returncode == 0, done.stderr
+    one = train(wide("llama"), data, out=str(tmp_path / "one"), **plain).path
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=1e-4)

@@ -67,10 +67,14 @@ def test_disk_that_is_full(quick: Quick, tmp_path: Path, monkeypatch: pytest.Mon
         quick(tmp_path / "run")
 
 
-def test_several_processes_are_refused(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_know_where_to_meet(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="several processes"):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2, but .*RANK") as caught:
         quick(tmp_path / "run")
+    assert "torchrun" in caught.value.hint
     assert not (tmp_path / "run").exists()
 
 
@@ -79,7 +83,7 @@ def test_held_out_loss_that_is_not_finite(
     when: str, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([float("nan")] if when == "base" else [2.0, float("inf")])
-    monkeypatch.setattr(import_module("loratune.run.train"), "_evaluation", lambda _: lambda: next(losses))
+    monkeypatch.setattr(import_module("loratune.run.train"), "_evaluation", lambda *_: lambda: next(losses))
     with pytest.raises(DivergedError, match="held-out loss"):
         quick(tmp_path / "run", val=4, eval_every=2)
 

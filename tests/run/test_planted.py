@@ -242,7 +242,8 @@ def checks_in(source: str) -> set[str]:
 def test_every_check_has_a_fault() -> None:
     sources = (REPOSITORY / "src").rglob("*.py")
     found = set().union(*(checks_in(path.read_text(encoding="utf-8")) for path in sources))
-    assert found == set(PLANTED)
+    # What several processes check of each other is planted in tests/training/test_processes.py.
+    assert found == set(PLANTED) | {"one adapter everywhere"}
     assert checks_in('def f():\n    return checks.Check("new", "after", True, "")') == {"new"}
 
 
@@ -328,7 +329,8 @@ def raisers_in(source: str) -> set[str]:
 def test_every_other_check_has_a_fault() -> None:
     sources = (REPOSITORY / "src").rglob("*.py")
     found = set().union(*(raisers_in(path.read_text(encoding="utf-8")) for path in sources))
-    assert found == set(READ_BACK) | {"require"}  # which raises for the checks above
+    # `require` raises for the checks above; what `reproduce` finds is planted in tests/run/test_reproduce.py.
+    assert found == set(READ_BACK) | {"require", "reproduce"}
 
 
 # -- what is refused rather than checked ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_nan_in_a_loaded_model(quick: Quick, tmp_path: Path) -> None:
 
 
 def test_missing_tracker(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratune.training.processes.find_spec", lambda _: None)
+    monkeypatch.setattr("loratune.training.trackers.find_spec", lambda _: None)
     text = refused(quick, tmp_path / "run", MissingExtraError, log_with=("wandb",), model="never/read")
     assert "wandb is not installed" in text
     assert "pip install wandb" in text

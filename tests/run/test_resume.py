@@ -149,12 +149,12 @@ def test_early_stop_survives_an_interruption(quick: Quick, tmp_path: Path) -> No
 
 def test_plan_is_kept(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The micro-batch follows the memory that was free at the start; a resumed run keeps the first plan's bits."""
-    monkeypatch.setattr("loratune.run.setup.available_memory", lambda _: 310_000)
+    monkeypatch.setattr("loratune.run.spread.available_memory", lambda _: 310_000)
     with pytest.raises(RunInterrupted):
         quick(tmp_path / "cut", listen=stop_at(3))
     plan = record_of(tmp_path / "cut")["plan"]
     whole = quick(tmp_path / "whole")
-    monkeypatch.setattr("loratune.run.setup.available_memory", lambda _: 10**10)
+    monkeypatch.setattr("loratune.run.spread.available_memory", lambda _: 10**10)
     cut = quick(tmp_path / "cut")
     assert 23 <= plan["micro_batch_tokens"] < 60
     assert cut.record["plan"]["micro_batch_tokens"] == plan["micro_batch_tokens"]

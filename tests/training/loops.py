@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from loratune.data.render import Rendered
 from loratune.model import use_packed_attention
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.optimizer import make_optimizer
-from loratune.training.processes import make_accelerator
+from loratune.training.processes import Processes
 from loratune.training.schedule import Schedule
 from tests.models import PAD, tiny
 
@@ -44,6 +43,7 @@ class Training:
     patience: int = 0
     evaluate: Callable[[], float] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
+    processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         self.model = tiny(self.family, **self.changes)
@@ -81,8 +81,7 @@ class Training:
             lambda: until is not None and self.progress.step >= until,
         )
         self.model.train()
-        accelerator = make_accelerator(torch.device("cpu"), (), Path())
-        Loop(self.model, self.lora, work, self.updater, self.schedule, accelerator, self.progress, hooks).run()
+        Loop(self.model, self.lora, work, self.updater, self.schedule, self.processes, self.progress, hooks).run()
         self.model.eval()
         return self
 

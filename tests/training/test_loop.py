@@ -12,6 +12,7 @@ from loratune.data.pack import Layout
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.training import loop
 from loratune.training.events import Noticed, Validated
+from loratune.training.processes import Processes
 from tests.models import FAMILIES, branching_rows, rows_of, tiny
 from tests.oracle import training as textbook
 from tests.training.loops import Training, assert_close, assert_same
@@ -110,6 +111,34 @@ def test_gradients_of_a_step_do_not_depend_on_its_layout(layout: Layout, limit: 
     (found, loss), (alone, expected) = gradients(layout, limit), gradients(Layout.PADDED, 1)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_close(found, alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layout", Layout)
+def test_gradients_of_the_parts_of_a_step_are_those_of_the_step(layout: Layout, dropout: float) -> None:
+    """What each of three processes computes, added up; with dropout too, since masks are counted by token."""
+
+    class One(Processes):
+        def __init__(self, rank: int, count: int) -> None:
+            self.rank, self.count = rank, count
+
+    def gradients(rank: int, count: int) -> tuple[list[torch.Tensor], float]:
+        training = Training(SHARED, layout=layout, limit=60, steps=1, clip=0.0, dropout=dropout)
+        training.processes = One(rank, count)
+        found: list[torch.Tensor] = []
+        with torch.no_grad():
+            for low_rank in training.lora.factors().values():
+                low_rank.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        training.updater.register_step_pre_hook(
+            lambda *_: found.extend(parameter.grad.clone() for parameter in training.lora.parameters())
+        )
+        (event,) = training.run().steps_heard()
+        return found, event.loss
+
+    whole, loss = gradients(0, 1)
+    parts, losses = zip(*(gradients(rank, 3) for rank in range(3)), strict=True)
+    assert sum(losses) == pytest.approx(loss, rel=1e-5)
+    assert_close([sum(some) for some in zip(*parts, strict=True)], whole, rel=1e-5)
 
 
 def test_dropout_does_something() -> None:

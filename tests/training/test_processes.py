@@ -1,80 +1,102 @@
-"""Trackers: refused before a run starts, and told what happens in it."""
+"""One process as several see it, and what is said where they cannot train together; pairs are in tests/run."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import pickle
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 
-from loratune.errors import ConfigError, MissingExtraError
+import loratune as lt
+from loratune.cli.output import complain
+from loratune.errors import ConfigError, DataError, PeerError
 from loratune.training import processes
-from loratune.training.events import Noticed, StepDone, Validated
-
-STEP = StepDone(3, 1.5, 1e-3, 0.7, 100, 90, 40, 4, 0.1, 10**8)
-
-
-def test_no_trackers_need_nothing() -> None:
-    processes.check_trackers(())
+from loratune.training.checks import same_everywhere
+from loratune.training.processes import Processes, check_device, join
+from tests.models import tiny
 
 
-def test_all_unknown_trackers_are_named() -> None:
+class Several(Processes):
+    count, here = 2, 2
+
+
+class Different(Processes):
+    """What each of three processes gives, whatever this one does."""
+
+    def gathered(self, value: object) -> list[object]:
+        return [{"seed": 1, "fused": True}, {"seed": 1, "fused": True}, {"seed": 2, "pack": True}]  # type: ignore[misc]
+
+
+def test_one_process_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (None, "1"):
+        monkeypatch.delenv("WORLD_SIZE", raising=False) if size is None else monkeypatch.setenv("WORLD_SIZE", size)
+        alone = join()
+        assert type(alone) is Processes
+        assert alone.first
+        assert (alone.part.number, alone.part.of) == (0, 1)
+    assert alone.from_first(lambda: 7) == 7
+    assert alone.sums(1, 2.5) == [1, 2.5]
+    assert alone.gathered("x") == ["x"]
+    with pytest.raises(DataError, match="row"), alone.one_failure(), alone.hearing():
+        raise DataError("row 3")
+
+
+def test_all_differences_are_named() -> None:
+    Processes().refuse_different({"seed": 1})
     with pytest.raises(ConfigError) as caught:
-        processes.check_trackers(["wandbd", "comet"])
-    assert "'wandbd'; did you mean 'wandb'?" in str(caught.value)
-    assert "'comet'" in str(caught.value)
-    assert "tensorboard, wandb, mlflow, trackio" in caught.value.hint
+        Different().refuse_different({})
+    assert caught.value.problems == (
+        "the processes would not train the same adapter",
+        "fused: True in process 0, None in process 2",
+        "pack: None in process 0, True in process 2",
+        "seed: 1 in process 0, 2 in process 2",
+    )
 
 
-def test_all_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "find_spec", lambda _: None)
-    with pytest.raises(MissingExtraError) as caught:
-        processes.check_trackers(["mlflow", "tensorboard"])
-    assert caught.value.hint == "pip install mlflow tensorboard"
-    assert len(caught.value.problems) == 2
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_device(Several(), torch.device("cpu"), None)
+    check_device(Processes(), torch.device("cuda"), "cuda:1")
+    for kind, asked, said in (
+        ("cuda", None, "2 processes on this machine, and 1 GPUs"),
+        ("cuda", "cuda:1", "each process has a GPU of its own"),
+        ("mps", None, "cannot train on mps"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_device(Several(), torch.device(kind), asked)
 
 
-def test_listener_passes_on() -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.started: Any = None
-            self.logged: list[Any] = []
-
-        def init_trackers(self, name: str, config: Any) -> None:
-            self.started = (name, config)
-
-        def log(self, values: Any, step: int) -> None:
-            self.logged.append((step, values))
-
-    recorder = Recorder()
-    listen = processes.tracker_listener(recorder, "brave-otter", {"r": 8, "targets": ("q_proj",), "val": None})  # type: ignore[arg-type]
-    for event in (STEP, Validated(3, 1.25), Noticed(3, "early stop", "…")):
-        listen(event)
-    assert recorder.started == ("brave-otter", {"r": 8, "targets": "('q_proj',)", "val": "None"})
-    assert recorder.logged == [(3, {"loss": 1.5, "lr": 1e-3, "grad_norm": 0.7}), (3, {"val_loss": 1.25})]
+def test_what_another_process_has_said_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    said = PeerError("process 1 failed: row 7", exit_code=3)
+    assert complain(said, as_json=False) == complain(said, as_json=True) == 3
+    assert capsys.readouterr() == ("", "")
+    assert complain(PeerError("gone without a word", said=False), as_json=False) == 1
+    assert "gone without a word" in capsys.readouterr().err
+    again = pickle.loads(pickle.dumps(said))
+    assert (str(again), again.exit_code, again.said) == ("process 1 failed: row 7", 3, True)
 
 
-def test_accelerator_keeps_the_dtype(tmp_path: Path) -> None:
-    accelerator = processes.make_accelerator(torch.device("cpu"), (), tmp_path)
-    assert accelerator.mixed_precision == "no"
-    assert accelerator.device.type == "cpu"
+def test_a_process_that_went_its_own_way_is_found() -> None:
+    """The last of the trained tensors differs in its last bit."""
+
+    class Together(Several):
+        def gathered(self, value: object) -> list[object]:  # type: ignore[override]
+            heard.append(value)
+            return [heard[0], value]
+
+    heard: list[object] = []
+    lora = lt.attach(tiny(), lt.LoraConfig(r=4, target_modules="all-linear"))
+    assert same_everywhere(lora, Together()).passed
+    last = lora.parameters()[-1]
+    with torch.no_grad():
+        last.view(-1)[-1:].copy_(torch.nextafter(last.view(-1)[-1:], torch.tensor(1.0)))
+    check = same_everywhere(lora, Together())
+    assert (check.passed, check.detail) == (False, "not in 1")
 
 
-def test_after_a_run_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate has one state for a process, and refuses `cpu=True` where that is a GPU's."""
-    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
-    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
-    monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device("cuda"))
-    with pytest.raises(ValueError, match="already been initialized"):
-        Accelerator(cpu=True)
-    assert processes.make_accelerator(torch.device("cpu"), (), tmp_path).mixed_precision == "no"
-
-
-def test_mixed_precision_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes.make_accelerator(torch.device("cpu"), (), tmp_path)
-    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
-    with pytest.raises(ConfigError, match=r"set up for mixed precision \(bf16\) in this process"):
-        processes.make_accelerator(torch.device("cpu"), (), tmp_path)
+def test_gradients_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_PIECE", 10)
+    tensors = [torch.zeros(n, dtype=d) for n, d in ((4, torch.float32), (7, torch.float32), (3, torch.float32))]
+    tensors += [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(25, dtype=torch.bfloat16)]
+    assert [[t.numel() for t in piece] for piece in processes._pieces(tensors)] == [[4, 7], [3], [2, 25]]
+    assert list(processes._pieces([])) == []

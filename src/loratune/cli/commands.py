@@ -68,7 +68,8 @@ def train(
         run = run_training(model, data, listen=screen, **chosen)
     finally:
         screen.close()
-    emit({"path": str(run.path), "record": run.record}, as_json=as_json, text=[str(run.path)])
+    if run.written_here:
+        emit({"path": str(run.path), "record": run.record}, as_json=as_json, text=[str(run.path)])
 
 
 @app.command()
@@ -267,6 +268,7 @@ def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_jso
         "",
         table([f"memory, {memory['micro_batch_tokens']:,} tokens at once", *planned], sizes),
         "logits and a layer's gradients are never there together: the total has the larger",
+        *(f"--shard on, {count} processes: {gigabytes(size)} each" for count, size in found["sharded"].items()),
         "",
         *found["decisions"],
         *found["notes"],

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, PeerError
 
 
 def stdout() -> Console:
@@ -57,7 +57,9 @@ def gigabytes(count: float) -> str:
 
 
 def complain(error: LoratuneError, *, as_json: bool) -> int:
-    """Say what went wrong; returns the exit code."""
+    """Say what went wrong, unless another process has said it; returns the exit code."""
+    if isinstance(error, PeerError) and error.said:
+        return error.exit_code
     if as_json:
         kind, problems, hint = type(error).__name__, list(error.problems), error.hint
         content = {"error": {"kind": kind, "problems": problems, "hint": hint, "exit_code": error.exit_code}}

@@ -123,6 +123,10 @@ class TrainConfig(Settings):
     quant: Literal["nf4", "int8"] | None = setting(
         None, "keep the base's linear layers in four bits (nf4) or eight (int8); A and B stay in fp32", group=_MACHINE
     )
+    shard: Literal["auto", "on", "off"] = setting(
+        "auto", "several processes: each keeps a part of every weight (FSDP2), not a copy; auto where memory or "
+        "accelerate's launch asks for it", group=_MACHINE,
+    )  # fmt: skip
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; the best one when not given", group=_MACHINE)
 
     @field_validator("log_with", mode="before")

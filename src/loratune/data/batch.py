@@ -52,6 +52,10 @@ class Batch:
         """Supervised tokens of the rows, a shared one counted for each of them."""
         return self.targets.numel() if self.times is None else round(float(self.times.sum()))
 
+    def idle(self) -> Batch:
+        """The same pass with a loss and gradients of zero: for a process that waits while others have more rows."""
+        return replace(self, times=torch.zeros(self.targets.numel()), examples=0, computed_tokens=0)
+
     def to(self, device: torch.device) -> Batch:
         names = ("input_ids", "position_ids", "attention_mask", "scored", "targets", "tokens", "times")
         moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}

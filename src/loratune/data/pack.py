@@ -1,8 +1,12 @@
-"""How a step's rows go through the model: laid out in one of three ways, in micro-batches that change no result."""
+"""How a step's rows go through the model: laid out in one of three ways, in micro-batches that change no result.
+
+Several processes divide a step's rows among them; that changes no result either.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
@@ -25,30 +29,99 @@ class Layout(Enum):
     TREE = "tree"
 
 
-def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int) -> list[Batch]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of several equal parts of the work: that of process `number` out of `of`."""
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Part()
+
+
+def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int, part: Part = WHOLE) -> list[Batch]:
     """The rows of a step, or of an evaluation, as micro-batches.
+
+    Every part has the same number of them, since sharded processes wait for each other in each: where its rows are
+    fewer, the last ones are idle.
 
     Args:
         limit: tokens of a micro-batch, pads included and shared ones counted once. A longer row goes alone.
+        part: whose rows; tokens keep their places in the step's canonical order, whoever computes them.
     """
-    starts = offsets(rows)
-    if layout is not Layout.TREE:
-        groups = micro_batches([needed(row) for row in rows], limit, packed=layout is Layout.PACKED)
-        return [
-            make_batch(
-                [rows[i] for i in group],
-                packed=layout is Layout.PACKED,
-                pad_id=pad_id,
-                starts=[starts[i] for i in group],
-            )
-            for group in groups
-        ]
+    starts, lengths = offsets(rows), [needed(row) for row in rows]
     # One tree for all micro-batches: which row a shared token belongs to must not depend on the split.
-    tree = tree_of(rows)
-    return [
-        make_batch([rows[i] for i in group], packed=True, pad_id=pad_id, starts=starts, tree=subtree(tree, group))
-        for group in tree_micro_batches(tree, limit)
-    ]
+    tree = tree_of(rows) if layout is Layout.TREE else None
+
+    def made(group: Sequence[int]) -> Batch:
+        some = [rows[i] for i in group]
+        if tree is not None:
+            return make_batch(some, packed=True, pad_id=pad_id, starts=starts, tree=subtree(tree, group))
+        packed = layout is Layout.PACKED
+        return make_batch(some, packed=packed, pad_id=pad_id, starts=[starts[i] for i in group])
+
+    plans = [_groups(share, lengths, layout, limit, tree) for share in _shares(lengths, tree, part.of)]
+    mine = [made(group) for group in plans[part.number]]
+    missing = max(map(len, plans)) - len(mine)
+    if missing:
+        shortest = min(range(len(rows)), key=lengths.__getitem__)
+        mine += [made([shortest]).idle()] * missing
+    return mine
+
+
+def _groups(
+    share: Sequence[int], lengths: Sequence[int], layout: Layout, limit: int, tree: Sequence[Node] | None
+) -> list[list[int]]:
+    """Some of the rows in micro-batches, by their indices."""
+    if tree is not None:
+        found = tree_micro_batches(subtree(tree, share), limit)
+    else:
+        found = micro_batches([lengths[i] for i in share], limit, packed=layout is Layout.PACKED)
+    return [[share[i] for i in group] for group in found]
+
+
+def _shares(lengths: Sequence[int], tree: Sequence[Node] | None, count: int) -> list[list[int]]:
+    """Indices of the rows for each of `count` parts, which have about as many tokens; some may be empty."""
+    if count == 1:
+        return [list(range(len(lengths)))]
+    if tree is not None:
+        return _tree_shares(tree, count)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    # The longest first, each to who has least (Graham, 1969): at most a third more than the best division.
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = loads.index(min(loads))
+        shares[part].append(i)
+        loads[part] += lengths[i]
+    return [sorted(share) for share in shares]
+
+
+def _tree_shares(tree: Sequence[Node], count: int) -> list[list[int]]:
+    """Neighbours in the tree stay together: the cut into at most `count` ranges whose largest is smallest."""
+    order, lengths, shared = _side_by_side(tree)
+    low, high = max(lengths), sum(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_filled(lengths, shared, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    shares = [sorted(order[begin:end]) for begin, end in _filled(lengths, shared, low)]
+    return shares + [[] for _ in range(count - len(shares))]
+
+
+def _filled(lengths: Sequence[int], shared: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Ranges of neighbours, each with as many as `limit` tokens hold."""
+    ranges: list[tuple[int, int]] = []
+    begin = tokens = 0
+    for i, length in enumerate(lengths):
+        more = length - (shared[i] if i > begin else 0)
+        if i > begin and tokens + more > limit:
+            ranges.append((begin, i))
+            begin, tokens, more = i, 0, length
+        tokens += more
+    return [*ranges, (begin, len(lengths))]
 
 
 def micro_batches(lengths: Sequence[int], limit: int, *, packed: bool) -> list[list[int]]:
@@ -83,10 +156,7 @@ def tree_micro_batches(tree: Sequence[Node], limit: int) -> list[list[int]]:
     Returns:
         Indices of rows, ascending in each group; of the splits that compute the fewest tokens, one into fewest groups.
     """
-    paths = {row: (*node.above, i) for i, node in enumerate(tree) for row in node.rows}
-    order = sorted(paths, key=paths.__getitem__)
-    lengths = [tree[paths[row][-1]].stop for row in order]
-    shared = [0, *(_shared(tree, paths[a], paths[b]) for a, b in pairwise(order))]
+    order, lengths, shared = _side_by_side(tree)
     # Of the first rows, 0 of them, 1, …: tokens computed again, groups, and where the last group begins.
     best = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
@@ -106,6 +176,14 @@ def tree_micro_batches(tree: Sequence[Node], limit: int) -> list[list[int]]:
         groups.append(sorted(order[begin:end]))
         end = begin
     return groups[::-1]
+
+
+def _side_by_side(tree: Sequence[Node]) -> tuple[list[int], list[int], list[int]]:
+    """The rows in the tree's order, the tokens of each, and how many of these it shares with the one before."""
+    paths = {row: (*node.above, i) for i, node in enumerate(tree) for row in node.rows}
+    order = sorted(paths, key=paths.__getitem__)
+    lengths = [tree[paths[row][-1]].stop for row in order]
+    return order, lengths, [0, *(_shared(tree, paths[a], paths[b]) for a, b in pairwise(order))]
 
 
 def sharing(rows: Sequence[Tokens]) -> tuple[int, int]:

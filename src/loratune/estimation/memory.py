@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,21 +140,23 @@ class BaseMemory:
 
     Attributes:
         constants: what quantised weights are decoded with. decoded: what stands beside them while the largest is.
+        in_layers: those of the weights that stand in the decoder's layers, where that was asked.
     """
 
     weights: int
     constants: int = 0
     decoded: int = 0
+    in_layers: int = 0
 
     @classmethod
-    def of(cls, model: Any, itemsize: int, quant: str | None) -> BaseMemory:
+    def of(cls, model: Any, itemsize: int, quant: str | None, *, in_layers: Sequence[nn.Module] = ()) -> BaseMemory:
         """Of a model in a dtype of `itemsize` bytes, with its linear layers in a format of few bits or not.
 
         The model may be quantised already, or on the meta device.
         """
         dense = sum(p.numel() for p in model.parameters()) * itemsize
         if quant is None:
-            return cls(dense)
+            return cls(dense, in_layers=sum(p.numel() for layer in in_layers for p in layer.parameters()) * itemsize)
         held, shapes = FORMATS[quant], shapes_in_bits(model)
         sizes = [out * inner for out, inner in shapes]
         if quantized_format(model) is None:
@@ -171,6 +174,7 @@ class MemoryEstimate:
         masters: what trains, in fp32. gradients: of these. optimizer: what it keeps of each, Adam's both moments.
         activations: kept for the backward pass, with what trains rounded to the base's dtype.
         logits: what stands beside them for a moment where the loss is formed. layer: where one layer's gradients are.
+        gathered: where each process keeps a part of the above, what is whole for as long as it is needed.
     """
 
     base: int
@@ -181,6 +185,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     layer: int
+    gathered: int = 0
 
     @property
     def adapter(self) -> int:
@@ -194,7 +199,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return self.base + self.constants + self.adapter + self.activations + self.working
+        return self.base + self.constants + self.adapter + self.gathered + self.activations + self.working
 
 
 def bytes_per_token(shape: Shape, plan: TargetPlan, itemsize: int, *, recompute: bool, fused: bool) -> tuple[int, int]:
@@ -229,13 +234,20 @@ def _layer_bytes(shape: Shape, itemsize: int, fused: bool) -> int:
 
 
 def estimate_memory(
-    plan: TargetPlan, shape: Shape, through: Pass, base: BaseMemory, *, optimizer: int | None = None
+    plan: TargetPlan,
+    shape: Shape,
+    through: Pass,
+    base: BaseMemory,
+    *,
+    optimizer: int | None = None,
+    parts: int = 1,
 ) -> MemoryEstimate:
     """The peak of a step: where the loss is formed everything is kept, and a chunk of logits stands beside it.
 
     Args:
         base: what the model itself holds.
         optimizer: bytes that it keeps; Adam's two moments in fp32 unless told.
+        parts: among how many processes weights, gradients and moments are divided; the rest is each one's own.
     """
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
@@ -248,16 +260,27 @@ def estimate_memory(
     if _trains_head(plan, shape):  # its gradient as it was gathered, multiplied, and in its master's dtype
         logits += shape.head * (2 * size + _MASTER)
     beside = through.tokens * (layer - _block_gradients(shape, size)) + _products(shape, through)
+    trained = plan.trainable * _MASTER
     return MemoryEstimate(
-        base=base.weights,
+        base=_part(base.weights, parts),
         constants=base.constants,
-        masters=plan.trainable * _MASTER,
-        gradients=plan.trainable * _MASTER,
-        optimizer=2 * plan.trainable * _MASTER if optimizer is None else optimizer,
+        masters=_part(trained, parts),
+        gradients=_part(trained, parts),
+        optimizer=_part(2 * trained if optimizer is None else optimizer, parts),
+        gathered=_gathered(base, trained, shape.layers) if parts > 1 else 0,
         activations=through.tokens * kept + rounded,
         logits=logits,
         layer=max(through.tokens * layer, beside) + base.decoded,
     )
+
+
+def _part(size: int, parts: int) -> int:
+    return -(-size // parts)
+
+
+def _gathered(base: BaseMemory, trained: int, layers: int) -> int:
+    """What no layer holds is whole throughout a pass; of the layers the present one is, and the next on its way."""
+    return base.weights - base.in_layers + 2 * ((base.in_layers + trained) // layers)
 
 
 def _trains_head(plan: TargetPlan, shape: Shape) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +29,26 @@ class HeldOut:
         return math.exp(min(self.loss, 700.0))
 
 
+def _alone(*sums: float) -> Sequence[float]:
+    return sums
+
+
 def held_out_batches(rows: Sequence[Rendered], *, packed: bool, limit: int, pad_id: int) -> list[Batch]:
     """The rows as micro-batches of at most `limit` tokens."""
     return batches(rows, Layout.PACKED if packed else Layout.PADDED, limit=limit, pad_id=pad_id)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> HeldOut:
-    """Mean loss over the supervised tokens of all batches, in evaluation mode."""
+def held_out_loss(
+    model: nn.Module, batches: Sequence[Batch], device: torch.device, *, summed: Callable[..., Sequence[float]] = _alone
+) -> HeldOut:
+    """Mean loss over the supervised tokens of all batches, in evaluation mode.
+
+    Args:
+        summed: what several processes that each have a part of the batches make of their sums: those over all.
+    """
     with evaluating(model):
         total = sum(float(summed_loss(model, batch.to(device))) for batch in batches)
-    count = sum(batch.supervised for batch in batches)
-    return HeldOut(total / count, count, sum(batch.examples for batch in batches))
+    count, rows = (sum(numbers) for numbers in zip(*((b.supervised, b.examples) for b in batches), strict=True))
+    total, count, rows = summed(total, count, rows)
+    return HeldOut(total / count, round(count), round(rows))

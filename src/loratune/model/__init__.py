@@ -36,6 +36,7 @@ from loratune.model.load import (
     tokenizer_hashes,
 )
 from loratune.model.modes import adapter_training, evaluating
+from loratune.model.quiet import quietly
 from loratune.model.recompute import recompute_activations
 from loratune.model.save import save_plain
 from loratune.model.slot_attention import SlotStep
@@ -78,6 +79,7 @@ __all__ = [
     "pick_dtype",
     "prepare_decoding",
     "processor_name",
+    "quietly",
     "recompute_activations",
     "save_plain",
     "stop_ids",

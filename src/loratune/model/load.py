@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.errors import ConfigError, MissingExtraError, ModelError
-from loratune.files import new_folder
+from loratune.files import locked, new_folder
 from loratune.model.allocator import give_freed_memory_back
 from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
@@ -235,6 +235,15 @@ def _converted(path: Path) -> Path:
         raise MissingExtraError(
             f"{path} is a GGUF file, and the package 'gguf' that reads it is missing", hint="pip install gguf"
         )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that train together all come here at once.
+    with locked(target.with_name(f".{target.name}.lock"), wait=True):
+        if not (target / "config.json").is_file():
+            _convert(path, target)
+    return target
+
+
+def _convert(path: Path, target: Path) -> None:
     # The converter draws a bar of its own on stderr, which no setting of transformers reaches.
     silence = redirect_stderr(io.StringIO())
     with quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
@@ -246,9 +255,10 @@ def _converted(path: Path) -> Path:
             del model.hf_quantizer
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        # Among several processes transformers writes in the first alone; this one may be another machine's only one.
+        vars(model)["should_save_on_this_rank"] = lambda _: True
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
-    return target
 
 
 def _has_gguf() -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loratune.errors import RunFolderError
 from loratune.files import append_line, is_temporary, locked, sweep, write_bytes, write_json
@@ -37,6 +37,8 @@ _ANIMALS = ("badger", "crane", "falcon", "finch", "hare", "heron", "ibex", "lynx
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     path: Path
+
+    written_here: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -86,17 +88,43 @@ class RunFolder:
 
     def keep_metrics(self, last: int) -> list[Measured]:
         """Keep the events up to step `last`, and return them: what a run logged after its checkpoint goes."""
-        path = self.path / METRICS
-        if not path.is_file():
-            return []
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [(line, event) for line in lines if (event := _event_of(line)) is not None and event.step <= last]
-        write_bytes(path, "".join(line + "\n" for line, _ in found).encode())
+        found = self._metrics(last)
+        if (self.path / METRICS).is_file():
+            write_bytes(self.path / METRICS, "".join(line + "\n" for line, _ in found).encode())
         return [event for _, event in found]
+
+    def _metrics(self, last: int) -> list[tuple[str, Measured]]:
+        """Lines and events up to step `last`."""
+        path = self.path / METRICS
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return [(line, event) for line in lines if (event := _event_of(line)) is not None and event.step <= last]
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_bytes(self.path / SAMPLES, lines.encode())
+
+
+class WatchedFolder(RunFolder):
+    """The folder of a run seen by a process that leaves it to another one to write there."""
+
+    __slots__ = ()
+    written_here = False
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        pass
+
+    def add_metrics(self, values: dict[str, Any]) -> None:
+        pass
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        yield
+
+    def keep_metrics(self, last: int) -> list[Measured]:
+        return [event for _, event in self._metrics(last)]
+
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
+        pass
 
 
 def _event_of(line: str) -> Measured | None:

@@ -79,7 +79,8 @@ class Journal:
         self.record.update(state=state, ended=now(), measured=self.measured())
         if error is not None:
             self.record["error"] = error
-        write_report(self.folder.path, self.record)
+        if self.folder.written_here:
+            write_report(self.folder.path, self.record)
         self.folder.write_record(self.record)
 
     def _note_result(self, event: StepDone | Validated) -> None:

@@ -18,7 +18,10 @@ from loratune.run.decide import Decisions, decide_optimizer, describe, lora_conf
 from loratune.run.prepare import Prepared, Rows, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
 from loratune.run.setup import all_of, decide_adapter
+from loratune.training.sharding import units_of
 
+# Processes that a base is divided among, of which the plan says how much memory each takes.
+_PARTS = (2, 4, 8)
 _ITEMSIZE = {"auto": 2, "bf16": 2, "fp32": 4}
 
 
@@ -68,11 +71,12 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     fused = may_be_fused(empty) if config.fused is None else config.fused
     through = Pass(itemsize, tokens, scored, longest, recompute, fused, device_type)
 
-    def estimated(plan: TargetPlan, quant: str | None) -> MemoryEstimate:
-        held = BaseMemory.of(empty, itemsize, quant)
-        return estimate_memory(plan, shape, through, held, optimizer=kind.bytes_of(plan.sizes()))
+    def estimated(plan: TargetPlan, quant: str | None, parts: int = 1) -> MemoryEstimate:
+        held = BaseMemory.of(empty, itemsize, quant, in_layers=units_of(empty))
+        return estimate_memory(plan, shape, through, held, optimizer=kind.bytes_of(plan.sizes()), parts=parts)
 
     memory = estimated(targets, config.quant)
+    divided = {} if config.quant is not None else {str(n): estimated(targets, None, n).total for n in _PARTS}
     methods = {
         method: _plain(estimated(plan_targets(empty, other), quant))
         for method, other, quant in _other_methods(empty, lora)
@@ -86,6 +90,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         "base_parameters": targets.base_parameters,
         "memory": {**_plain(memory), "micro_batch_tokens": tokens},
         "methods": methods,
+        "sharded": divided,
         "step_flops": step_flops(targets, shape, tokens, scored, recompute=recompute),
         "decisions": describe(decisions.to_json()),
         "notes": list(targets.notes),

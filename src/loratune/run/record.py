@@ -25,6 +25,7 @@ _PACKAGES = ("loratune", "accelerate", "datasets", "numpy", "safetensors", "toke
 # Settings that say where and how a run is watched or split, not what it computes.
 _OUTSIDE_IDENTITY = {
     "out", "resume", "log_with", "keep", "save_every", "samples", "checks", "micro_batch_tokens", "recompute",
+    "shard",
 }  # fmt: skip
 
 
@@ -66,6 +67,8 @@ def first_record(setup: Setup, name: str) -> dict[str, Any]:
             "packed": decisions["pack"],
             "pack_reason": decisions.reasons["pack"],
             "recompute": decisions["recompute"] == "on",
+            "processes": setup.processes.count,
+            "sharded": decisions["shard"] == "on",
             "estimate": {"memory_bytes": setup.memory.total, "seconds": round(setup.seconds, 1)},
             "notes": list(setup.targets.notes),
         },

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.batch import computed, needed
@@ -24,10 +26,10 @@ from loratune.estimation import (
     bytes_per_token,
     estimate_memory,
     forward_rate,
+    matmul_rate,
 )
 from loratune.model import (
     Base,
-    available_memory,
     context_of,
     total_memory,
     why_no_shared_prefixes,
@@ -36,6 +38,9 @@ from loratune.model import (
 )
 from loratune.run.decide import Decisions, decide_optimizer, decide_training, lora_config
 from loratune.run.prepare import Prepared, Rows, prepare
+from loratune.run.spread import Spread
+from loratune.training.processes import Processes
+from loratune.training.sharding import units_of
 
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
 _WHICH_MODULES = (
@@ -47,6 +52,8 @@ _MEMORY_SHARE = 0.6
 # Steps whose rows are looked at for common prefixes, and the share of tokens that is worth a tree, or groups.
 _LOOKED_AT = 32
 _WORTH = 0.1
+# One process, with all of the base.
+ALONE = Spread()
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,33 @@ class Setup:
     memory: MemoryEstimate
     seconds: float
     order: Order
+    spread: Spread
+
+    @property
+    def processes(self) -> Processes:
+        return self.spread.processes
+
+    @property
+    def device(self) -> torch.device:
+        """Where steps are computed."""
+        return self.spread.device or self.base.device
 
     @property
     def model(self) -> Any:
         return self.base.model
 
 
-def set_up(base: Base, rows: Rows, config: TrainConfig) -> Setup:
+def set_up(base: Base, rows: Rows, config: TrainConfig, spread: Spread = ALONE) -> Setup:
     """Read the data, look at the model, decide what was left open. Nothing is changed but the base's kernels.
+
+    All processes come to the same: what they measure is the least of what each finds.
 
     Raises:
         ConfigError, DataError: every refusal of a run that can be known before it starts.
     """
     decisions = Decisions(config)
-    decisions.decide("device", str(base.device), "the best one here")
+    decisions.decide("device", str(spread.device or base.device), "the best one here")
+    _note_spread(base, decisions, spread)
     decisions.values["dtype"] = "bf16" if base.precision.dtype.itemsize == 2 else "fp32"
     decisions.reasons["dtype"] = base.precision.reason
     if base.quant is not None:
@@ -84,10 +104,10 @@ def set_up(base: Base, rows: Rows, config: TrainConfig) -> Setup:
     order = _decide_sharing(base.model, decisions, prepared.rows)
     _decide_fused(base.model, decisions)
     kind = decide_optimizer(decisions, base.device.type)
-    memory = _decide_memory(base, decisions, prepared, targets, shape, kind.bytes_of(targets.sizes()))
+    memory = _decide_memory(base, decisions, prepared, targets, shape, kind.bytes_of(targets.sizes()), spread)
     _decide_rhythm(decisions, prepared)
-    seconds = _seconds(base, decisions, prepared)
-    return Setup(base, prepared, decisions, lora, targets, memory, seconds, order)
+    seconds = _seconds(base, decisions, prepared, shape, spread)
+    return Setup(base, prepared, decisions, lora, targets, memory, seconds, order, spread)
 
 
 def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: Shape) -> tuple[LoraConfig, TargetPlan]:
@@ -117,7 +137,7 @@ def plan_line(setup: Setup) -> str:
     """The plan in one line of a run's screen."""
     d, targets = setup.decisions, setup.targets
     minutes = f"~{setup.seconds / 60:.0f} min" if setup.seconds > 90 else f"~{setup.seconds:.0f} s"
-    total = total_memory(setup.base.device)
+    total = total_memory(setup.device)
     shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
     if d["group_prefixes"]:
         shared += f", {d.shared_at_random:.0%} without groups"
@@ -126,7 +146,16 @@ def plan_line(setup: Setup) -> str:
         f"{what} · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
         f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB{shared}"
+        f"{setup.spread.words()}"
     )
+
+
+def _note_spread(base: Base, decisions: Decisions, spread: Spread) -> None:
+    decisions.values["shard"], decisions.reasons["shard"] = "on" if spread.sharded else "off", spread.reason
+    if spread.sharded and base.quant is not None:
+        raise ConfigError(f"shard: weights in few bits cannot be divided ({base.quant})", hint="--shard off")
+    if spread.sharded and not units_of(base.model):
+        raise ConfigError("shard: this family does not name its layers", hint="--shard off")
 
 
 def _decide_packing(model: Any, decisions: Decisions) -> None:
@@ -213,15 +242,26 @@ def _decide_fused(model: Any, decisions: Decisions) -> None:
 
 
 def _decide_memory(
-    base: Base, decisions: Decisions, prepared: Prepared, targets: TargetPlan, shape: Shape, optimizer: int
+    base: Base,
+    decisions: Decisions,
+    prepared: Prepared,
+    targets: TargetPlan,
+    shape: Shape,
+    optimizer: int,
+    spread: Spread,
 ) -> MemoryEstimate:
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
+    device = spread.device or base.device
     itemsize, fused = base.precision.dtype.itemsize, decisions["fused"]
     longest = max(needed(row) for row in prepared.rows)
-    budget = int(available_memory(base.device) * _MEMORY_SHARE)
+    held = BaseMemory.of(base.model, itemsize, base.quant, in_layers=units_of(base.model))
+    room = spread.room(device)
+    if device != base.device:  # it is not there yet
+        room -= held.weights // spread.parts
+    budget = int(room * _MEMORY_SHARE)
 
     def fits(recompute: bool) -> int:
-        return budget // sum(bytes_per_token(shape, targets, itemsize, recompute=recompute, fused=fused))
+        return max(0, budget) // sum(bytes_per_token(shape, targets, itemsize, recompute=recompute, fused=fused))
 
     recompute = decisions["recompute"] == "on" or (decisions["recompute"] == "auto" and fits(False) < longest)
     if decisions["recompute"] == "auto":
@@ -229,15 +269,15 @@ def _decide_memory(
         why = f"{fits(False):,} tokens fit in {budget / 2**30:.1f} GB without it, the longest row has {longest:,}"
         decisions.reasons["recompute"] = why
     # A prefix is computed once in each micro-batch: with shared ones a whole step at once gains, if memory has room.
-    enough = max(_ENOUGH_TOKENS.get(base.device.type, 2048), min(decisions.step_tokens, fits(recompute) // 2))
+    step_tokens = -(-decisions.step_tokens // spread.processes.count)
+    enough = max(_ENOUGH_TOKENS.get(device.type, 2048), min(step_tokens, fits(recompute) // 2))
     tokens = max(longest, min(enough, fits(recompute)))
     why = f"the longest row has {longest:,}, memory holds {fits(recompute):,}, more than {enough:,} gain nothing"
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
-    through = Pass(itemsize, tokens, scored, longest, recompute, fused, base.device.type)
-    held = BaseMemory.of(base.model, itemsize, base.quant)
-    return estimate_memory(targets, shape, through, held, optimizer=optimizer)
+    through = Pass(itemsize, tokens, scored, longest, recompute, fused, device.type)
+    return estimate_memory(targets, shape, through, held, optimizer=optimizer, parts=spread.parts)
 
 
 def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
@@ -251,9 +291,16 @@ def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
     decisions.decide("save_every", max(10, steps // 4), f"four times in {steps} steps, not more often than every 10")
 
 
-def _seconds(base: Base, decisions: Decisions, prepared: Prepared) -> float:
-    """How long the steps will take, from how long the base's own forward pass takes here and now."""
+def _seconds(base: Base, decisions: Decisions, prepared: Prepared, shape: Shape, spread: Spread) -> float:
+    """How long the steps will take, from how long the base's own forward pass takes here and now.
+
+    Of a base that is not yet where it will be, from how fast that device multiplies.
+    """
     tokens = prepared.fit.tokens * decisions["max_steps"] * decisions["batch_size"] / len(prepared.rows)
     tokens *= 1 - decisions.shared
     forwards = RECOMPUTED_FORWARDS if decisions["recompute"] == "on" else STEP_FORWARDS
-    return float(tokens * forwards / forward_rate(base.model))
+    if spread.device in (None, base.device):
+        rate = forward_rate(base.model)
+    else:
+        rate = matmul_rate(spread.device, base.precision.dtype) / (2 * (shape.linears + shape.head))
+    return float(tokens * forwards / (spread.processes.least(rate) * spread.processes.count))

@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from loratune.adapt import Adapters, attach
 from loratune.config import TrainConfig
 from loratune.data.pack import batches
-from loratune.errors import ConfigError, DivergedError, LoratuneError, RunInterrupted
+from loratune.errors import DivergedError, LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_loss
-from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, recompute_activations
+from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, quietly, recompute_activations
 from loratune.quant import drop_originals
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
-from loratune.run.folder import RunFolder, choose_folder, refuse_foreign, refuse_other_run
+from loratune.run.folder import RunFolder, WatchedFolder, choose_folder, refuse_foreign, refuse_other_run
 from loratune.run.journal import Journal
 from loratune.run.prepare import Rows, data_line
 from loratune.run.proof import Proof
+from loratune.run.put_together import put_together, trained_tensors
 from loratune.run.record import effective_ranks, first_record
 from loratune.run.samples import take_samples
 from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
-from loratune.training.checkpoint import latest_checkpoint, restore, save_checkpoint
-from loratune.training.checks import all_finite
+from loratune.run.spread import spread_out
+from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
+from loratune.training.checks import all_finite, same_everywhere
 from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
-from loratune.training.processes import check_trackers, make_accelerator, tracker_listener
+from loratune.training.processes import Processes, join
 from loratune.training.schedule import Schedule
+from loratune.training.sharding import shard
+from loratune.training.trackers import check_trackers, make_accelerator, tracker_listener
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, which is also the adapter's, and its record."""
+    """A finished run: its folder, which is also the adapter's, and its record.
+
+    `written_here` is False in those of several processes that left the folder to another one.
+    """
 
     path: Path
     record: dict[str, Any]
+    written_here: bool = True
 
 
 def train(
@@ -62,31 +71,38 @@ def train(
         data: file, hub data set id, rows, or a `datasets.Dataset`.
         tokenizer: for a loaded model whose tokenizer is not found by its name.
         held_out: rows to validate on, as `data`, in place of the setting `val`.
-        listen: told everything that happens, as events.
+        listen: told everything that happens, as events; of several processes, in the first.
         settings: the options of `loratune train` by name; see `TrainConfig`.
 
     Raises:
         LoratuneError: the kind tells what went wrong; see `loratune.errors`.
     """
-    config = TrainConfig(**settings)
-    check_trackers(config.log_with)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("several processes cannot train one adapter yet", hint="start one process")
-    with terminated_like_interrupted(), given_back(model), memory_errors():
-        return _run(model, Rows(data, held_out), tokenizer, config, listen)
+    processes = join()
+    alone = nullcontext() if processes.first else quietly()
+    with (
+        alone, terminated_like_interrupted(), processes.one_failure(), given_back(model), memory_errors(),
+        processes.hearing(),
+    ):  # fmt: skip
+        config = TrainConfig(**settings)
+        check_trackers(config.log_with)
+        return _run(model, Rows(data, held_out), tokenizer, config, listen, processes)
 
 
-def _run(model: Any, rows: Rows, tokenizer: Any, config: TrainConfig, listen: RunListener | None) -> Run:
-    folder = choose_folder(config.out)
-    before = refuse_foreign(folder)
+def _run(
+    model: Any, rows: Rows, tokenizer: Any, config: TrainConfig, listen: RunListener | None, processes: Processes
+) -> Run:
+    spread = spread_out(model, config, processes)
+    folder = processes.from_first(lambda: choose_folder(config.out))
+    before = processes.from_first(lambda: refuse_foreign(folder))
+    if not processes.first:
+        folder, listen = WatchedFolder(folder.path), None
     loftq = config.init_lora_weights == "loftq"
-    base = find_base(
-        model, tokenizer, dtype=config.dtype, device=config.device, quant=config.quant, keep_originals=loftq
-    )
-    setup = set_up(base, rows, config)
+    base = find_base(model, tokenizer, quant=config.quant, keep_originals=loftq, **spread.loading(config))
+    setup = set_up(base, rows, config, spread)
     if before is not None:
         keep_plan(setup.decisions, before["settings"])
     record = first_record(setup, folder.name)
+    processes.refuse_different({**setup.decisions.values, **record["identity_of"]})
     journal = Journal(folder, record, [listen] if listen else [])
     journal.say("data", data_line(setup.prepared))
     journal.say("plan", plan_line(setup))
@@ -94,7 +110,7 @@ def _run(model: Any, rows: Rows, tokenizer: Any, config: TrainConfig, listen: Ru
         refuse_other_run(folder, before, record, config.resume)
         if before["state"] == "finished":
             journal.say("saved", f"{folder.path} is finished already; nothing was done")
-            return Run(folder.path, before)
+            return Run(folder.path, before, folder.written_here)
     with folder.writing():
         return _recorded(setup, folder, journal, before)
 
@@ -103,19 +119,19 @@ def _recorded(setup: Setup, folder: RunFolder, journal: Journal, before: dict[st
     """Train; whatever happens, the record says how it ended."""
     journal.open(before)
     try:
-        with freed_memory_kept(setup.base.device), memory_errors():
+        with freed_memory_kept(setup.device), memory_errors(), setup.processes.hearing():
             _train(setup, folder, journal, resume=before is not None)
     except LoratuneError as error:
-        journal.close("interrupted" if isinstance(error, RunInterrupted) else "failed", str(error))
+        journal.close("interrupted" if error.exit_code == RunInterrupted.exit_code else "failed", str(error))
         raise
     except BaseException as error:
         journal.close("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", repr(error))
         raise
-    return Run(folder.path, journal.record)
+    return Run(folder.path, setup.processes.from_first(lambda: journal.record), folder.written_here)
 
 
 def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -> None:
-    decisions, checked = setup.decisions, setup.decisions["checks"] != "off"
+    decisions, processes = setup.decisions, setup.processes
     torch.manual_seed(decisions["seed"])
     proof = Proof(setup)
     lora = attach(setup.model, setup.lora)
@@ -123,32 +139,45 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
         proof.remember(lora)
         if decisions["recompute"] == "on":
             recompute_activations(setup.model)
-        if checked:
-            journal.take("checks", proof.before(lora))
+        if decisions["checks"] != "off":
+            journal.take("checks", processes.from_first(lambda: proof.before(lora)))
         drop_originals(setup.model)
-        progress = _fit(setup, folder, journal, lora, resume=resume)
-        if checked:
-            journal.take("verify", proof.after(lora))
-        if decisions["checks"] == "full":
-            _look_at_smaller_ranks(setup, journal, lora)
-        _save(setup, folder, journal, lora, progress)
+        with _trackers(setup, folder, journal):
+            progress = _fit(setup, folder, journal, lora, resume=resume)
+        if setup.spread.sharded:
+            tensors = trained_tensors(lora)  # every process gives its parts
+            processes.from_first(lambda: _finish(*put_together(setup, tensors), folder, journal, progress))
+        else:
+            if decisions["checks"] != "off" and processes.count > 1:
+                journal.take("verify", [same_everywhere(lora, processes)])
+            processes.from_first(lambda: _finish(setup, lora, proof, folder, journal, progress))
     finally:
-        lora.detach()
+        if not setup.spread.sharded:  # nobody can take the parts' classes off, and the model is of no further use
+            lora.detach()
         setup.model.eval()
 
 
+def _finish(
+    setup: Setup, lora: Adapters, proof: Proof, folder: RunFolder, journal: Journal, progress: Progress
+) -> None:
+    """Check what was trained, and write it: for one process, with the whole model, alone."""
+    if setup.decisions["checks"] != "off":
+        journal.take("verify", proof.after(lora))
+    if setup.decisions["checks"] == "full":
+        _look_at_smaller_ranks(setup, journal, lora)
+    _save(setup, folder, journal, lora, progress)
+
+
 def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, resume: bool) -> Progress:
-    decisions = setup.decisions
-    accelerator = make_accelerator(setup.base.device, decisions["log_with"], folder.path)
-    if decisions["log_with"]:
-        journal.trackers.append(tracker_listener(accelerator, folder.name, decisions.values))
+    decisions, processes = setup.decisions, setup.processes
+    objective = shard(setup.model, setup.device) if setup.spread.sharded else setup.model
     plus = decisions.values.get("lora_plus_ratio")
     groups = lora.param_groups(decisions["lr"], plus, weight_decay=decisions["weight_decay"])
     optimizer = make_optimizer(decisions["optimizer"], groups, decisions["lr"])
     progress = _start(setup, folder, journal, lora, optimizer, resume=resume)
     steps = decisions["max_steps"]
     schedule = Schedule(decisions["schedule"], decisions["lr"], steps, warmup_steps(decisions["warmup"], steps))
-    evaluate = _evaluation(setup)
+    evaluate = _evaluation(setup, objective, processes)
     if evaluate is not None and "base_val_loss" not in journal.record["result"]:
         with lora.disabled():
             base_loss = evaluate()
@@ -162,17 +191,20 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
             raise DivergedError(
                 f"step {at.step}: NaN or infinity in {finite.detail}", hint="lower --lr; the last checkpoint is kept"
             )
-        save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"])
+        save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"], write=folder.written_here)
 
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
         journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
     with stop_signals() as stop:
-        hooks = Hooks(journal.hear, evaluate, save, stop.is_set)
-        Loop(setup.model, lora, _work(setup), optimizer, schedule, accelerator, progress, hooks).run()
+
+        def asked_to_stop() -> bool:
+            return processes.some(stop.is_set())
+
+        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop)
+        Loop(objective, lora, _work(setup), optimizer, schedule, processes, progress, hooks).run()
         save(progress)
-        stopped = stop.is_set() and not progress.ended(schedule)
-    accelerator.end_training()
+        stopped = asked_to_stop() and not progress.ended(schedule)
     if stopped:
         raise RunInterrupted(
             f"stopped after step {progress.step} of {steps}, checkpoint saved",
@@ -181,11 +213,27 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     return progress
 
 
+@contextmanager
+def _trackers(setup: Setup, folder: RunFolder, journal: Journal) -> Iterator[None]:
+    """Inside the block the trackers that were asked for hear what the journal hears."""
+    names = setup.decisions["log_with"]
+    if not names or not folder.written_here:
+        yield
+        return
+    accelerator = make_accelerator(setup.base.device, names, folder.path)
+    journal.trackers.append(tracker_listener(accelerator, folder.name, setup.decisions.values))
+    try:
+        yield
+    finally:  # not `end_training`: it would end what the processes talk through, too
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
 def _start(
     setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, optimizer: torch.optim.Optimizer, *, resume: bool
 ) -> Progress:
     """The first step's state, or that of the newest sound checkpoint."""
-    checkpoint, damaged = latest_checkpoint(folder.checkpoints) if resume else (None, [])
+    checkpoint, damaged = _newest(setup.processes, folder) if resume else (None, [])
     if resume:
         journal.go_on_after(checkpoint.step if checkpoint else 0)
     for text in damaged:
@@ -203,6 +251,16 @@ def _start(
     return progress
 
 
+def _newest(processes: Processes, folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    """The newest sound checkpoint, read by one process for all, and what was wrong with newer ones."""
+    read, damaged = latest_checkpoint(folder.checkpoints) if processes.first else (None, [])
+    found = processes.from_first(lambda: (read.step, read.state) if read else None)
+    if found is None:
+        return None, damaged
+    step, state = found
+    return Checkpoint(step, processes.tensors_from_first(read.tensors if read else {}), state), damaged
+
+
 def _work(setup: Setup) -> Work:
     decisions = setup.decisions
     return Work(
@@ -215,21 +273,22 @@ def _work(setup: Setup) -> Work:
         eval_every=decisions.values.get("eval_every"),
         save_every=decisions["save_every"],
         patience=decisions["early_stop"],
-        device=setup.base.device,
+        device=setup.device,
     )
 
 
-def _evaluation(setup: Setup) -> Callable[[], float] | None:
+def _evaluation(setup: Setup, objective: nn.Module, processes: Processes) -> Callable[[], float] | None:
+    """The held-out loss, of which each of the processes computes its part."""
     if setup.prepared.val is None:
         return None
-    decisions, rows = setup.decisions, setup.prepared.val.rows
+    decisions, rows, device = setup.decisions, setup.prepared.val.rows, setup.device
     limit, pad_id = decisions["micro_batch_tokens"], setup.base.pad_id
-    held_out = batches(rows, decisions.layout, limit=limit, pad_id=pad_id)
-    return lambda: held_out_loss(setup.model, held_out, setup.base.device).loss
+    held_out = batches(rows, decisions.layout, limit=limit, pad_id=pad_id, part=processes.part)
+    return lambda: held_out_loss(objective, held_out, device, summed=processes.sums).loss
 
 
 def _look_at_smaller_ranks(setup: Setup, journal: Journal, lora: Adapters) -> None:
-    evaluate = _evaluation(setup)
+    evaluate = _evaluation(setup, setup.model, Processes())
     if evaluate is None:
         return
     base = journal.record["result"]["base_val_loss"]

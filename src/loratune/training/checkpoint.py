@@ -22,6 +22,7 @@ from torch import Tensor
 from loratune.adapt import Adapters
 from loratune.files import new_folder, to_json
 from loratune.training.loop import Progress
+from loratune.training.sharding import divided_like, whole
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
@@ -35,9 +36,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, lora: Adapters, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    folder: Path, lora: Adapters, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int, write: bool = True
 ) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep`."""
+    """Write `folder/step-N` and drop all but the newest `keep`.
+
+    What is sharded is written whole, so that another number of processes can go on; all of them must call this.
+
+    Args:
+        write: whether this process is the one that writes.
+    """
     tensors = {f"adapter.{i}": p.detach() for i, p in enumerate(lora.parameters())}
     leaves = dict(_leaves(optimizer.state_dict()["state"]))
     scalars = {name: value for name, value in leaves.items() if not isinstance(value, Tensor)}
@@ -46,7 +53,10 @@ def save_checkpoint(
     shared = {name: first[id(value)] for name, value in leaves.items() if first.get(id(value), name) != name}
     tensors |= {f"optimizer.{name}": leaves[name] for name in first.values()}
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    path = folder / f"step-{progress.step:08d}"
+    if not write:
+        return path
     state: dict[str, Any] = {
         "step": progress.step,
         "micro_batch_tokens": progress.micro_batch_tokens,
@@ -58,7 +68,6 @@ def save_checkpoint(
         "optimizer_scalars": scalars,
         "optimizer_shared": shared,
     }
-    path = folder / f"step-{progress.step:08d}"
     with new_folder(path) as temporary:
         # Straight to the file: as bytes first, they would be held twice.
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
@@ -83,15 +92,19 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def restore(checkpoint: Checkpoint, lora: Adapters, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint's tensors back into a freshly attached adapter and a fresh optimizer."""
     tensors, state = checkpoint.tensors, checkpoint.state
+    parameters = lora.parameters()
     with torch.no_grad():
-        for i, parameter in enumerate(lora.parameters()):
-            parameter.copy_(tensors[f"adapter.{i}"])
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(divided_like(tensors[f"adapter.{i}"], parameter))
     saved = optimizer.state_dict()
     leaves = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
     shared = {name: leaves[first] for name, first in state["optimizer_shared"].items()}
     moments = _tree(leaves | shared | state["optimizer_scalars"])
-    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in moments.items()}})
-    best = [tensors[f"best.{i}"] for i in range(sum(key.startswith("best.") for key in tensors))]
+    owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    divided = {int(index): _divided(values, owners[int(index)]) for index, values in moments.items()}
+    optimizer.load_state_dict({**saved, "state": divided})
+    number = sum(key.startswith("best.") for key in tensors)
+    best = [divided_like(tensors[f"best.{i}"], parameters[i]) for i in range(number)]
     progress = Progress(state["step"], state["micro_batch_tokens"], best=best, worse=state["worse"])
     progress.stopped_early = state["stopped_early"]
     if state["best_val"] is not None:
@@ -118,6 +131,11 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = value
     return found
+
+
+def _divided(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter, as the parameter itself is kept."""
+    return {key: divided_like(v, parameter) if isinstance(v, Tensor) else v for key, v in values.items()}
 
 
 def _all(folder: Path) -> list[Path]:

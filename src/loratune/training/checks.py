@@ -7,6 +7,7 @@ saved adapter reloads to the same logits, merging computes the same function, an
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from loratune.errors import AdapterStateError, CheckError
 from loratune.loss import logits_of, summed_loss
 from loratune.model import evaluating
 from loratune.quant import FORMATS, QuantizedLinear, frozen_weight, lost, quantized_format
+from loratune.training.processes import Processes
 
 OVERFIT_STEPS = 30
 # Halving the loss ends the check at once; a wide or untrained base that only loses a tenth in all its steps learns too.
@@ -171,6 +173,17 @@ def all_finite(lora: Adapters) -> Check:
     tensors |= {name: [parameter] for name, parameter in lora.replaced().items()}
     bad = [name for name, parts in tensors.items() if not all(bool(t.isfinite().all()) for t in parts)]
     return Check("finite", "after", not bad, ", ".join(bad[:3]) or "no NaN, no infinity")
+
+
+def same_everywhere(lora: Adapters, processes: Processes) -> Check:
+    """Every process holds the same bits: none has taken a step that the others have not."""
+    digest = hashlib.sha256()
+    for parameter in lora.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    first, *others = processes.gathered(digest.hexdigest())
+    strangers = [str(rank) for rank, other in enumerate(others, 1) if other != first]
+    detail = f"{processes.count} processes" if not strangers else f"not in {', '.join(strangers)}"
+    return Check("one adapter everywhere", "after", not strangers, detail)
 
 
 def reload_is_live(model: nn.Module, lora: Adapters, batch: Batch) -> Check:

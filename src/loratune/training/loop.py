@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from loratune.adapt import Adapters
@@ -24,8 +23,10 @@ from loratune.loss import summed_loss
 from loratune.model import peak_memory
 from loratune.training.events import Listener, Noticed, StepDone, Validated
 from loratune.training.memory import is_out_of_memory, release_memory
-from loratune.training.optimizer import set_lr
+from loratune.training.optimizer import clipped_norm, set_lr
+from loratune.training.processes import Processes
 from loratune.training.schedule import Schedule
+from loratune.training.sharding import is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +78,29 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """The parts of a training run, and the way they go through it together."""
+    """The parts of a training run, and the way they go through it together.
+
+    Every process runs the same loop over the same steps; which rows of a step are its own is all that differs.
+    """
 
     model: nn.Module
     lora: Adapters
     work: Work
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    accelerator: Accelerator
+    processes: Processes
     progress: Progress
     hooks: Hooks
 
     def run(self) -> None:
         """Train from `progress.step` to the schedule's end, an early stop, or until `hooks.stop` says so.
 
-        A step's loss is the sum over its supervised tokens divided by their number, over all its micro-batches.
+        A step's loss is the sum over its supervised tokens divided by their number, over all its micro-batches and
+        all processes.
 
         Raises:
             DivergedError: a loss or gradient is not finite; the weights are those before that step.
-            OutOfMemoryError: not even one row at a time fits.
+            OutOfMemoryError: not even one row at a time fits, or a sharded model ran out of memory.
         """
         work, progress = self.work, self.progress
         while not progress.ended(self.schedule) and not self.hooks.stop():
@@ -113,7 +118,7 @@ class Loop:
         progress = self.progress
         rows = [self.work.rows[i] for i in self.work.order.step(progress.step)]
         loss, computed = self._gradients_within_memory(rows)
-        norm = float(self.accelerator.clip_grad_norm_(self.lora.parameters(), self.work.clip or math.inf) or 0.0)
+        norm = clipped_norm(self.lora.parameters(), self.work.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self.optimizer.zero_grad()
             self._diverged(f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}")
@@ -163,20 +168,32 @@ class Loop:
             self.hooks.emit(Noticed(progress.step, "best adapter", f"the adapter of step {progress.best_step} is kept"))
 
     def _gradients_within_memory(self, rows: Sequence[Rendered]) -> tuple[float, int]:
-        """The step's gradients; where memory runs out the micro-batch halves and the step is done again."""
-        work, progress = self.work, self.progress
+        """The step's gradients; where memory runs out in a process the micro-batch halves and the step is done again.
+
+        Returns:
+            its loss, and the tokens that went through the model.
+        """
+        work, progress, processes = self.work, self.progress, self.processes
         supervised = sum(sum(row.supervised) for row in rows)
         while True:
-            step = batches(rows, work.layout, limit=progress.micro_batch_tokens, pad_id=work.pad_id)
+            limit, part = progress.micro_batch_tokens, processes.part
+            step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=part)
+            several = any(batch.examples > 1 for batch in step)
+            loss, computed, failed = 0.0, 0, False
             try:
-                return self._gradients(step, supervised)
+                loss, computed = self._gradients(step, supervised)
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+                if not is_out_of_memory(error) or is_sharded(self.lora.parameters()[0]):
+                    raise  # the other processes wait in the midst of a sharded pass: there is no way back
+                failed = True
             # Outside the except block, so that the traceback no longer holds the failed step's tensors.
+            loss, tokens, failures, splittable = processes.sums(loss, computed, failed, several)
+            if not failures:
+                processes.add_gradients(self.lora.parameters())
+                return loss, round(tokens)
             self.model.zero_grad()
             release_memory()
-            if progress.micro_batch_tokens <= 1 or len(step) == len(rows):
+            if limit <= 1 or not splittable:
                 raise OutOfMemoryError(
                     f"step {progress.step + 1}: out of memory with one row at a time",
                     hint="lower --max-length, or use --recompute on",
@@ -186,16 +203,16 @@ class Loop:
             self.hooks.emit(Noticed(progress.step, "out of memory", text))
 
     def _gradients(self, micro_batches: Sequence[Batch], supervised: int) -> tuple[float, int]:
-        """Accumulate the gradients of one step; returns its loss and the tokens that went through the model."""
-        work, step, device = self.work, self.progress.step, self.work.device
+        """Accumulate this process's gradients of one step; returns its part of the loss and of the tokens."""
+        work, step, device, part = self.work, self.progress.step, self.work.device, self.processes.part
         total = torch.zeros((), device=device)
         for number, here in enumerate(micro_batches):
             batch = here.to(device)
             # Whatever a family still draws by itself (its dropout is off) is drawn the same after a resume.
-            torch.manual_seed(_seed_of(work.seed, step, number))
+            torch.manual_seed(_seed_of(work.seed, step, number * part.of + part.number))
             with self.lora.counting(TokenCounter(work.seed, step, batch.tokens)):
                 loss = summed_loss(self.model, batch) / supervised
-                self.accelerator.backward(loss)
+                loss.backward()
             total += loss.detach()
         return float(total), sum(batch.computed_tokens for batch in micro_batches)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from loratune.quant import bitsandbytes
+from loratune.training.sharding import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float) -> torch.
         fused = all(p.device.type in {"cpu", "cuda"} for group in groups for p in group["params"])
         return torch.optim.AdamW(groups, lr=lr, fused=fused)
     return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+
+def clipped_norm(parameters: Sequence[nn.Parameter], most: float) -> float:
+    """The norm of all gradients together, which are scaled down to `most` where it is larger."""
+    return float(whole(nn.utils.clip_grad_norm_(parameters, most)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, peak: float) -> None:
