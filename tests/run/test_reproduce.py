@@ -175,6 +175,14 @@ def test_what_memory_forced_is_a_reason(copy: Path) -> None:
     assert found.elsewhere == ("out of memory there: micro-batch halved to 100 tokens",)
 
 
+def test_several_processes_are_a_reason(copy: Path) -> None:
+    """One is started to do again what two did."""
+    changed(copy, lambda record: record["plan"].update(processes=2, sharded=True))
+    changed(copy, lambda record: record["settings"]["shard"].update(value="on", reason="given"))
+    found = reproduce(copy)
+    assert found.elsewhere == ("processes: 2 there, 1 now", "sharded: True there, False now")
+
+
 def test_threads_are_those_of_the_run(copy: Path) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []

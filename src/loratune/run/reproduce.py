@@ -24,7 +24,7 @@ from loratune.run.train import train
 BAND = 0.02
 _ADAPTER = "adapter_model.safetensors"
 # Settings that say where a run is, how it is watched, and what is done beside it.
-_BESIDE = frozenset({"out", "resume", "log_with", "keep", "save_every", "samples", "checks", "device"})
+_BESIDE = frozenset({"out", "resume", "log_with", "keep", "save_every", "samples", "checks", "device", "shard"})
 # What memory forced on the first run need not happen again.
 _FORCED = frozenset({"out of memory", "micro-batch"})
 
@@ -177,6 +177,11 @@ def _refuse_another(path: Path, record: dict[str, Any], now: dict[str, Any], *, 
         raise RunFolderError([f"{path} cannot be done again here", *found], hint="; ".join(hints))
 
 
+def _spread(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Over how many processes a run went, which order its sums."""
+    return {name: record["plan"][name] for name in ("processes", "sharded")}
+
+
 def _versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = record["versions"], now["versions"]
     changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
@@ -185,7 +190,7 @@ def _versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _elsewhere(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Why other bits are no fault."""
-    before, after = record["hardware"], now["hardware"]
+    before, after = ({**one["hardware"], **_spread(one)} for one in (record, now))
     found = [
         f"{name}: {before[name]} there, {after.get(name)} now"
         for name in before
