@@ -50,7 +50,7 @@ def test_the_same_bits(finished: Path, tmp_path: Path) -> None:
         {"method": "full", "r": None, "lr": 1e-3},
         {"method": "bitfit", "r": None, "base": "gpt2"},
         {"method": "dora", "early_stop": 1, "eval_every": 1, "lr": 0.5},
-        {"method": "qlora", "dtype": "bf16"},
+        {"method": "qlora"},
         {"lora_dropout": 0.3, "val": 5, "epochs": 2.0, "max_steps": None, "warmup": 3},
         {"modules_to_save": ("lm_head",), "micro_batch_tokens": 64, "lora_plus_ratio": 4.0},
         {"group_prefixes": False, "overlong": "drop", "max_length": 22, "loss": "all"},
