@@ -11,13 +11,14 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import validate_quantization_for_training
 
-from loratune.compat.peft import AdapterCheckpoints, LoraConfig, PeftModel, get_peft_model
+from loratune.compat.peft import LoraConfig, PeftModel, get_peft_model
+from loratune.compat.trainer import AdapterTraining
 from tests.adapter.cases import IDS, gap, logits
 from tests.compat.twin import adapter, both
 from tests.models import VOCABULARY, tiny
 
 
-class OurTrainer(AdapterCheckpoints, Trainer):
+class OurTrainer(AdapterTraining, Trainer):
     pass
 
 
