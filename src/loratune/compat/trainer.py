@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from loratune.adapt import Adapters, adapters
 from loratune.adapter import read_adapter, to_keys
-from loratune.compat.peft.state import live_state, read_state, write_live_state, write_state
-from loratune.errors import AdapterStateError
+from loratune.compat.peft.state import live_state, read_state, write_state
+from loratune.errors import AdapterFileError, AdapterStateError
 from loratune.files import write_bytes
+from loratune.lora import adapter_prefixes
 
 # Beside PEFT's files, where these do not hold the trained tensors as they are: they go on from here.
 LIVE = "adapter_in_training.safetensors"
@@ -63,12 +66,11 @@ class AdapterTraining:
         handle = adapters(self.model)
         for name, place in _places(handle, folder):
             handle.save(place, name)
-            live, filed = live_state(handle, name), read_state(handle, name)
-            if any(filed[key].shape != live[key].shape or filed[key].dtype != live[key].dtype for key in live):
-                tensors = {key: tensor.detach().cpu().clone() for key, tensor in live.items()}
-                write_bytes(place / LIVE, safetensors.torch.save(tensors))
-            else:
+            if _fits_in_files(handle, name):
                 (place / LIVE).unlink(missing_ok=True)
+            else:
+                tensors = {key: tensor.cpu().clone() for key, tensor in _state(handle, name).items()}
+                write_bytes(place / LIVE, safetensors.torch.save(tensors))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -83,7 +85,7 @@ class AdapterTraining:
         handle = adapters(self.model)
         for name, place in _places(handle, folder):
             if (place / LIVE).exists():
-                write_live_state(handle, name, safetensors.torch.load_file(place / LIVE))
+                _restore(handle, name, place / LIVE)
             else:
                 write_state(handle, name, to_keys(read_adapter(place)), strict=True)
 
@@ -91,6 +93,30 @@ class AdapterTraining:
 def _places(handle: Adapters, folder: Path) -> list[tuple[str, Path]]:
     """Where each adapter's files are in a checkpoint, as PEFT has it."""
     return [(name, folder / (name if name != "default" else "")) for name in handle.names]
+
+
+def _fits_in_files(handle: Adapters, name: str) -> bool:
+    """Whether PEFT's files hold what trains as it is; a master finer than the base is rounded there, for example."""
+    live, filed = live_state(handle, name), read_state(handle, name)
+    return all(filed[key].shape == live[key].shape and filed[key].dtype == live[key].dtype for key in live)
+
+
+def _state(handle: Adapters, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, with the start that its update counts from; they share the live ones' memory."""
+    own = tuple(f"{prefix}{name}." for prefix in adapter_prefixes(handle.model))
+    return {key: tensor for key, tensor in handle.model.state_dict().items() if key.startswith(own)}
+
+
+def _restore(handle: Adapters, name: str, path: Path) -> None:
+    try:
+        saved = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterFileError(f"{path} is damaged ({error})", hint="go on from an earlier checkpoint") from None
+    live = _state(handle, name)
+    if {key: tensor.shape for key, tensor in live.items()} != {key: tensor.shape for key, tensor in saved.items()}:
+        raise AdapterFileError(f"{path} is of another adapter than {name!r} here", hint="attach with the same config")
+    for key, tensor in live.items():
+        tensor.copy_(saved[key])
 
 
 @contextmanager

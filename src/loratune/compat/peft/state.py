@@ -38,11 +38,6 @@ def write_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, s
             f"adapter {name!r} starts from {handle.config(name).init_lora_weights!r}, relative to which it is saved",
             hint="load the file as another adapter",
         )
-    return write_live_state(handle, name, tensors, strict=strict)
-
-
-def write_live_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Any:
-    """The same for what `live_state` gave, whatever the adapter starts from."""
     live = live_state(handle, name)
     missing = [key for key in live if key not in tensors]
     unexpected = [key for key in tensors if key not in live]
