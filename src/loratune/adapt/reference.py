@@ -32,7 +32,7 @@ class Reference(nn.Module):
         self._model = (model,)
         self._only = only
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Around `forward`, in whose place TRL puts one of its own, which calls the parts below.
         (model,) = self._model
@@ -47,7 +47,7 @@ class Reference(nn.Module):
         del args, kwargs
         return base_parameters(self._model[0])
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The base's tensors and those of the adapters that count here."""
         state: dict[str, Tensor] = self._model[0].state_dict(*args, **kwargs)
         prefixes = adapter_prefixes(self._model[0])
