@@ -30,7 +30,7 @@ def made(family: str = "gpt2", **settings: Any) -> PeftModel:
 # -- names and configs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(compat.__all__) - {"AdapterCheckpoints"}))
+@pytest.mark.parametrize("name", sorted(compat.__all__))
 def test_every_name_is_pefts(name: str) -> None:
     assert hasattr(peft, name)
 

@@ -8,40 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import validate_quantization_for_training
 
-from loratune.compat.peft import AdapterCheckpoints, LoraConfig, PeftModel, get_peft_model
+from loratune.compat.peft import LoraConfig, PeftModel, get_peft_model
+from loratune.compat.trainer import AdapterTraining
 from tests.adapter.cases import IDS, gap, logits
+from tests.compat.trainers import arguments, data
 from tests.compat.twin import adapter, both
-from tests.models import VOCABULARY, tiny
+from tests.models import tiny
 
 
-class OurTrainer(AdapterCheckpoints, Trainer):
+class OurTrainer(AdapterTraining, Trainer):
     pass
-
-
-def data(rows: int = 8) -> list[dict[str, torch.Tensor]]:
-    dice = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, VOCABULARY, (rows, 6), generator=dice)
-    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    values: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 5,
-        **settings,
-    }
-    return TrainingArguments(**values)
 
 
 def fresh(family: str = "gpt2") -> PeftModel:

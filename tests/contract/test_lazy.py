@@ -34,6 +34,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import loratune") == set()
 
 
+def test_adapting_a_model_of_plain_torch_loads_torch_alone() -> None:
+    attach = "lt.attach(nn.Sequential(nn.Linear(4, 4)), lt.LoraConfig(r=2, target_modules=['0']))"
+    assert loaded_after(f"import loratune as lt; from torch import nn; {attach}") == {"torch"}
+
+
 def test_listing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import loratune; dir(loratune); loratune.__all__") == set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -187,7 +188,8 @@ def test_threads_are_those_of_the_run(copy: Path) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
     changed(copy, lambda record: record["hardware"].update(cores=before + 1))
-    reproduce(copy, listen=lambda _: seen.append(torch.get_num_threads()))
+    with contextlib.suppress(CheckError):  # by which sums may have other bits
+        reproduce(copy, listen=lambda _: seen.append(torch.get_num_threads()))
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
 

@@ -25,14 +25,15 @@ from loratune.adapt.heads import with_task
 from loratune.adapt.mixing import Mixed, check_mixed, expecting, names_of_rows, rows_of
 from loratune.adapt.placement import Placement, refuse_meta
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
-from loratune.adapt.register import Register
+from loratune.adapt.reference import Reference
+from loratune.adapt.register import Register, listed
 from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd, with_tokenizer
-from loratune.adapt.summary import Count, summary_of
+from loratune.adapt.summary import Count, count_of, summary_of
 from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError, Refusals
 from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
-from loratune.quant import known_by, values_in
+from loratune.quant import known_by
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
 ATTRIBUTE = "_loratune"
@@ -110,11 +111,7 @@ class Adapters:
         return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(prefixes)}
 
     def count(self) -> Count:
-        parameters = list(self.model.parameters())
-        in_bits = sum(values_in(module) for _, module in base_modules(self.model))
-        return Count(
-            sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + in_bits
-        )
+        return count_of(self.model)
 
     def summary(self) -> str:
         """Trainable and total parameters, then one line for each kind of adapted module."""
@@ -188,18 +185,19 @@ class Adapters:
         self._refuse_merged()
         if self._state.view.batch is not None:
             raise AdapterStateError("each row has its own adapter inside this rows() block", hint="activate after it")
-        wanted = self._register.all_known(names)
-        problems = self._register.clashes(wanted) if len(wanted) > 1 else []
-        if problems:
-            raise AdapterStateError(problems, hint="activate one of them at a time")
-        self._state.change(active=wanted)
+        self._state.change(active=self._register.together(names))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """The base alone inside the block; what was active before is active again after it."""
+        return self._only()
+
+    def reference(self, *names: str) -> Reference:
+        """The base, or the model with these adapters, as a module that computes beside what is trained; a copy of none.
+
+        Where a loss compares with what was there before: `DPOTrainer(model, ref_model=lora.reference(), ...)`.
+        """
         self._refuse_merged()
-        with self._state.suspending(active=(), rows=None, batch=None):
-            yield
+        return Reference(self.model, self._register.together(names), self._only)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -358,6 +356,13 @@ class Adapters:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _only(self, *names: str) -> Iterator[None]:
+        self._refuse_merged()
+        active = self._register.together(names)
+        with self._state.suspending(active, active=active, rows=None, batch=None):
+            yield
+
     def _put(self, name: str, entry: Entry, parts: Parts, modules: Modules, *, trainable: bool) -> None:
         self._placement.put(name, parts, modules, trainable=trainable)
         if not self.names:
@@ -380,7 +385,7 @@ class Adapters:
         if self._detached:
             raise AdapterStateError("this handle is detached from its model", hint="attach again for a new one")
         if self._merged:
-            raise MergedError(f"{_list(self._merged)} merged into the weights", hint="unmerge first")
+            raise MergedError(f"{listed(self._merged)} merged into the weights", hint="unmerge first")
 
     def _refuse_new(self, name: str, dtype: torch.dtype | None) -> None:
         self._refuse_merged()
@@ -393,7 +398,3 @@ class Adapters:
 
     def _entry(self, name: str | None) -> Entry:
         return self._register.entries[self._one(name)]
-
-
-def _list(names: Sequence[str]) -> str:
-    return f"adapter {names[0]!r} is" if len(names) == 1 else f"adapters {', '.join(map(repr, names))} are"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -47,6 +47,14 @@ class Register:
             raise AdapterStateError(unknown, hint=f"adapters here: {', '.join(self.names)}")
         return wanted
 
+    def together(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The same, if these can be active at once."""
+        wanted = self.all_known(names)
+        problems = self._clashes(wanted) if len(wanted) > 1 else []
+        if problems:
+            raise AdapterStateError(problems, hint="activate one of them at a time")
+        return wanted
+
     def free_ordinal(self) -> int:
         """The smallest number from 1 that no adapter's start has."""
         used = {entry.ordinal for entry in self.entries.values()}
@@ -79,7 +87,7 @@ class Register:
     def rename(self, old: str, new: str) -> None:
         self.entries = {new if name == old else name: entry for name, entry in self.entries.items()}
 
-    def clashes(self, names: tuple[str, ...]) -> list[str]:
+    def _clashes(self, names: tuple[str, ...]) -> list[str]:
         """Sentences about base tensors for which these adapters together say nothing definite."""
         owner: dict[str, str] = {}
         tensors = [
@@ -98,3 +106,7 @@ class Register:
             if (full := f"{target.path}.weight") in owner
         ]
         return both + stretched
+
+
+def listed(names: Sequence[str]) -> str:
+    return f"adapter {names[0]!r} is" if len(names) == 1 else f"adapters {', '.join(map(repr, names))} are"

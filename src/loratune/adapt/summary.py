@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
 from loratune.adapt.plan import TargetPlan
+from loratune.lora import base_modules
+from loratune.quant import values_in
 
 
 class Count(NamedTuple):
@@ -17,6 +21,12 @@ class Count(NamedTuple):
     @property
     def share(self) -> float:
         return self.trainable / self.total
+
+
+def count_of(model: nn.Module) -> Count:
+    parameters = list(model.parameters())
+    in_bits = sum(values_in(module) for _, module in base_modules(model))
+    return Count(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + in_bits)
 
 
 def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[int, int]]:

@@ -5,8 +5,8 @@
 Signatures and return values are those of peft 0.21.2; the adapters themselves belong to the handle, and where it is
 stricter than PEFT its errors come through as they are. An argument that asks for what is not here is refused, and a
 name of PEFT's that is not here says what there is instead. An adapted layer has no `lora_A` and `lora_B`: its tensors
-are in `model.base_model.handle.factors()`. `AdapterCheckpoints` is ours: with it transformers' Trainer resumes from its
-checkpoints of adapters.
+are in `model.base_model.handle.factors()`. With `loratune.compat.trainer.AdapterTraining` transformers' Trainer resumes
+from its checkpoints of adapters.
 """
 
 from typing import Any
@@ -21,7 +21,6 @@ from loratune.compat.peft.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from loratune.compat.peft.checkpoints import AdapterCheckpoints
 from loratune.compat.peft.config import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     LoraConfig,
@@ -60,7 +59,6 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
-    "AdapterCheckpoints",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
