@@ -142,7 +142,8 @@ def _together(model: PreTrainedModel, work: _Work) -> list[list[int]]:
 def _engine(model: PreTrainedModel, limits: Limits) -> tuple[Engine, str | None]:
     """An engine for what is active on the model, and the name by which requests have it.
 
-    By its name a single adapter is faster by a fifth: its factors are rounded once, not for every token.
+    By its name a single adapter is faster by an eighth (61 ms a token instead of 70 for SmolLM2 on two cores): its
+    factors are rounded once, not for every token.
     """
     try:
         lora = adapters(model)
