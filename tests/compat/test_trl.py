@@ -15,7 +15,7 @@ from trl.trainer import dpo_trainer
 import loratune as lt
 from loratune.compat.trainer import AdapterTraining
 from loratune.errors import AdapterStateError
-from tests.compat.trainers import losses
+from tests.compat.trainers import common, losses
 from tests.models import additions, tiny
 from tests.tiny import tiny_tokenizer
 
@@ -44,32 +44,19 @@ def attached(family: str = "llama", **settings: Any) -> tuple[Any, lt.Adapters]:
     return model, lt.attach(model, lt.LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings}))
 
 
-def common(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 5,
-        **settings,
-    }
+def longer(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return common(folder, **{"max_steps": 4, "per_device_train_batch_size": 4, "bf16": False, **settings})
 
 
 def sft(folder: Path, model: Any, **settings: Any) -> Trainer:
     rows = Dataset.from_list(ROWS)
-    arguments = SFTConfig(**common(folder, settings))
+    arguments = SFTConfig(**longer(folder, settings))
     return AdapterSFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
 
 
 def dpo(folder: Path, model: Any, reference: Any, **settings: Any) -> Any:
     rows = Dataset.from_list(PREFERENCES)
-    arguments = DPOConfig(**common(folder, settings))
+    arguments = DPOConfig(**longer(folder, settings))
     return AdapterDPOTrainer(
         model, reference, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer()
     )

@@ -18,7 +18,12 @@ def data(rows: int = 8) -> list[dict[str, torch.Tensor]]:
 
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    values: dict[str, Any] = {
+    return TrainingArguments(**common(folder, **settings))
+
+
+def common(folder: Path, **settings: Any) -> dict[str, Any]:
+    """What trainers of all kinds are told here."""
+    return {
         "output_dir": str(folder),
         "max_steps": 2,
         "per_device_train_batch_size": 2,
@@ -31,7 +36,6 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         "seed": 5,
         **settings,
     }
-    return TrainingArguments(**values)
 
 
 def losses(trainer: Trainer) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save_file
 
-from tests.malformed.cases import REFUSED, Case
+from tests.malformed.cases import Case, changed
 
 CONFIG, TENSORS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "loratune.json"
 KEY = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
@@ -53,11 +53,7 @@ def cases() -> Iterator[Case]:
 
 
 def case(name: str, change: Change, *named: str) -> Case:
-    def make(folder: Path) -> Path:
-        change(folder / "adapter")
-        return folder / "adapter"
-
-    return Case(name, make, named, REFUSED)
+    return changed(name, "adapter", change, *named)
 
 
 def _configs() -> Iterator[Case]:

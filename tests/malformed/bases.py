@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save_file
 
-from tests.malformed.cases import REFUSED, Case
+from tests.malformed.cases import Case, changed
 
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 KEY = "model.layers.1.mlp.down_proj.weight"
@@ -27,11 +27,7 @@ def cases() -> Iterator[Case]:
 
 
 def case(name: str, change: Change, *named: str) -> Case:
-    def make(folder: Path) -> Path:
-        change(folder / "model")
-        return folder / "model"
-
-    return Case(name, make, named, REFUSED)
+    return changed(name, "model", change, *named)
 
 
 def content(name: str, text: str | bytes) -> Change:

@@ -49,6 +49,16 @@ def outcome(case: Case, path: Path, read: Callable[[Path], Any]) -> Any:
     return REFUSED
 
 
+def changed(name: str, folder: str, change: Callable[[Path], object], *named: str) -> Case:
+    """The sound thing that stands in this folder, changed so that it must be refused."""
+
+    def make(place: Path) -> Path:
+        change(place / folder)
+        return place / folder
+
+    return Case(name, make, named, REFUSED)
+
+
 def written(name: str, content: bytes | str) -> Make:
     """A file of this name."""
 

@@ -91,6 +91,19 @@ def test_the_split_of_a_step_with_shared_prefixes_changes_nothing(dropout: float
     assert computed[0] < computed[1] < computed[2], "the splits differ"
 
 
+def first_gradients(training: Training) -> tuple[list[torch.Tensor], float]:
+    """Of the one step of a training whose B is not zero, before the optimizer sees them; and its loss."""
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        for low_rank in training.lora.factors().values():
+            low_rank.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    training.updater.register_step_pre_hook(
+        lambda *_: found.extend(parameter.grad.clone() for parameter in training.lora.parameters())
+    )
+    (event,) = training.run().steps_heard()
+    return found, event.loss
+
+
 @pytest.mark.parametrize("limit", [2048, 45, 1])
 @pytest.mark.parametrize("layout", Layout)
 def test_gradients_of_a_step_do_not_depend_on_its_layout(layout: Layout, limit: int) -> None:
@@ -98,15 +111,7 @@ def test_gradients_of_a_step_do_not_depend_on_its_layout(layout: Layout, limit: 
 
     def gradients(layout: Layout, limit: int) -> tuple[list[torch.Tensor], float]:
         training = Training(SHARED, layout=layout, limit=limit, steps=1, clip=0.0)
-        found: list[torch.Tensor] = []
-        with torch.no_grad():
-            for low_rank in training.lora.factors().values():
-                low_rank.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-        training.updater.register_step_pre_hook(
-            lambda *_: found.extend(parameter.grad.clone() for parameter in training.lora.parameters())
-        )
-        (event,) = training.run().steps_heard()
-        return found, event.loss
+        return first_gradients(training)
 
     (found, loss), (alone, expected) = gradients(layout, limit), gradients(Layout.PADDED, 1)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -125,15 +130,7 @@ def test_gradients_of_the_parts_of_a_step_are_those_of_the_step(layout: Layout, 
     def gradients(rank: int, count: int) -> tuple[list[torch.Tensor], float]:
         training = Training(SHARED, layout=layout, limit=60, steps=1, clip=0.0, dropout=dropout)
         training.processes = One(rank, count)
-        found: list[torch.Tensor] = []
-        with torch.no_grad():
-            for low_rank in training.lora.factors().values():
-                low_rank.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-        training.updater.register_step_pre_hook(
-            lambda *_: found.extend(parameter.grad.clone() for parameter in training.lora.parameters())
-        )
-        (event,) = training.run().steps_heard()
-        return found, event.loss
+        return first_gradients(training)
 
     whole, loss = gradients(0, 1)
     parts, losses = zip(*(gradients(rank, 3) for rank in range(3)), strict=True)
