@@ -178,11 +178,12 @@ class Group(Processes):
         try:
             yield
         except Exception as error:
-            if isinstance(error, LoratuneError) or not _is_broken_off(error):
-                raise
-            # Launchers end whom a failed process leaves behind. This one ends too, but first writes why.
+            # Launchers end all as soon as one has failed. This one ends too, but first writes why, and its exit code is
+            # to be that of the failure: nobody sets this back.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if isinstance(error, LoratuneError) or not _is_broken_off(error):
+                raise
             raise self._of_peer() from error
 
     @contextmanager
