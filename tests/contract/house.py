@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "src" / "loratune"
 # `evaluate`, `estimate`, `adapters`): importing the room would put the module in the verb's place.
 LINES = (
     ("errors",),
-    ("config", "files"),
+    ("config", "files", "hub"),
     ("lora", "quant", "data", "gguf"),
     ("adapter", "model"),
     ("adapt",),
@@ -37,7 +37,7 @@ HOUSE = House(
         "bitsandbytes": frozenset({"quant"}),
         "accelerate": frozenset({"training"}),
         "triton": frozenset({"model.triton_blocks"}),
-        "huggingface_hub": frozenset({"adapter"}),
+        "huggingface_hub": frozenset({"hub"}),
         "datasets": frozenset({"data.read"}),
         "fastapi": _HTTP,
         "starlette": _HTTP,

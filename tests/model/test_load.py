@@ -133,7 +133,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 def test_unknown_hub_id_offline() -> None:
     text = refused("nobody/no-such-model")
-    assert "nobody/no-such-model: cannot be loaded" in text
+    assert "nobody/no-such-model: no such folder, and not all of it is in the cache" in text
     assert "hub id, a folder or a .gguf file" in text
 
 

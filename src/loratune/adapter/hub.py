@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from loratune.errors import AdapterFileError
+from loratune.hub import snapshot
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HINT = "an adapter is a folder or a hub id like owner/name"
@@ -22,7 +23,7 @@ def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None)
     """The local folder of an adapter.
 
     Raises:
-        AdapterFileError: no such folder, and the hub does not have it or cannot be reached.
+        AdapterFileError: no such folder, and it cannot be had from the hub.
     """
     given: object = name
     if not isinstance(given, str | os.PathLike):
@@ -30,14 +31,4 @@ def adapter_folder(name: str | os.PathLike[str], *, revision: str | None = None)
     path = Path(name).expanduser()
     if path.exists() or not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_FILES, *_TOKENIZER]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterFileError(
-            f"{name}: no such folder, and no adapter of this name could be fetched ({reason})",
-            hint=_HINT,
-        ) from None
+    return snapshot(name, [*_FILES, *_TOKENIZER], error=AdapterFileError, kinds=_HINT, revision=revision)

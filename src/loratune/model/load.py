@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from loratune.files import locked, new_folder
 from loratune.model.allocator import give_freed_memory_back
 from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
+from loratune.model.hub import KINDS, fetched
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
 from loratune.quant import known_by, quantize, quantized_format, refuse_format
@@ -78,9 +79,9 @@ def load_base(
     if quant is not None:
         refuse_format(quant, where.type)
     precision = pick_dtype(dtype, where)
-    folder, source = _folder_of(name)
+    source = _source_of(name, weights=True)
     with quietly(), _as_model_error(name):
-        model, info = _load(folder, dtype=precision.dtype)
+        model, info = _load(source.folder, dtype=precision.dtype)
     _refuse_incomplete(name, info)
     _say_unused(name, info)
     model.name_or_path = model.config._name_or_path = name
@@ -90,8 +91,8 @@ def load_base(
         _let_go(model)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
-    revision = getattr(model.config, "_commit_hash", None)
-    return Base(model, load_tokenizer(name), name, source, revision, precision, where, known, quant)
+    tokenizer = _tokenizer_in(source, name)
+    return Base(model, tokenizer, name, source.kind, source.revision, precision, where, known, quant)
 
 
 def _let_go(model: PreTrainedModel) -> None:
@@ -155,16 +156,19 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
 
 
 def load_tokenizer(name: str) -> Any:
-    folder, _ = _folder_of(name)
+    return _tokenizer_in(_source_of(name, weights=False), name)
+
+
+def _tokenizer_in(source: _Source, name: str) -> Any:
     with quietly(), _as_model_error(name):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
 
 
 def empty_model(name: str) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: nothing but its config is read."""
-    folder, _ = _folder_of(name)
+    source = _source_of(name, weights=False)
     with quietly(), _as_model_error(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
@@ -204,18 +208,26 @@ def context_of(model: PreTrainedModel) -> int | None:
 # -- sources -----------------------------------------------------------------------------------------------------
 
 
-def _folder_of(name: str) -> tuple[str, str]:
-    """What `from_pretrained` takes, and the kind of source: a hub id or folder as it is, a GGUF file converted."""
+class _Source(NamedTuple):
+    """`folder`: what `from_pretrained` takes. `kind`: "folder", "gguf" or "hub", of which `revision` is the commit."""
+
+    folder: str
+    kind: str
+    revision: str | None = None
+
+
+def _source_of(name: str, *, weights: bool) -> _Source:
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
-        return str(_converted(path)), "gguf"
+        return _Source(str(_converted(path)), "gguf")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json, so it is no model folder", hint=_is_adapter(path))
-        return str(path), "folder"
+        return _Source(str(path), "folder")
     if path.exists() or name.startswith((".", "/", "~")):
-        raise ModelError(f"{name}: no such model folder", hint="a model is a hub id, a folder or a .gguf file")
-    return name, "hub"
+        raise ModelError(f"{name}: no such model folder", hint=KINDS)
+    found = fetched(name, weights=weights)
+    return _Source(str(found), "hub", found.name)
 
 
 def _is_adapter(path: Path) -> str:
@@ -312,7 +324,7 @@ def _as_model_error(name: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(f"{name}: {_first_line(error)}", hint="install the package it names") from error
     except Exception as error:
-        hint = "a model is a hub id, a folder or a .gguf file of a supported architecture"
+        hint = f"{KINDS} of a supported architecture"
         raise ModelError(f"{name}: cannot be loaded: {_first_line(error)}", hint=hint) from error
 
 
