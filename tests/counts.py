@@ -7,6 +7,7 @@ seen hold; what a failed test counted does not count. A new kind of thing needs 
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -29,7 +30,6 @@ ROWS = {
     "malformed input": "rows, files, settings, adapters, model folders: read right, or a typed error that names it",
 }
 
-BEGIN, END = "<!-- counts: written by make test-full -->", "<!-- end of counts -->"
 PROPERTY = "counted"
 
 
@@ -53,10 +53,14 @@ def totals(properties: Iterable[tuple[str, Any]]) -> Counter[str]:
 
 def with_counts(page: str, counts: Mapping[str, int], head: str) -> str:
     """The page with these counts, and `head` above them, between its two marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page lacks {BEGIN} or {END}")
     lines = [f"| {what} | {counts.get(what, 0)} | {meaning} |" for what, meaning in ROWS.items()]
     table = "\n".join([head, "", "| what | count | held each time |", "|---|---:|---|", *lines])
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return between(page, "counts", table)
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with `text` between the two marks of this name."""
+    marks = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not marks.search(page):
+        raise ValueError(f"the page lacks the marks of {name}")
+    return marks.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)

@@ -30,8 +30,8 @@ def test_page_is_written_between_its_marks() -> None:
     first, *_ = counts.ROWS
     page = counts.with_counts(PAGE, {first: 7}, "Counted by nobody.")
     assert f"\n| {first} | 7 |" in page
-    assert page.split(counts.BEGIN)[0] == PAGE.split(counts.BEGIN)[0]
-    assert page.split(counts.END)[1] == PAGE.split(counts.END)[1]
+    assert page.split("<!-- counts: ")[0] == PAGE.split("<!-- counts: ")[0]
+    assert page.split("<!-- end of counts -->")[1] == PAGE.split("<!-- end of counts -->")[1]
     assert counts.with_counts(page, {first: 7}, "Counted by nobody.") == page
     with pytest.raises(ValueError, match="lacks"):
         counts.with_counts("no marks", {}, "")
