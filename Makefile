@@ -5,6 +5,8 @@
 #   make check       lint, formatting, types, contracts
 #   make test        lint, types and every test that needs no accelerator and is not marked `full`
 #   make test-full   all tests, also those in llama.cpp, which it builds once; the results go to docs/test-full.txt and docs/reliability.md
+#   make coverage    make test, with the lines and branches of src/ that ran; the result goes to docs/reliability.md
+#   make mutants     changes in the code that tests must notice (about an hour on two cores); the result goes there too
 #   make clean       remove .venv and the tools' caches
 
 PYTHON ?= python3
@@ -15,12 +17,14 @@ BIN    := .venv/bin
 STAMP  := .venv/.setup
 LLAMA  := .venv/.llama
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
+# What reaches the code that `make mutants` changes.
+MUTANTS := tests/lora tests/test_loss.py tests/data tests/adapter tests/adapt tests/engine tests/model tests/quant tests/training
 # A test file stays on one worker, so that a model it loads is loaded once.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := test
-.PHONY: setup demo check lint types contract format test test-full clean
+.PHONY: setup demo check lint types contract format test test-full coverage mutants clean
 
 setup: $(STAMP)
 
@@ -64,5 +68,16 @@ test: lint types
 test-full: lint types $(LLAMA)
 	@$(PYTEST) -m "" --timeout 3600 --write-result=docs/test-full.txt --write-counts=docs/reliability.md $(ARGS)
 
+coverage: $(STAMP)
+	@$(PYTEST) --timeout 900 --cov --cov-report=json:.coverage.json $(ARGS)
+	@$(BIN)/python -m tests.reach coverage .coverage.json
+
+mutants: $(STAMP)
+	@$(PIP) install -c constraints.txt -e '.[mutants]'
+	@# It writes the changes into a copy of the tree, mutants/, and would then start a pytest for each of them.
+	@rm -rf mutants && $(BIN)/python -c 'from tests.mutate import write; write()'
+	@cd mutants && PYTHONPATH=src:. OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -p tests.mutate -p no:cacheprovider -q $(MUTANTS)
+	@$(BIN)/python -m tests.reach mutants mutants
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.json mutants

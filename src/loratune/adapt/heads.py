@@ -17,12 +17,21 @@ _TASK_OF_CLASS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+# Classes whose heads are new to the base, and for whose use peft has no name.
+_CLASSIFIES = ("ForImageClassification", "ForAudioClassification", "ForVideoClassification")
 
 
 def task_of_class(model: nn.Module) -> str | None:
     """The task that the name of the model's class tells."""
     name = type(model).__name__
-    return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+    found = next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+    # Speech and images come in under other names, with which peft's wrapper for this task does not work.
+    return None if found == "SEQ_2_SEQ_LM" and not _from_text_to_text(model) else found
+
+
+def _from_text_to_text(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and getattr(model, "main_input_name", "") == "input_ids"
 
 
 def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -34,3 +43,8 @@ def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
 def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """Paths of the heads that the task added to the base; a fresh one holds random numbers, so it has to train."""
     return tuple(name for name in HEADS_OF_TASK.get(task or "", ()) if name in model._modules)
+
+
+def unnamed_heads(model: nn.Module) -> tuple[str, ...]:
+    """Paths of heads that are new to the base though no task says so: those of images, sounds and videos."""
+    return ("classifier",) if type(model).__name__.endswith(_CLASSIFIES) and "classifier" in model._modules else ()

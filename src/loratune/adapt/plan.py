@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 
 from torch import nn
 
-from loratune.adapt.heads import new_heads, task_of_class, with_task
+from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
@@ -218,11 +218,11 @@ class _Planner:
         return [path for path in matched if path in self.linears]
 
     def _preset(self) -> tuple[str, ...] | None:
-        family = getattr(getattr(self.model, "config", None), "model_type", None)
+        family = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
         if family in TARGETS:
             self.notes.append(f"targets of the {family} preset: {', '.join(TARGETS[family])}")
             return TARGETS[family]
-        self.problems.append(f"no preset of targets for {family or type(self.model).__name__}: name target_modules")
+        self.problems.append(f"no preset of targets for {family}: name target_modules")
         return None
 
     def _left_alone(self) -> set[str]:
@@ -231,7 +231,13 @@ class _Planner:
         alone = {path for path in self.linears if self.modules[path] is head}
         saved = self._saved([], [])  # its problems are reported where it is planned
         heads = (new_heads(self.model, task) for task in (self.config.task_type, task_of_class(self.model)))
-        roots = (*saved, *chain.from_iterable(heads))
+        unnamed = unnamed_heads(self.model)
+        self.notes += [
+            f"{path}: left as it is; if it is new, modules_to_save trains it whole"
+            for path in unnamed
+            if path not in saved
+        ]
+        roots = (*saved, *unnamed, *chain.from_iterable(heads))
         return alone | {path for path in self.linears if any(path == r or path.startswith(r + ".") for r in roots)}
 
     def _saved(self, problems: list[str], notes: list[str]) -> list[str]:
@@ -297,7 +303,7 @@ class _Planner:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def _short_names(self) -> list[str]:
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.linears))
+        return list(dict.fromkeys(map(short_name, self.linears)))
 
     def _hint(self) -> str:
         names = self._short_names()
@@ -307,6 +313,12 @@ class _Planner:
             if names
             else "it has no linear modules"
         )
+
+
+def short_name(path: str) -> str:
+    """The end of a path; a place in a list has the list's name before it."""
+    *before, last = path.split(".")
+    return f"{before[-1]}.{last}" if before and last.isdigit() else last
 
 
 def _keeps_original(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from loratune.adapt.plan import TargetPlan, plan_as_written
+from loratune.adapt.plan import TargetPlan, plan_as_written, short_name
 from loratune.config import ALL_LINEAR, LoraConfig
 from loratune.config.lora import first_match, name_matches
 from loratune.lora import base_modules
@@ -38,8 +38,9 @@ def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str
     if isinstance(names, tuple):
         return names
     paths = tuple(target.path for target in target_plan.targets)
-    short = tuple(sorted({path.rpartition(".")[2] for path in paths}))
-    same = plan_as_written(model, config.replace(target_modules=short)).targets == target_plan.targets
+    short = tuple(sorted(set(map(short_name, paths))))
+    found = plan_as_written(model, config.replace(target_modules=short))
+    same = found.targets == target_plan.targets and not found.problems
     return short if same else tuple(sorted(paths))
 
 
