@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import loratune as lt
-from loratune.adapter import read_adapter, read_gguf
-from loratune.errors import AdapterFileError, ConfigError, ModelError, RunFolderError
+from loratune.adapter import SavedAdapter, read_adapter, read_gguf
+from loratune.errors import AdapterFileError, CheckError, ConfigError, ModelError, RunFolderError
 from loratune.run.export import export
 from tests.models import saved, tiny
 
@@ -55,6 +57,35 @@ def test_peft_reads_it_and_computes_the_same(tmp_path: Path, kind: str, to: str)
         assert config["init_lora_weights"] is True
         assert {f.A.shape[0] for f in read_adapter(tmp_path / "out").factors.values()} == {config["r"]}
     assert bool(found["notes"]) == (to == "vllm")
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm", "gguf"])
+def test_nothing_stays_where_another_adapter_is_read_back(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter, _ = made(tmp_path)
+
+    def otherwise(folder: Path) -> SavedAdapter:
+        """What was written, with one factor changed on the disk."""
+        found = read_adapter(folder)
+        return found if folder == adapter else changed(found)
+
+    def changed(found: SavedAdapter) -> SavedAdapter:
+        path = next(iter(found.factors))
+        factors = found.factors[path]
+        return replace(found, factors={**found.factors, path: factors._replace(B=factors.B * 1.5)})
+
+    def gguf(path: Path) -> tuple[Any, dict[str, Any]]:
+        said, tensors = read_gguf(path)
+        name = next(iter(tensors))
+        return said, {**tensors, name: tensors[name] + 1}
+
+    module = sys.modules["loratune.run.export"]  # by this name the package has the function
+    monkeypatch.setattr(module, "read_adapter", otherwise)
+    monkeypatch.setattr(module, "read_gguf", gguf)
+    with pytest.raises(CheckError, match=r"what was read back is .*\nhint: nothing was written"):
+        export(str(adapter), str(tmp_path / "out"), to=to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_a_rank_that_vllm_must_be_told_of(tmp_path: Path) -> None:
