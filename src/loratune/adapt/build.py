@@ -12,8 +12,16 @@ from loratune.adapt.plan import Target, TargetPlan
 from loratune.adapter import Factors, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
-from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, residual_factors, row_norms
-from loratune.quant import FrozenWeight, frozen_weight, lost
+from loratune.lora import (
+    LowRank,
+    decomposed_factors,
+    generator_for,
+    initial_factors,
+    lookup_factors,
+    residual_factors,
+    row_norms,
+)
+from loratune.quant import FrozenWeight, adaptable, lost
 
 # A model's modules by their path.
 Modules = Mapping[str, nn.Module]
@@ -103,14 +111,26 @@ def _fresh(config: LoraConfig, target: Target, modules: Modules, generator: torc
     elif config.decomposes:
         A, B = decomposed_factors(str(init), weight.dense(), r=r, scale=target.scale, generator=generator)
     else:
-        inner, outer = target.in_features, target.out_features
-        A, B = initial_factors(init, r=r, in_features=inner, out_features=outer, generator=generator)
+        A, B = _drawn(target, init, generator)
+    A, B = (factor.view(shape) for factor, shape in zip((A, B), target.shapes, strict=True))
     bias = None
     if config.lora_bias:
         bias = torch.zeros(target.out_features, dtype=torch.float32, device="cpu")
         if init is False:
             bias.uniform_(-1.0, 1.0, generator=generator)
-    return Factors(A, B, bias, row_norms(weight.dense()) if config.use_dora else None)
+    magnitude = row_norms(weight.dense()) if config.use_dora else None
+    return Factors(A, B, bias, magnitude, looked_up=target.form.use == "lookup")
+
+
+def _drawn(target: Target, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B as matrices, A's kernels flattened."""
+    r, outer, groups = target.r, target.out_features, target.form.groups
+    inner = target.in_features * groups
+    if target.form.use == "lookup":
+        return lookup_factors(init, r=r, in_features=inner, out_features=outer, generator=generator)
+    return initial_factors(
+        init, r=r, in_features=inner, out_features=outer, generator=generator, groups=groups
+    )  # fmt: skip
 
 
 def _low_rank(
@@ -134,7 +154,7 @@ def _low_rank(
 
 
 def _weight(modules: Modules, path: str) -> FrozenWeight:
-    weight = frozen_weight(modules[path])
+    weight = adaptable(modules[path])
     assert weight is not None, f"{path} was planned as a target"
     return weight
 

@@ -39,8 +39,17 @@ def check_fit(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, wh
 
 def _of_target(target: Target, factors: Factors, saved: SavedAdapter) -> Iterator[str]:
     a, b = tuple(factors.A.shape), tuple(factors.B.shape)
-    expected = (target.r, target.in_features), (target.out_features, target.r)
-    if (a, b) != expected:
+    expected = target.shapes
+    is_lookup = target.form.use == "lookup"
+    if factors.looked_up != is_lookup:
+        there, wanted = ("an embedding's", "no") if factors.looked_up else ("no", "an")
+        yield f"{target.path}: its tensors are {there}, and the module is {wanted} embedding"
+    elif is_lookup and (a[0], b) == (target.r, expected[1]) and a[1] != target.in_features:
+        yield (
+            f"{target.path}: it was made for a table of {a[1]} rows, and this model's has {target.in_features}: resize "
+            "its vocabulary first"
+        )
+    elif (a, b) != expected:
         yield f"{target.path}: A {a} and B {b}, expected {expected[0]} and {expected[1]}"
     for name, key, asked in (
         ("bias", "lora_bias", saved.config.lora_bias),

@@ -120,7 +120,10 @@ def _merged(
         merged[full] = _once(full, parameter, placement.base_tensor(full).dtype)
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
-        if low_ranks:
+        groups = weight_of(layer).form.groups
+        if low_ranks and groups > 1:
+            problems[f"{path}.weight"] = f"its {groups} groups are apart in the weight, and the update sees all inputs"
+        elif low_ranks:
             merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype, missed)
         biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
         if biased and layer._parameters["bias"] is None:

@@ -224,7 +224,8 @@ class Adapters:
         """These adapters, as they are now, for passes in which each token has its own; raises as `rows`."""
         self._refuse_merged()
         used = self._register.all_known(names)
-        check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(used) + 1)
+        entries = {name: self._register.entries[name] for name in used}
+        check_mixed(self.model, entries, len(used) + 1, by_token=True)
         return Mixed(self._placement, used)
 
     def counting(self, counter: TokenCounter) -> AbstractContextManager[None]:

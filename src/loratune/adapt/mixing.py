@@ -126,8 +126,12 @@ def names_of_rows(names: object) -> tuple[str | None, ...]:
     return listed
 
 
-def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:
-    """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch."""
+def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_token: bool = False) -> None:
+    """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch.
+
+    Args:
+        by_token: each token is to have its own, wherever it stands.
+    """
     problems = []
     if not kinds:
         problems.append("rows() needs a name, or None, for each row of the batch")
@@ -138,6 +142,10 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None
             problems.append(f"{name!r} is a DoRA adapter, which cannot share a batch with others")
         if entry.plan.replaced:
             problems.append(f"{name!r} has its own {next(entry.plan.replaced[0].full_names())}, for all rows")
+        unmixed = [
+            t for t in entry.plan.targets if t.form.use == "convolution" or (by_token and t.form.use == "lookup")
+        ]
+        problems += [f"{name!r} is on {t.path}, a {t.kind}, which knows no adapter of its own" for t in unmixed[:1]]
     if problems:
         raise AdapterStateError(problems, hint="call model.eval(), and activate() one such adapter at a time")
 

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from loratune.adapt.build import Modules, Parts
+from loratune.adapt.forms import LAYERS
 from loratune.errors import AdapterStateError
 from loratune.lora import (
     AdapterState,
@@ -25,7 +26,7 @@ from loratune.lora import (
     replace_in,
     unbind_recomputation,
 )
-from loratune.quant import FrozenWeight, frozen_weight, keep_readable
+from loratune.quant import FrozenWeight, adaptable, keep_readable
 
 
 class Placement:
@@ -61,7 +62,8 @@ class Placement:
             layer = self.layers.get(path)
             if layer is None:
                 keep_readable(modules[path])
-                layer = adapt_in_place(modules[path], self.state, path, weight_of)
+                kind = LAYERS[weight_of(modules[path]).form.use]
+                layer = adapt_in_place(modules[path], self.state, path, weight_of, kind)
                 self.layers[path] = layer
             low_rank.training = layer.training
             layer.lora[name] = low_rank if trainable else low_rank.requires_grad_(False)
@@ -138,7 +140,7 @@ class Placement:
             if now.get(path) is not module
         }
         for path in layers.keys() - found.keys():
-            if frozen_weight(layers[path]) is None:
+            if adaptable(layers[path]) is None:
                 found[f"{path}.weight"] = "it is no plain parameter any more"
         for full, own in [item for name in names for item in self.replaced(name).items()]:
             path, _, tensor = full.rpartition(".")
@@ -179,7 +181,7 @@ def refuse_meta(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def weight_of(layer: nn.Module) -> FrozenWeight:
     """The frozen weight of an adapted layer."""
-    return cast(FrozenWeight, frozen_weight(layer))
+    return cast(FrozenWeight, adaptable(layer))
 
 
 def _holder(module: nn.Module) -> nn.ModuleDict:

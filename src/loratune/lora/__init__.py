@@ -1,10 +1,12 @@
 """The mathematics of low-rank adaptation; torch and nothing else."""
 
 from loratune.lora.blocked import Blocked, blocks_help
+from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
-from loratune.lora.equation import LowRank, lora_parameters, row_norms, scale_of
-from loratune.lora.init import decomposed_factors, generator_for, initial_factors, residual_factors
+from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
+from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
+from loratune.lora.lookup import LoraLookup
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
@@ -30,7 +32,9 @@ __all__ = [
     "Adapting",
     "Bank",
     "Blocked",
+    "LoraConvolution",
     "LoraLayer",
+    "LoraLookup",
     "LowRank",
     "Mixin",
     "Recomputed",
@@ -43,6 +47,7 @@ __all__ = [
     "View",
     "adapt_in_place",
     "adapter_prefixes",
+    "as_matrices",
     "bank_of",
     "base_modules",
     "base_of",
@@ -56,6 +61,7 @@ __all__ = [
     "give_back",
     "has_own",
     "initial_factors",
+    "lookup_factors",
     "lora_parameters",
     "names_by_parameter",
     "patched_forward",
