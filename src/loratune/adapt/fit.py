@@ -14,8 +14,13 @@ from loratune.errors import AdapterFileError
 from loratune.lora import names_by_parameter
 
 
-def check_fit(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, where: str) -> None:
+def check_fit(
+    model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, where: str, *, any_base: bool = False
+) -> None:
     """
+    Args:
+        any_base: whether the base may be another one than the file's copies of its tensors are from.
+
     Raises:
         AdapterFileError: with one line for each tensor that is missing, too many, or of another shape.
     """
@@ -27,6 +32,7 @@ def check_fit(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, wh
         else:
             problems.append(f"tensors for {name}, which this model lacks or the config does not target")
     problems += _of_replaced(model, target_plan, saved)
+    problems += _of_copies(model, saved, any_base)
     if saved.config.decomposes and str(saved.config.init_lora_weights).startswith("pissa_niter"):
         problems.append(
             f"init_lora_weights={saved.config.init_lora_weights!r}: it counts from a start that was drawn at random, "
@@ -42,8 +48,8 @@ def _of_target(target: Target, factors: Factors, saved: SavedAdapter) -> Iterato
     expected = target.shapes
     is_lookup = target.form.use == "lookup"
     if factors.looked_up != is_lookup:
-        there, wanted = ("an embedding's", "no") if factors.looked_up else ("no", "an")
-        yield f"{target.path}: its tensors are {there}, and the module is {wanted} embedding"
+        there, wanted = ("an embedding's", "none") if factors.looked_up else ("no embedding's", "one")
+        yield f"{target.path}: its tensors are {there}, and the module is {wanted}"
     elif is_lookup and (a[0], b) == (target.r, expected[1]) and a[1] != target.in_features:
         yield (
             f"{target.path}: it was made for a table of {a[1]} rows, and this model's has {target.in_features}: resize "
@@ -58,6 +64,25 @@ def _of_target(target: Target, factors: Factors, saved: SavedAdapter) -> Iterato
         there = getattr(factors, name) is not None
         if there != asked:
             yield f"{target.path}: {'a' if there else 'no'} {name}, and the config says {key}={asked}"
+
+
+def _of_copies(model: nn.Module, saved: SavedAdapter, any_base: bool) -> Iterator[str]:
+    """What the file says of the base's tables and is not so."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    for name, copy in saved.copies.items():
+        own = there.get(name)
+        if own is None:
+            yield f"a copy of {name}, which this model lacks"
+        elif own.shape != copy.shape:
+            yield (
+                f"{name}: the file's copy of it is {tuple(copy.shape)}, and this model's is {tuple(own.shape)}: resize "
+                "its vocabulary first"
+            )
+        elif not any_base and not own.is_meta:
+            coarse = min(own.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)
+            differ = (own.detach().to(coarse) != copy.to(own.device, coarse)).any(1)
+            if differ.any():
+                yield f"{name}: {int(differ.sum())} of its rows are not the file's; any_base=True takes this model's"
 
 
 def _of_replaced(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter) -> Iterator[str]:

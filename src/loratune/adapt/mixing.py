@@ -145,7 +145,7 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_t
         unmixed = [
             t for t in entry.plan.targets if t.form.use == "convolution" or (by_token and t.form.use == "lookup")
         ]
-        problems += [f"{name!r} is on {t.path}, a {t.kind}, which knows no adapter of its own" for t in unmixed[:1]]
+        problems += [f"{name!r} is on {t.path} ({t.kind}), which cannot be mixed" for t in unmixed[:1]]
     if problems:
         raise AdapterStateError(problems, hint="call model.eval(), and activate() one such adapter at a time")
 

@@ -32,6 +32,9 @@ class Register:
             )
         return name
 
+    def of(self, names: Iterable[str]) -> dict[str, Entry]:
+        return {name: self.entries[name] for name in names}
+
     def all_known(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names without repeats, if there is such an adapter for each."""
         given: tuple[object, ...] = tuple(names)

@@ -60,16 +60,37 @@ def _as_written(name: str, tensor: Tensor, factors: Factors) -> Tensor:
 def surplus_keys(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Keys that peft writes beside those that count, and that mean nothing.
 
-    A copy of the weight of a targeted head or embedding, which stays the base's; and with bias="all" the biases inside
-    peft's wrappers: those of the base, and once more those that count.
+    With bias="all" the biases inside peft's wrappers: those of the base, and once more those that count.
     """
     return tuple(key for key, tensor in tensors.items() if _is_surplus(key, tensor, tensors))
 
 
+def copied_tables(tensors: Mapping[str, Tensor], *, replaces: bool) -> dict[str, Tensor]:
+    """Keys of whole embeddings and heads of the base that peft writes beside an adapter, with what they hold.
+
+    It does where one is targeted, or where the vocabulary was resized, unless told otherwise.
+
+    Args:
+        replaces: whether such a tensor may also be the adapter's own; without it those of resized ones are copies.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        wrapped = path.removesuffix("." + _WRAPPED.rstrip("."))
+        adapted = any(wrapped + suffixes["A"] in tensors for suffixes in (_SUFFIXES, _LOOKED_UP))
+        if name == "weight" and tensor.ndim == 2 and key.startswith(_PREFIX) and not key.endswith(_FACTOR_ENDS):
+            of_resized = not replaces and path.rpartition(".")[2] in _TABLES
+            if (wrapped != path and adapted) or of_resized:
+                found[key] = tensor
+    return found
+
+
+def name_in_base(key: str) -> str:
+    """The name that the base has for a tensor of the file."""
+    return key.removeprefix(_PREFIX).replace(f".{_WRAPPED}", ".")
+
+
 def _is_surplus(key: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    if key.endswith(f".{_WRAPPED}weight"):
-        adapted = key.removesuffix(f".{_WRAPPED}weight")
-        return any(adapted + suffixes["A"] in tensors for suffixes in (_SUFFIXES, _LOOKED_UP))
     if ".original_module." in key:
         return key.replace(".original_module.", ".") in tensors
     twin = tensors.get(key.replace(".modules_to_save.", "."))
@@ -94,7 +115,7 @@ def from_keys(
         elif tensor.dtype not in DTYPES:
             problems.append(f"{key!r} is {tensor.dtype}, not fp32, fp64, bf16 or fp16")
         elif role is None:
-            full = key[len(_PREFIX) :].replace(f".{_WRAPPED}", ".")
+            full = name_in_base(key)
             if full in replaced:
                 problems.append(f"{key!r}: there are two tensors for {full}")
             replaced[full] = tensor
@@ -122,6 +143,9 @@ def from_keys(
 
 # Each tensor's end of a key with its role.
 _ENDS = (*_SUFFIXES.items(), *_LOOKED_UP.items())
+_FACTOR_ENDS = tuple(end for _, end in _ENDS)
+# What embeddings and heads are called in the models that people resize.
+_TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
 
 def _has_shape(role: str, suffix: str, tensor: Tensor) -> bool:

@@ -70,6 +70,7 @@ class SavedAdapter:
         unknown: keys of a foreign `adapter_config.json` that mean nothing here; kept when written again.
         surplus: tensors of a foreign file that say again what others say; left out when written again.
         about: Markdown of its model card that somebody wrote about it.
+        copies: name of a base tensor → what a foreign file says that it is; the base's own counts, and has to agree.
     """
 
     config: LoraConfig
@@ -81,6 +82,7 @@ class SavedAdapter:
     unknown: Mapping[str, Any] = field(default_factory=dict)
     surplus: tuple[str, ...] = ()
     about: str = ""
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""

@@ -52,13 +52,13 @@ def why_not_adaptable(module: nn.Module, kind: Any) -> str:
         if module.max_norm is not None:
             return f"an Embedding with max_norm={module.max_norm:g} changes its own rows whenever it looks them up"
         followed = kind.forward is nn.Embedding.forward or _multiplies_rows(kind)
-        return "" if followed else f"a {kind.__name__} does more than look rows up, which an update would not follow"
+        return "" if followed else f"{kind.__name__} does more than look rows up, which an update would not follow"
     convolution = _among(module, _CONVOLUTIONS)
     if convolution is not None:
         followed = kind.forward is convolution.forward and kind._conv_forward is convolution._conv_forward
-        return "" if followed else f"a {kind.__name__} does more than convolve, which an update would not follow"
+        return "" if followed else f"{kind.__name__} does more than convolve, which an update would not follow"
     if frozen_weight(module) is None and not _computes_product(module, kind, weight):
-        return f"a {kind.__name__} does not compute W x + b, as its in_features and out_features say"
+        return f"{kind.__name__} does not compute W x + b, as its in_features and out_features say"
     return ""
 
 
