@@ -14,6 +14,7 @@ from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
 from loratune.lora import (
     LowRank,
+    OwnRows,
     decomposed_factors,
     generator_for,
     initial_factors,
@@ -29,13 +30,14 @@ Modules = Mapping[str, nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Low-rank terms by module path, and tensors by module path and name that stand in place of the base's.
+    """Low-rank terms by module path, tensors by module path and name that stand in place of the base's, and rows.
 
-    Tied ones are one parameter.
+    Tied ones are one parameter; rows of a table stand at each module that shares it.
     """
 
     low_ranks: dict[str, LowRank]
     replaced: dict[str, dict[str, Tensor]]
+    rows: dict[str, OwnRows]
 
 
 def fresh_parts(
@@ -51,10 +53,13 @@ def fresh_parts(
         factors = _fresh(config, target, modules, generator_for(seed, ordinal, target.path))
         start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
         low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
-    replaced = {
-        part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.replaced
-    }
-    return Parts(low_ranks, _tied(modules, config, replaced))
+    replaced = {part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.whole}
+    rows: dict[str, OwnRows] = {}
+    for part in plan.token_rows:
+        table = _parameter(modules, part.path, "weight").detach()
+        values = table[torch.tensor(part.tokens, device=table.device)].to(dtype or _finer(table.dtype))
+        rows |= dict.fromkeys(part.paths, OwnRows(values, part.tokens))
+    return Parts(low_ranks, _tied(modules, config, replaced), rows)
 
 
 def saved_parts(
@@ -76,15 +81,21 @@ def saved_parts(
         least = _finer(factors.A.dtype) if trainable else None
         low_ranks[target.path] = _low_rank(target, saved.config, factors, start, weight, dtype or least)
     replaced: dict[str, dict[str, Tensor]] = {}
-    for part in plan.replaced:
-        device = _parameter(modules, part.path, part.names[0]).device
-        tensors = {name: saved.replaced[f"{part.path}.{name}"] for name in part.names}
+
+    def copied(full: str, device: torch.device) -> Tensor:
         # A file holds them in the base's dtype; what trains needs finer masters.
-        replaced[part.path] = {
-            name: tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
-            for name, tensor in tensors.items()
-        }
-    return Parts(low_ranks, _tied(modules, saved.config, replaced))
+        tensor = saved.replaced[full]
+        return tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
+
+    for part in plan.whole:
+        device = _parameter(modules, part.path, part.names[0]).device
+        replaced[part.path] = {name: copied(f"{part.path}.{name}", device) for name in part.names}
+    rows: dict[str, OwnRows] = {}
+    for table in plan.token_rows:
+        (full,) = table.full_names()
+        own = OwnRows(copied(full, _parameter(modules, table.path, "weight").device), table.tokens)
+        rows |= dict.fromkeys(table.paths, own)
+    return Parts(low_ranks, _tied(modules, saved.config, replaced), rows)
 
 
 def _tied(modules: Modules, config: LoraConfig, replaced: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

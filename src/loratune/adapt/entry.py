@@ -43,8 +43,8 @@ def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> S
     lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
     for path, low_rank in placement.low_ranks(name).items():
         A, B = low_rank.factors()
-        beside = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
-        factors[path] = Factors(A.detach(), B.detach(), *beside, looked_up=path in lookups)
+        bias, magnitude = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
+        factors[path] = Factors(A.detach(), B.detach(), bias, magnitude, path in lookups)
     replaced = {
         full: _no_finer(parameter.detach(), placement.base_tensor(full).dtype)
         for full, parameter in placement.replaced(name).items()

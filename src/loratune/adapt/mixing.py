@@ -22,7 +22,7 @@ _WHILE, _KEPT = 4, 2
 def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
     """The adapter of each row by its name; None is the base. The tensors are copied as they are now."""
     distinct = (None, *sorted({name for name in names if name is not None}))
-    return Rows(torch.tensor([distinct.index(name) for name in names]), dict(_banks(placement, distinct)))
+    return Rows(torch.tensor([distinct.index(name) for name in names]), dict(_banks(placement, distinct)), distinct)
 
 
 class Mixed:
@@ -140,8 +140,9 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_t
     for name, entry in used.items() if kinds > 1 else ():
         if entry.config.use_dora:
             problems.append(f"{name!r} is a DoRA adapter, which cannot share a batch with others")
-        if entry.plan.replaced:
-            problems.append(f"{name!r} has its own {next(entry.plan.replaced[0].full_names())}, for all rows")
+        own = entry.plan.replaced if by_token else entry.plan.whole
+        if own:
+            problems.append(f"{name!r} has its own {next(own[0].full_names())}, for all rows")
         unmixed = [
             t for t in entry.plan.targets if t.form.use == "convolution" or (by_token and t.form.use == "lookup")
         ]

@@ -13,6 +13,7 @@ from loratune.adapt.forms import form_notes, form_problems
 from loratune.adapt.heads import new_heads, task_of_class, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
+from loratune.adapt.token_rows import ReplacedRows, plan_token_rows
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
 from loratune.config.lora import fully_matches, name_matches, pattern_matches
 from loratune.errors import TargetError, nearest
@@ -88,7 +89,7 @@ class TargetPlan:
     Attributes:
         targets: the modules that would be adapted, in the model's order.
         base_parameters: parameters of the model without adapters; tied ones count once.
-        replaced: tensors of the base that the adapter has its own of (biases, modules trained whole).
+        replaced: what of the base the adapter has its own of (biases, modules trained whole, rows of tokens).
         saved: paths of the modules that train whole.
         notes: decisions taken on the way, as sentences.
         problems: why attach would refuse; empty where it would not.
@@ -113,6 +114,16 @@ class TargetPlan:
             yield from [target.out_features] * target.vectors
         for part in self.replaced:
             yield from part.numbers.values()
+
+    @property
+    def token_rows(self) -> tuple[ReplacedRows, ...]:
+        """Of `replaced` the rows of tables, of which the rest stays the base's."""
+        return tuple(part for part in self.replaced if isinstance(part, ReplacedRows))
+
+    @property
+    def whole(self) -> tuple[Replacement, ...]:
+        """Of `replaced` the tensors that are replaced as a whole."""
+        return tuple(part for part in self.replaced if not isinstance(part, ReplacedRows))
 
     @property
     def total(self) -> int:
@@ -179,6 +190,8 @@ class _Planner:
         replaced = plan_replacements(
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
+        taken = {*chosen, *(part.path for part in replaced if "weight" in part.numbers)}
+        replaced += plan_token_rows(self.model, self.modules, self.config, taken, problems=self.problems)
         self._check_compiled([*chosen, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")

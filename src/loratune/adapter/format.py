@@ -100,10 +100,11 @@ class _Contents(NamedTuple):
 def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Contents:
     tensors = _read_tensors(path)
     problems = [f"{key!r} holds NaN or infinity" for key, t in tensors.items() if finite and not _finite(t)]
-    replaces = config is None or (
+    whole = config is None or (
         config.bias != "none" or bool(config.modules_to_save) or config.task_type in HEADS_OF_TASK
     )
-    copies = copied_tables(tensors, replaces=replaces)
+    replaces = whole or (config is not None and config.trainable_token_indices is not None)
+    copies = copied_tables(tensors, replaces=whole)
     surplus = (*copies, *surplus_keys(tensors))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
     factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)

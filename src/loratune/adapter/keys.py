@@ -19,6 +19,10 @@ HEADS_OF_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+# Under a table's path: the rows of its that an adapter has its own of.
+_EXCHANGED = "token_adapter"
+TOKEN_ROWS = f"{_EXCHANGED}.trainable_tokens_delta"
+
 _PREFIX = "base_model.model."
 # The module that an adapted one is wrapped around in peft; the names of its own tensors go through it.
 _WRAPPED = "base_layer."
@@ -60,7 +64,8 @@ def _as_written(name: str, tensor: Tensor, factors: Factors) -> Tensor:
 def surplus_keys(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Keys that peft writes beside those that count, and that mean nothing.
 
-    With bias="all" the biases inside peft's wrappers: those of the base, and once more those that count.
+    With bias="all" the biases inside peft's wrappers: those of the base, and once more those that count. Of a tied head
+    the rows of tokens, once more than those of the embedding.
     """
     return tuple(key for key, tensor in tensors.items() if _is_surplus(key, tensor, tensors))
 
@@ -77,7 +82,7 @@ def copied_tables(tensors: Mapping[str, Tensor], *, replaces: bool) -> dict[str,
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
         wrapped = path.removesuffix("." + _WRAPPED.rstrip("."))
-        adapted = any(wrapped + suffixes["A"] in tensors for suffixes in (_SUFFIXES, _LOOKED_UP))
+        adapted = any(wrapped + end in tensors for end in _BESIDE)
         if name == "weight" and tensor.ndim == 2 and key.startswith(_PREFIX) and not key.endswith(_FACTOR_ENDS):
             of_resized = not replaces and path.rpartition(".")[2] in _TABLES
             if (wrapped != path and adapted) or of_resized:
@@ -87,10 +92,14 @@ def copied_tables(tensors: Mapping[str, Tensor], *, replaces: bool) -> dict[str,
 
 def name_in_base(key: str) -> str:
     """The name that the base has for a tensor of the file."""
-    return key.removeprefix(_PREFIX).replace(f".{_WRAPPED}", ".")
+    wrapped = key.removeprefix(_PREFIX).replace(f".{_WRAPPED}", ".")
+    return wrapped if wrapped.endswith(TOKEN_ROWS) else wrapped.replace(f".{_EXCHANGED}.", ".")
 
 
 def _is_surplus(key: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    if key.endswith(f"lm_head.{TOKEN_ROWS}"):  # of a tied head, which has those of the embedding
+        others = [other for name, other in tensors.items() if name.endswith(TOKEN_ROWS) and name != key]
+        return any(torch.equal(tensor, other) for other in others)
     if ".original_module." in key:
         return key.replace(".original_module.", ".") in tensors
     twin = tensors.get(key.replace(".modules_to_save.", "."))
@@ -143,6 +152,8 @@ def from_keys(
 
 # Each tensor's end of a key with its role.
 _ENDS = (*_SUFFIXES.items(), *_LOOKED_UP.items())
+# What stands beside the copy of a table in peft's wrapper around it.
+_BESIDE = (_SUFFIXES["A"], _EMBEDDED_A, TOKEN_ROWS.removeprefix(_EXCHANGED))
 _FACTOR_ENDS = tuple(end for _, end in _ENDS)
 # What embeddings and heads are called in the models that people resize.
 _TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")

@@ -9,6 +9,7 @@ from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, t
 from loratune.lora.lookup import LoraLookup
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
+from loratune.lora.retrained import OwnRows, Retraining, end_retraining, retrain_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
@@ -37,7 +38,9 @@ __all__ = [
     "LoraLookup",
     "LowRank",
     "Mixin",
+    "OwnRows",
     "Recomputed",
+    "Retraining",
     "Rows",
     "Stack",
     "Stacks",
@@ -57,6 +60,7 @@ __all__ = [
     "can_be_recomputed",
     "covered",
     "decomposed_factors",
+    "end_retraining",
     "generator_for",
     "give_back",
     "has_own",
@@ -69,6 +73,7 @@ __all__ = [
     "release",
     "replace_in",
     "residual_factors",
+    "retrain_in",
     "row_norms",
     "scale_of",
     "selecting",

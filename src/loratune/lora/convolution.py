@@ -6,7 +6,7 @@ single points, with the module's groups: of h, each group of the outputs sees r 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +36,7 @@ class LoraConvolution(LoraLayer):
         u = convolve(h, B.to(h.dtype), groups=module.groups)
         if low_rank.bias is not None:
             u = u + self._by_feature((low_rank.bias * low_rank.scale).to(u.dtype))
-        return u.to(y.dtype)
+        return cast(Tensor, u.to(y.dtype))
 
     def _by_feature(self, vector: Tensor) -> Tensor:
         module: Any = self

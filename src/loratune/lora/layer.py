@@ -66,10 +66,8 @@ class LoraLayer(Adapting):
 
     def _alone(self, x: Tensor, view: View) -> LowRank | None:
         """The active adapter where it is the only one, and `lora_linears` says what the plain formula says."""
-        if _transformed(x) or view.rows is not None or not self._affine():
-            return None
         active = [name for name in view.active if name in self.lora]
-        if len(active) != 1:
+        if len(active) != 1 or _transformed(x) or view.rows is not None or not self._affine():
             return None
         low_rank = cast(LowRank, self.lora[active[0]])
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class LoraLookup(LoraLayer):
         h = F.embedding(
             x, A.T, padding_idx=options.padding_idx, scale_grad_by_freq=options.scale_grad_by_freq
         )  # fmt: skip
-        return F.linear((h * (low_rank.scale * self._factor())).to(y.dtype), B.to(y.dtype))
+        return F.linear((h * (low_rank.scale * factor_of_rows(self))).to(y.dtype), B.to(y.dtype))
 
     def _mixed(self, x: Tensor, y: Tensor, rows: Any) -> Tensor:
         if not isinstance(rows, Rows):
@@ -40,13 +40,12 @@ class LoraLookup(LoraLayer):
                 hint="activate() one such adapter at a time, or rows() for a whole batch",
             )
         update = rows.looked_up(self, x)
-        return y if update is None else y + (update * self._factor()).to(y.dtype)
+        return y if update is None else y + (update * factor_of_rows(self)).to(y.dtype)
 
-    def _factor(self) -> float:
-        """What the module multiplies its rows by: Gemma rounds it to the table's dtype, BART has a number."""
-        if base_of(type(self)).forward is nn.Embedding.forward:
-            return 1.0
-        factor = self.embed_scale
-        if isinstance(factor, Tensor):
-            factor = factor.to(cast(Tensor, self._parameters["weight"]).dtype)
-        return float(factor)
+
+def factor_of_rows(module: Any) -> float:
+    """What an embedding multiplies its rows by: Gemma rounds it to the table's dtype, BART has a number."""
+    if base_of(type(module)).forward is nn.Embedding.forward:
+        return 1.0
+    factor = module.embed_scale
+    return float(factor.to(module._parameters["weight"].dtype) if isinstance(factor, Tensor) else factor)

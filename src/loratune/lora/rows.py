@@ -65,11 +65,13 @@ class Rows:
     Attributes:
         index: (rows,) positions in every bank.
         banks: the adapters of each layer that has some.
+        names: the adapters' names by these positions; None is the base.
         tokens: of each row of the batch that goes through the model now, where known; some layers flatten the batch.
     """
 
     index: Tensor
     banks: Mapping[nn.Module, Bank]
+    names: tuple[str | None, ...] = ()
     tokens: int | None = None
 
     def update(self, layer: nn.Module, x: Tensor) -> Tensor | None:

@@ -220,7 +220,7 @@ def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
     try:
         merged = eval_logits(model, batch)
         wrong = [path for path, rows in expected.items() if not _holds(model.get_submodule(path), rows)]
-        wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, name, parameter)]
+        wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, lora, name, parameter)]
     finally:
         lora.unmerge()
     restored = torch.equal(eval_logits(model, batch), live)
@@ -267,8 +267,12 @@ def _sampled(by_output: Tensor) -> Tensor:
     return by_output[:: max(1, len(by_output) // _MERGE_ROWS)][:_MERGE_ROWS]
 
 
-def _is_now(model: nn.Module, full_name: str, parameter: Tensor) -> bool:
-    """Whether the base's tensor of that name holds the adapter's own."""
+def _is_now(model: nn.Module, lora: Adapters, full_name: str, parameter: Tensor) -> bool:
+    """Whether the base's tensor of that name holds the adapter's own, or its table the adapter's rows."""
+    for rows in lora.plan().token_rows:
+        if full_name in rows.full_names():
+            table: Any = model.get_submodule(rows.path)._parameters["weight"]
+            return torch.equal(table[list(rows.tokens)], parameter.to(table.dtype))
     path, _, name = full_name.rpartition(".")
     merged: Any = model.get_submodule(path)._parameters[name]
     return torch.equal(merged, parameter.to(merged.dtype))
