@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loratune.adapter.spectrum import decomposed
-from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.value import Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterFileError, ConfigError, nearest
 from loratune.lora import generator_for
@@ -371,12 +371,7 @@ def _adapter(adapters: Sequence[SavedAdapter], sums: Mapping[str, _Sum]) -> Save
         # A file has a bias behind every B or behind none.
         behind = torch.zeros(B.shape[0]) if bias is None and has_bias else bias
         like = next(adapter.factors[path] for adapter in adapters if path in adapter.factors)
-        factors[path] = Factors(
-            A.float().view(-1, *like.A.shape[1:]),
-            B.float().view(*B.shape, *like.B.shape[2:]),
-            None if behind is None else behind.float(),
-            looked_up=like.looked_up,
-        )
+        factors[path] = like.of_matrices(A.float(), B.float(), None if behind is None else behind.float())
     ranks = {path: each.A.shape[0] for path, each in sums.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}

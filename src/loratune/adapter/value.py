@@ -38,6 +38,10 @@ class Factors(NamedTuple):
         """A (r, columns) and B (out, r), kernels flattened and groups as blocks."""
         return as_matrices(self.A, self.B)
 
+    def of_matrices(self, A: Tensor, B: Tensor, bias: Tensor | None) -> Factors:
+        """Others of the same layer, without groups, from matrices."""
+        return Factors(A.view(-1, *self.A.shape[1:]), B.view(*B.shape, *self.B.shape[2:]), bias, None, self.looked_up)
+
     @property
     def shown(self) -> str:
         """What its update is added to: "out × in", and the sizes of a convolution's kernel."""

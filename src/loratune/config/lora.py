@@ -181,9 +181,9 @@ class LoraConfig(Settings):
     def _init(cls, value: Any) -> Any:
         return known_init(value)
 
-    @field_validator("modules_to_save")
+    @field_validator("modules_to_save", "trainable_token_indices")
     @classmethod
-    def _nothing_to_save(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _nothing_to_save(cls, value: Any) -> Any:
         return value or None
 
     @field_validator("target_modules", "exclude_modules")
@@ -217,13 +217,13 @@ class LoraConfig(Settings):
 
 
 def known_tokens(value: Any) -> Any:
-    """Token indices as a tuple, or one by the name of a module; nothing for none."""
+    """Token indices as a tuple, or one by the name of a module."""
     if isinstance(value, Mapping):
         names = [name for name in value if not isinstance(name, str) or not name]
         if names:
             raise ValueError(f"{names[0]!r} is not a module name")
-        return {name: _token_indices(tokens, f"{name!r}: ") for name, tokens in value.items()} or None
-    return value if value is None else _token_indices(value, "") or None
+        return {name: _token_indices(tokens, f"{name!r}: ") for name, tokens in value.items()}
+    return value if value is None else _token_indices(value, "")
 
 
 def _token_indices(value: Any, where: str) -> tuple[int, ...]:
