@@ -39,6 +39,7 @@ def test_it_is_counted_and_shown() -> None:
     model, handle = trained()
     (target,) = [target for target in handle.plan().targets if target.path == EMBED]
     assert (target.kind, target.parameters) == ("Embedding", 4 * (VOCABULARY + 32))
+    assert target.multiplied == 4 * 32, "of A each token meets one column, without a product"
     assert handle.count().trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"embed_tokens        1 × (32 × {VOCABULARY}), r=4" in handle.summary()
 

@@ -174,7 +174,7 @@ def test_dora_merges(name: str) -> None:
     assert {key: bits(t) for key, t in model.state_dict().items()} == before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_coarse_base_gives_its_own_dtype(name: str, dtype: torch.dtype) -> None:
     model, x = around(KINDS[name], dtype)
@@ -227,6 +227,17 @@ def test_what_is_said_of_a_file_is_said_of_the_dense_update(tmp_path: Path, name
     assert gap(oracle.dense(made) / factor_of(layer), dense[0] - 2 * dense[1]) < 1e-5
     handle.save(tmp_path, "sum")
     assert read_adapter(tmp_path).factors["layer"].looked_up == KINDS[name].is_lookup
+
+
+@pytest.mark.parametrize("name", ["Mine", "Embedding", "scaled", "Conv2d", "circular", "groups"])
+def test_it_is_one_graph(name: str) -> None:
+    model, x, handle = moved(name)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    with handle.disabled():
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+    torch._dynamo.reset()
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------

@@ -400,13 +400,6 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             f"trainable_token_indices: lm_head: {TAKEN}",
         ),
     ),
-    "several": (
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"q_proj": [1]}},
-        (
-            "trainable_token_indices: 'q_proj' matches 2 modules: "
-            + ", ".join(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)),
-        ),
-    ),
 }
 
 
@@ -420,6 +413,48 @@ def test_every_problem_at_once(case: str) -> None:
     found = caught.value.problems
     assert all(problem in found for problem in problems), found
     assert [type(module) for module in model.modules()] == before
+
+
+def test_one_name_may_be_of_several_tables_and_peft_knows_no_dots(tmp_path: Path) -> None:
+    model = nn.ModuleDict(
+        {side: nn.ModuleDict({"embed_tokens": nn.Embedding(9, 4)}) for side in ("encoder", "decoder")}
+    )
+    config = lt.LoraConfig(target_modules="dummy-target-modules", trainable_token_indices={"embed_tokens": [5, 2]})
+    handle = lt.attach(model, config)
+    assert [part.path for part in handle.plan().token_rows] == ["encoder.embed_tokens", "decoder.embed_tokens"]
+    assert len(handle.parameters()) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": {"tokens": [4]}}
+        peft.get_peft_model(base_of("not tied"), peft.LoraConfig(**settings)).save_pretrained(str(tmp_path))
+    assert set(lt.attach(base_of("not tied"), tmp_path).replaced()) == {f"{EMBED}.{ROWS}"}
+
+
+def test_rows_alone_without_low_rank_terms(tmp_path: Path) -> None:
+    model = base_of("tied")
+    config = lt.LoraConfig(target_modules="dummy-target-modules", trainable_token_indices=list(TOKENS))
+    handle = lt.attach(model, config)
+    randomise(model)
+    handle.save(tmp_path)
+    again = base_of("tied")
+    lt.attach(again, tmp_path)
+    assert bits(logits(again)) == bits(logits(model))
+
+
+def test_answers_are_the_same_whether_decoding_is_prepared_or_not() -> None:
+    from loratune.model import decoding
+
+    model, handle = trained("not tied")
+    model = model.to(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(IDS[:1]).logits
+        with decoding(model):
+            assert gap(model(IDS[:1]).logits, expected) < 0.02
+            handle.activate()
+            base = model(IDS[:1]).logits
+    assert gap(base, expected) > 0.05
+    with decoding(model), torch.no_grad():
+        assert gap(model(IDS[:1]).logits, base) < 0.02
 
 
 def test_a_tied_head_is_not_named_alone() -> None:

@@ -41,8 +41,7 @@ def test_its_checks_hold(quick: Quick, tmp_path: Path, case: str) -> None:
     assert not torch.equal(opened.base.model(ids).logits, base)
 
 
-@pytest.mark.parametrize("quant", [None, "int8"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("family", "quant"), [("llama", None), ("gemma3", "int8")])
 def test_rows_of_tokens_alone(quick: Quick, tmp_path: Path, family: str, quant: str | None) -> None:
     base = str(saved(tmp_path / "base", family, tie_word_embeddings=family == "gemma3"))
     tokens = (1, 16, 17, 18)  # the end of a turn, and digits
@@ -59,6 +58,7 @@ def test_rows_of_tokens_alone(quick: Quick, tmp_path: Path, family: str, quant: 
     assert (rows != opened.base.model.get_input_embeddings()._parameters["weight"][list(tokens)]).any()
 
 
+@pytest.mark.full
 def test_a_run_with_rows_of_tokens_goes_on_where_it_stopped(quick: Quick, tmp_path: Path) -> None:
     settings = {"trainable_token_indices": (1, 16, 17), "checks": "off"}
     quick(tmp_path / "whole", **settings)

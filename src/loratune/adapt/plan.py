@@ -191,7 +191,9 @@ class _Planner:
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
         taken = {*chosen, *(part.path for part in replaced if "weight" in part.numbers)}
-        replaced += plan_token_rows(self.model, self.modules, self.config, taken, problems=self.problems)
+        replaced += plan_token_rows(
+            self.model, self.modules, self.config, taken, loosely=self.of_file, problems=self.problems
+        )
         self._check_compiled([*chosen, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")

@@ -50,14 +50,16 @@ def plan_token_rows(
     config: LoraConfig,
     taken: Collection[str],
     *,
+    loosely: bool,
     problems: list[str],
 ) -> list[ReplacedRows]:
     """The rows that train, by module in the model's order; `problems` gets what prevents it.
 
     Args:
         taken: paths of the modules whose weights the adapter changes otherwise.
+        loosely: names are ends of paths without regard to dots, as peft compares them.
     """
-    asked = _by_path(model, modules, config, problems)
+    asked = _by_path(model, modules, config, problems, loosely=loosely)
     names = names_by_parameter(modules.items())
     found = []
     for path in [path for path in modules if path in asked]:
@@ -83,9 +85,9 @@ def plan_token_rows(
 
 
 def _by_path(
-    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, problems: list[str]
+    model: nn.Module, modules: Mapping[str, nn.Module], config: LoraConfig, problems: list[str], *, loosely: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Module path → tokens; each name that matches no module, or several, is a problem."""
+    """Module path → tokens; each name that matches no module is a problem."""
     wanted = config.trainable_token_indices
     if wanted is None:
         return {}
@@ -93,11 +95,10 @@ def _by_path(
         wanted = {_embedding_of(model, modules): wanted}
     found: dict[str, tuple[int, ...]] = {}
     for name, tokens in wanted.items():
-        paths = [path for path in modules if name_matches(name, path)]
-        if len(paths) != 1:
+        paths = [path for path in modules if (path.endswith(name) if loosely else name_matches(name, path))]
+        if not paths:
             short = list(dict.fromkeys(path.rpartition(".")[2] for path in modules))
-            which = f"{len(paths)} modules: {', '.join(paths[:3])}" if paths else f"no module{nearest(name, short)}"
-            problems.append(f"trainable_token_indices: {name!r} matches {which}")
+            problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, short)}")
         found |= dict.fromkeys(paths, tokens)
     return found
 

@@ -31,7 +31,7 @@ class LoraLookup(LoraLayer):
         h = F.embedding(
             x, A.T, padding_idx=options.padding_idx, scale_grad_by_freq=options.scale_grad_by_freq
         )  # fmt: skip
-        return F.linear((h * (low_rank.scale * factor_of_rows(self))).to(y.dtype), B.to(y.dtype))
+        return F.linear((h * low_rank.scale * factor_of_rows(self)).to(y.dtype), B.to(y.dtype))
 
     def _mixed(self, x: Tensor, y: Tensor, rows: Any) -> Tensor:
         if not isinstance(rows, Rows):
@@ -43,9 +43,9 @@ class LoraLookup(LoraLayer):
         return y if update is None else y + (update * factor_of_rows(self)).to(y.dtype)
 
 
-def factor_of_rows(module: Any) -> float:
+def factor_of_rows(module: Any) -> float | Tensor:
     """What an embedding multiplies its rows by: Gemma rounds it to the table's dtype, BART has a number."""
     if base_of(type(module)).forward is nn.Embedding.forward:
         return 1.0
-    factor = module.embed_scale
-    return float(factor.to(module._parameters["weight"].dtype) if isinstance(factor, Tensor) else factor)
+    factor: float | Tensor = module.embed_scale
+    return factor.to(module._parameters["weight"].dtype) if isinstance(factor, Tensor) else factor

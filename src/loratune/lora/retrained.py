@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loratune.errors import AdapterStateError
 from loratune.lora.lookup import factor_of_rows
+from loratune.lora.replaced import in_place_of
 from loratune.lora.rows import Rows, TokenRows
 from loratune.lora.state import AdapterState
 from loratune.lora.swap import Adapting, put_on, take_off, wears
@@ -58,7 +59,7 @@ class Retraining(Adapting):
     @property
     def weight(self) -> Tensor:
         """For whoever reads the table himself; what is adapted stands in a copy."""
-        table = cast(Tensor, getattr(super(), "weight", self._parameters["weight"]))
+        table = cast(Tensor, in_place_of(self, "weight"))
         for own in self._present():
             table = own.put_into(table)
         return table

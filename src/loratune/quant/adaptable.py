@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loratune.quant.form import LOOKUP, Form
 from loratune.quant.frozen import frozen_weight
 from loratune.quant.weight import DenseWeight, FrozenWeight
 
@@ -28,11 +27,13 @@ def adaptable(module: nn.Module) -> FrozenWeight | None:
     if not isinstance(weight, nn.Parameter) or not torch.is_floating_point(weight):
         return None
     if isinstance(module, nn.Embedding) and weight.ndim == 2:
-        return DenseWeight("Embedding", weight, transposed=True, form=LOOKUP)
+        return DenseWeight("Embedding", weight, transposed=True, use="lookup")
     convolution = _among(module, _CONVOLUTIONS)
     if convolution is not None and weight.ndim == 2 + len(module.kernel_size):  # type: ignore[arg-type]
-        form = Form("convolution", tuple(module.kernel_size), module.groups)  # type: ignore[arg-type]
-        return DenseWeight(convolution.__name__, weight, transposed=False, form=form)
+        own: Any = module
+        return DenseWeight(
+            convolution.__name__, weight, False, "convolution", tuple(own.kernel_size), own.groups
+        )  # fmt: skip
     if (getattr(module, "out_features", None), getattr(module, "in_features", None)) == tuple(weight.shape):
         return DenseWeight(type(module).__name__, weight, transposed=False)
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Shape = tuple[int, ...]
+Use = Literal["product", "lookup", "convolution"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Form:
         kernel: a convolution's sizes. groups: of its inputs, each of which some of the outputs see alone.
     """
 
-    use: Literal["product", "lookup", "convolution"] = "product"
+    use: Use = "product"
     kernel: Shape = ()
     groups: int = 1
 
@@ -29,4 +30,4 @@ class Form:
         return (r, channels, *self.kernel), (out_features, r // self.groups, *points)
 
 
-PRODUCT, LOOKUP = Form(), Form("lookup")
+PRODUCT = Form()

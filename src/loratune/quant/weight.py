@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loratune.quant.form import PRODUCT, Form
+from loratune.quant.form import Form, Use
 
 
 class FrozenWeight(Protocol):
@@ -77,12 +77,20 @@ class DenseWeight:
     Attributes:
         parameter: the tensor the module multiplies by.
         transposed: True where it is stored (in, out), as in GPT-2's `Conv1D` and in embeddings.
+        use, kernel, groups: of its `form`.
     """
 
     kind: str
     parameter: nn.Parameter
     transposed: bool
-    form: Form = PRODUCT
+    use: Use = "product"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def form(self) -> Form:
+        # Made here: a compiler takes a default that is no plain value for an unknown object.
+        return Form(self.use, self.kernel, self.groups)
 
     @property
     def in_features(self) -> int:
