@@ -371,10 +371,23 @@ def test_a_resized_vocabulary_whose_new_rows_train(tmp_path: Path, tied: bool) -
     assert gap(logits_of(model, torch.tensor([[5, 400, 401]])), logits_of(theirs, torch.tensor([[5, 400, 401]]))) < 1e-5
     handle.save(tmp_path / "ours")
     assert all(tensor.shape[0] < VOCABULARY for tensor in load_file(tmp_path / "ours" / TENSORS).values())
-    if tied:  # drawn anew, the new rows are others, and this is the same base all the same
-        other = resized(3)
-        lt.attach(other, tmp_path / "ours")
-        assert gap(logits(other), logits(model)) < 1e-6
+
+
+def test_new_rows_drawn_anew_make_no_other_base(tmp_path: Path) -> None:
+    models = []
+    for seed in (1, 2):
+        models.append(tiny("llama", tie_word_embeddings=True))
+        torch.manual_seed(seed)
+        models[-1].resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
+    new = lt.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[VOCABULARY, VOCABULARY + 1])
+    lt.attach(models[0], new).save(tmp_path)
+    assert not torch.equal(logits(models[1]), logits(models[0]))
+    lt.attach(models[1], tmp_path)
+    assert gap(logits(models[1]), logits(models[0])) < 1e-6
+    models[1].model.layers[0].mlp.up_proj.weight.data += 1
+    lt.adapters(models[1]).detach()
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        lt.attach(models[1], tmp_path)
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
