@@ -115,6 +115,11 @@ def test_it_trains_behind_checkpointing_and_without_dropout() -> None:
 # -- what cannot be ----------------------------------------------------------------------------------------------------
 
 
+def test_a_misspelt_embedding_has_its_nearest_name() -> None:
+    with pytest.raises(TargetError, match=r"'embed_token' matches no module.*'embed_tokens'"):
+        lt.attach(tiny("llama"), lt.LoraConfig(target_modules=["embed_token"]))
+
+
 class Offset(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input + 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -309,7 +309,8 @@ class _Planner:
         for name in wanted:
             paths = [path for path in self.modules if name_matches(name, path)]
             if not paths:
-                self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, self._short_names())}")
+                known = _last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
+                self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, known)}")
             found.update(paths)
         return [path for path in self.modules if path in found]
 
@@ -355,17 +356,18 @@ class _Planner:
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    def _short_names(self) -> list[str]:
-        return list(dict.fromkeys(path.rpartition(".")[2] for path in self.linears))
-
     def _hint(self) -> str:
-        names = self._short_names()
+        names = _last_names(self.linears)
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
         return (
             f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}"
             if names
             else "it has no linear modules"
         )
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
 def _keeps_original(module: nn.Module) -> bool:
