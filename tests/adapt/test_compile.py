@@ -59,6 +59,7 @@ def test_an_adapted_model_is_one_graph(backend: str) -> None:
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "bias behind B": {"lora_bias": True},
+    "rows of tokens": {"trainable_token_indices": {"embed": [3, 5]}},
     "replaced": {"modules_to_save": ["norm", "head"], "bias": "all"},
     "pissa with dora": {"init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["norm"]},
 }

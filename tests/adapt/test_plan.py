@@ -168,8 +168,12 @@ class Attention(nn.Module):
 def test_multihead_attention_would_never_call_an_adapter() -> None:
     model = Attention()
     assert paths(model, target_modules="all-linear") == ["out"]
-    assert "cannot be adapted" in problems(model, target_modules=["out_proj"])[0]
-    assert "cannot be adapted" in problems(model, target_modules=["attention.out_proj"])[0]
+    for name in ("out_proj", "attention.out_proj", "attention"):
+        (problem,) = problems(model, target_modules=[name])
+        assert problem.startswith(
+            f"attention{'' if name == 'attention' else '.out_proj'}: a MultiheadAttention multiplies"
+        )
+        assert "take an attention whose projections are modules" in problem
 
 
 def test_a_forward_of_somebody_elses_is_refused() -> None:

@@ -70,6 +70,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olora": ("llama", {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora", "lora_alpha": 4}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "scaled and tied embedding": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "gpt2 embeddings": ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "rank_pattern": {"wpe": 2}}),
     "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
 }
 
@@ -82,8 +87,10 @@ FROM_A_START = ("pissa", "gpt2 pissa", "pissa with dora", "pissa with patterns",
 # What our file says in other words than theirs: to peft "norm" is every name that ends so, and a file names them all.
 OTHER_WORDS = {"norms": {"modules_to_save"}}
 
-# Where peft writes the biases inside its wrappers once more.
-WITH_SURPLUS = ("every bias and a norm",)
+# Where peft writes the biases inside its wrappers once more, or the table of a targeted embedding or head.
+WITH_SURPLUS = (
+    "every bias and a norm", "embedding", "embedding and head", "embedding dora", "scaled and tied embedding",
+)  # fmt: skip
 
 IDS = torch.arange(2 * 7).view(2, 7) * 17 % VOCABULARY
 

@@ -299,6 +299,7 @@ def test_every_odd_tensor_is_listed(folder: Path) -> None:
         tensors[V1][0, 0] = torch.nan
         tensors["lm_head.weight"] = torch.zeros(3)
         tensors[f"{KEY}a.lora_embedding_A"] = torch.zeros(3)
+        tensors[f"{KEY}a.lora_embedding_C"] = torch.zeros(3)
         tensors[f"{KEY}b.lora_A.weight"] = torch.zeros(3)
         tensors[f"{KEY}b.lora_B.weight"] = torch.zeros(3, 3, dtype=torch.int64)
 
@@ -308,7 +309,8 @@ def test_every_odd_tensor_is_listed(folder: Path) -> None:
         "model.layers.0.self_attn.q_proj.lora_A.weight is missing",
         f"{V1!r} holds NaN or infinity",
         "unexpected tensor 'lm_head.weight'",
-        "unexpected tensor 'base_model.model.a.lora_embedding_A'",
+        "unexpected tensor 'base_model.model.a.lora_embedding_C'",
+        "'base_model.model.a.lora_embedding_A' is (3,), not a matrix",
         "'base_model.model.b.lora_A.weight' is (3,), not a matrix",
         "'base_model.model.b.lora_B.weight' is torch.int64, not fp32, fp64, bf16 or fp16",
     )

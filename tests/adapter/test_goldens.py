@@ -19,11 +19,12 @@ CONFIG, TENSORS = FILES
 KEY = "base_model.model."
 # Keys that hold a set of names: peft writes it in any order.
 SETS = ("target_modules", "modules_to_save", "exclude_modules")
-# peft writes these biases a second and a third time, from inside its wrapper.
+# peft writes these biases a second and a third time, from inside its wrapper, and the table of a targeted embedding.
 SURPLUS = {
     "every_bias_and_a_norm": {
         f"{KEY}transformer.ln_f.{wrapper}.bias" for wrapper in ("original_module", "modules_to_save")
-    }
+    },
+    "embedding": {f"{KEY}model.embed_tokens.base_layer.weight"},
 }
 # What a folder says in other words once the model is known: which norms there are, and which of two heads.
 OTHER_WORDS = {"norms": {"modules_to_save"}, "classifier": {"modules_to_save"}}

@@ -75,6 +75,7 @@ def test_help_says_what_a_setting_means(cli: Cli) -> None:
         (("--targets", r".*\.(up|down)_proj"), "target_modules", r".*\.(up|down)_proj"),
         (("--exclude", "layers.0.mlp.up_proj"), "exclude_modules", ("layers.0.mlp.up_proj",)),
         (("--layers", "0,2,5-7"), "layers_to_transform", (0, 2, 5, 6, 7)),
+        (("--train-tokens", "3,400-402"), "trainable_token_indices", (3, 400, 401, 402)),
         (("--init", "gaussian"), "init_lora_weights", "gaussian"),
         (("--init", "false"), "init_lora_weights", False),
         (("--val", "0.1"), "val", 0.1),

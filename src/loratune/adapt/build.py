@@ -12,8 +12,17 @@ from loratune.adapt.plan import Target, TargetPlan
 from loratune.adapter import Factors, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
-from loratune.lora import LowRank, decomposed_factors, generator_for, initial_factors, residual_factors, row_norms
-from loratune.quant import FrozenWeight, frozen_weight, lost
+from loratune.lora import (
+    LowRank,
+    OwnRows,
+    decomposed_factors,
+    generator_for,
+    initial_factors,
+    lookup_factors,
+    residual_factors,
+    row_norms,
+)
+from loratune.quant import FrozenWeight, adaptable, lost
 
 # A model's modules by their path.
 Modules = Mapping[str, nn.Module]
@@ -21,13 +30,14 @@ Modules = Mapping[str, nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Low-rank terms by module path, and tensors by module path and name that stand in place of the base's.
+    """Low-rank terms by module path, tensors by module path and name that stand in place of the base's, and rows.
 
-    Tied ones are one parameter.
+    Tied ones are one parameter; rows of a table stand at each module that shares it.
     """
 
     low_ranks: dict[str, LowRank]
     replaced: dict[str, dict[str, Tensor]]
+    rows: dict[str, OwnRows]
 
 
 def fresh_parts(
@@ -43,10 +53,13 @@ def fresh_parts(
         factors = _fresh(config, target, modules, generator_for(seed, ordinal, target.path))
         start = (factors.A.clone(), factors.B.clone()) if config.decomposes else None
         low_ranks[target.path] = _low_rank(target, config, factors, start, weight, dtype)
-    replaced = {
-        part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.replaced
-    }
-    return Parts(low_ranks, _tied(modules, config, replaced))
+    replaced = {part.path: {name: _own(modules, part.path, name, dtype) for name in part.names} for part in plan.whole}
+    rows: dict[str, OwnRows] = {}
+    for part in plan.token_rows:
+        table = _parameter(modules, part.path, "weight").detach()
+        values = table[torch.tensor(part.tokens, device=table.device)].to(dtype or _finer(table.dtype))
+        rows |= dict.fromkeys(part.paths, OwnRows(values, part.tokens))
+    return Parts(low_ranks, _tied(modules, config, replaced), rows)
 
 
 def saved_parts(
@@ -68,15 +81,21 @@ def saved_parts(
         least = _finer(factors.A.dtype) if trainable else None
         low_ranks[target.path] = _low_rank(target, saved.config, factors, start, weight, dtype or least)
     replaced: dict[str, dict[str, Tensor]] = {}
-    for part in plan.replaced:
-        device = _parameter(modules, part.path, part.names[0]).device
-        tensors = {name: saved.replaced[f"{part.path}.{name}"] for name in part.names}
+
+    def copied(full: str, device: torch.device) -> Tensor:
         # A file holds them in the base's dtype; what trains needs finer masters.
-        replaced[part.path] = {
-            name: tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
-            for name, tensor in tensors.items()
-        }
-    return Parts(low_ranks, _tied(modules, saved.config, replaced))
+        tensor = saved.replaced[full]
+        return tensor.to(device, dtype or (_finer(tensor.dtype) if trainable else tensor.dtype), copy=True)
+
+    for part in plan.whole:
+        device = _parameter(modules, part.path, part.names[0]).device
+        replaced[part.path] = {name: copied(f"{part.path}.{name}", device) for name in part.names}
+    rows: dict[str, OwnRows] = {}
+    for table in plan.token_rows:
+        (full,) = table.full_names()
+        own = OwnRows(copied(full, _parameter(modules, table.path, "weight").device), table.tokens)
+        rows |= dict.fromkeys(table.paths, own)
+    return Parts(low_ranks, _tied(modules, saved.config, replaced), rows)
 
 
 def _tied(modules: Modules, config: LoraConfig, replaced: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -103,14 +122,26 @@ def _fresh(config: LoraConfig, target: Target, modules: Modules, generator: torc
     elif config.decomposes:
         A, B = decomposed_factors(str(init), weight.dense(), r=r, scale=target.scale, generator=generator)
     else:
-        inner, outer = target.in_features, target.out_features
-        A, B = initial_factors(init, r=r, in_features=inner, out_features=outer, generator=generator)
+        A, B = _drawn(target, init, generator)
+    A, B = (factor.view(shape) for factor, shape in zip((A, B), target.shapes, strict=True))
     bias = None
     if config.lora_bias:
         bias = torch.zeros(target.out_features, dtype=torch.float32, device="cpu")
         if init is False:
             bias.uniform_(-1.0, 1.0, generator=generator)
-    return Factors(A, B, bias, row_norms(weight.dense()) if config.use_dora else None)
+    magnitude = row_norms(weight.dense()) if config.use_dora else None
+    return Factors(A, B, bias, magnitude, looked_up=target.form.use == "lookup")
+
+
+def _drawn(target: Target, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B as matrices, A's kernels flattened."""
+    r, outer, groups = target.r, target.out_features, target.form.groups
+    inner = target.in_features * groups
+    if target.form.use == "lookup":
+        return lookup_factors(init, r=r, in_features=inner, out_features=outer, generator=generator)
+    return initial_factors(
+        init, r=r, in_features=inner, out_features=outer, generator=generator, groups=groups
+    )  # fmt: skip
 
 
 def _low_rank(
@@ -134,7 +165,7 @@ def _low_rank(
 
 
 def _weight(modules: Modules, path: str) -> FrozenWeight:
-    weight = frozen_weight(modules[path])
+    weight = adaptable(modules[path])
     assert weight is not None, f"{path} was planned as a target"
     return weight
 

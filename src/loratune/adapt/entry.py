@@ -40,10 +40,11 @@ class Entry:
 def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:
     """One adapter as a value that shares the live tensors; its targets are written out by name."""
     factors = {}
+    lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
     for path, low_rank in placement.low_ranks(name).items():
         A, B = low_rank.factors()
-        beside = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
-        factors[path] = Factors(A.detach(), B.detach(), *beside)
+        bias, magnitude = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
+        factors[path] = Factors(A.detach(), B.detach(), bias, magnitude, path in lookups)
     replaced = {
         full: _no_finer(parameter.detach(), placement.base_tensor(full).dtype)
         for full, parameter in placement.replaced(name).items()

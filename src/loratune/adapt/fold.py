@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import LoraLayer, LowRank, base_modules, names_by_parameter
+from loratune.lora import LoraLayer, LowRank, OwnRows, base_modules, names_by_parameter
 from loratune.quant import DenseWeight, QuantizedWeight, rounded_once
 
 _log = logging.getLogger("loratune")
@@ -115,12 +115,17 @@ def _merged(
     """What each tensor becomes, and why some cannot."""
     merged: Merged = {}
     problems: dict[str, str] = {}
-    own = {full: parameter for name in names for full, parameter in placement.replaced(name).items()}
+    own = {full: parameter for name in names for full, parameter in placement.replaced_whole(name).items()}
     for full, parameter in own.items():
         merged[full] = _once(full, parameter, placement.base_tensor(full).dtype)
+    for path, rows in _tables(placement, names).items():
+        merged[f"{path}.weight"] = _with_rows(f"{path}.weight", placement, rows)
     for path, layer in placement.layers.items():
         low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
-        if low_ranks:
+        groups = weight_of(layer).form.groups
+        if low_ranks and groups > 1:
+            problems[f"{path}.weight"] = f"its {groups} groups are apart in the weight, and the update sees all inputs"
+        elif low_ranks:
             merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype, missed)
         biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
         if biased and layer._parameters["bias"] is None:
@@ -168,6 +173,26 @@ def _bias(
     return values
 
 
+def _tables(placement: Placement, names: Sequence[str]) -> dict[str, list[OwnRows]]:
+    """The rows that these adapters have of each table, by the path of the first module that has it."""
+    found: dict[Tensor, tuple[str, list[OwnRows]]] = {}
+    for name in names:
+        for path, own in placement.own_rows(name).items():
+            _, rows = found.setdefault(placement.base_tensor(f"{path}.weight"), (path, []))
+            rows += [own] if own not in rows else []
+    return dict(found.values())
+
+
+def _with_rows(full: str, placement: Placement, rows: Sequence[OwnRows]) -> Callable[[], Mapping[str, Tensor]]:
+    def values() -> Mapping[str, Tensor]:
+        table = placement.base_tensor(full).detach()
+        for own in rows:
+            table = own.put_into(table).detach()
+        return {full: table}
+
+    return values
+
+
 def _once(full: str, parameter: Tensor, dtype: torch.dtype) -> Callable[[], Mapping[str, Tensor]]:
     # A copy: the merged base must not share memory with the adapter.
     return lambda: {full: parameter.detach().clone().to(dtype)}
@@ -175,13 +200,15 @@ def _once(full: str, parameter: Tensor, dtype: torch.dtype) -> Callable[[], Mapp
 
 def _tied(placement: Placement, adapters: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     owners = names_by_parameter(base_modules(placement.model))
-    own = {full: parameter for adapter in adapters for full, parameter in placement.replaced(adapter).items()}
+    own = {full: parameter for adapter in adapters for full, parameter in placement.replaced_whole(adapter).items()}
+    sharing = {f"{path}.weight" for adapter in adapters for path in placement.own_rows(adapter)}
     problems = {}
     for name in names:
         path, _, tensor = name.rpartition(".")
         if placement.model.get_submodule(path)._parameters.get(tensor) is None:
             continue  # quantised, and nobody else's
         together = {full for full, parameter in own.items() if parameter is own.get(name)}
+        together |= sharing if name in sharing else set()
         others = [owner for owner in owners[id(placement.base_tensor(name))] if owner not in {name, *together}]
         if others:
             problems[name] = f"it is tied to {', '.join(others)}, which a merge would change too"

@@ -166,7 +166,7 @@ class Adapters:
         refusals = Refusals()
         refusals.attempt(lambda: target_plan.check(where))
         if not target_plan.problems:
-            refusals.attempt(lambda: check_fit(self.model, target_plan, saved, where))
+            refusals.attempt(lambda: check_fit(self.model, target_plan, saved, where, any_base=any_base))
         base = None if any_base or saved.origin.base is None else self._base_hash(target_plan)
         refusals.attempt(lambda: refuse_strangers(saved.origin, where, base, tokenizer))
         refusals.check()
@@ -211,7 +211,7 @@ class Adapters:
         names = names_of_rows(names)
         distinct = tuple(dict.fromkeys(names))
         used = self._register.all_known([name for name in distinct if name is not None])
-        check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(distinct))
+        check_mixed(self.model, self._register.of(used), len(distinct))
         if len(distinct) == 1:
             fields: dict[str, Any] = {"active": used, "rows": None}
         else:
@@ -224,7 +224,7 @@ class Adapters:
         """These adapters, as they are now, for passes in which each token has its own; raises as `rows`."""
         self._refuse_merged()
         used = self._register.all_known(names)
-        check_mixed(self.model, {name: self._register.entries[name] for name in used}, len(used) + 1)
+        check_mixed(self.model, self._register.of(used), len(used) + 1, by_token=True)
         return Mixed(self._placement, used)
 
     def counting(self, counter: TokenCounter) -> AbstractContextManager[None]:

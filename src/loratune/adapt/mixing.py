@@ -22,7 +22,7 @@ _WHILE, _KEPT = 4, 2
 def rows_of(placement: Placement, names: Sequence[str | None]) -> Rows:
     """The adapter of each row by its name; None is the base. The tensors are copied as they are now."""
     distinct = (None, *sorted({name for name in names if name is not None}))
-    return Rows(torch.tensor([distinct.index(name) for name in names]), dict(_banks(placement, distinct)))
+    return Rows(torch.tensor([distinct.index(name) for name in names]), dict(_banks(placement, distinct)), distinct)
 
 
 class Mixed:
@@ -126,8 +126,12 @@ def names_of_rows(names: object) -> tuple[str | None, ...]:
     return listed
 
 
-def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None:
-    """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch."""
+def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_token: bool = False) -> None:
+    """Raise unless rows with these adapters, and `kinds` with the base's, can stand in one batch.
+
+    Args:
+        by_token: each token is to have its own, wherever it stands.
+    """
     problems = []
     if not kinds:
         problems.append("rows() needs a name, or None, for each row of the batch")
@@ -136,8 +140,13 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int) -> None
     for name, entry in used.items() if kinds > 1 else ():
         if entry.config.use_dora:
             problems.append(f"{name!r} is a DoRA adapter, which cannot share a batch with others")
-        if entry.plan.replaced:
-            problems.append(f"{name!r} has its own {next(entry.plan.replaced[0].full_names())}, for all rows")
+        own = entry.plan.replaced if by_token else entry.plan.whole
+        if own:
+            problems.append(f"{name!r} has its own {next(own[0].full_names())}, for all rows")
+        unmixed = [
+            t for t in entry.plan.targets if t.form.use == "convolution" or (by_token and t.form.use == "lookup")
+        ]
+        problems += [f"{name!r} is on {t.path} ({t.kind}), which cannot be mixed" for t in unmixed[:1]]
     if problems:
         raise AdapterStateError(problems, hint="call model.eval(), and activate() one such adapter at a time")
 

@@ -8,11 +8,14 @@ from typing import cast
 from torch import Tensor, nn
 
 from loratune.adapt.build import Modules, Parts
+from loratune.adapt.forms import LAYERS
+from loratune.adapter.keys import TOKEN_ROWS
 from loratune.errors import AdapterStateError
 from loratune.lora import (
     AdapterState,
     LoraLayer,
     LowRank,
+    OwnRows,
     Recomputed,
     Tensors,
     adapt_in_place,
@@ -20,12 +23,14 @@ from loratune.lora import (
     bind_recomputation,
     can_be_recomputed,
     covered,
+    end_retraining,
     give_back,
     release,
     replace_in,
+    retrain_in,
     unbind_recomputation,
 )
-from loratune.quant import FrozenWeight, frozen_weight, keep_readable
+from loratune.quant import FrozenWeight, adaptable, keep_readable
 
 
 class Placement:
@@ -34,6 +39,7 @@ class Placement:
     Attributes:
         layers: module path → layer with low-rank terms, by adapter in its `lora`.
         replacing: module path → module of which some adapter has its own tensors.
+        retraining: module path → module of whose table some adapter has rows of its own.
     """
 
     def __init__(self, model: nn.Module, state: AdapterState) -> None:
@@ -41,6 +47,7 @@ class Placement:
         self.state = state
         self.layers: dict[str, LoraLayer] = {}
         self.replacing: dict[str, nn.Module] = {}
+        self.retraining: dict[str, nn.Module] = {}
 
     def bind(self) -> None:
         """Let blocks that are recomputed in the backward pass see the adapters of their forward pass."""
@@ -54,14 +61,14 @@ class Placement:
         Raises:
             AdapterStateError: as `take`; nothing is changed.
         """
-        _refuse_covered(
-            {path: modules[path] for path in (parts.low_ranks.keys() - self.layers) | parts.replaced.keys()}
-        )
+        changed = (parts.low_ranks.keys() - self.layers) | parts.replaced.keys() | parts.rows.keys()
+        _refuse_covered({path: modules[path] for path in changed})
         for path, low_rank in parts.low_ranks.items():
             layer = self.layers.get(path)
             if layer is None:
                 keep_readable(modules[path])
-                layer = adapt_in_place(modules[path], self.state, path, weight_of)
+                kind = LAYERS[weight_of(modules[path]).form.use]
+                layer = adapt_in_place(modules[path], self.state, path, weight_of, kind)
                 self.layers[path] = layer
             low_rank.training = layer.training
             layer.lora[name] = low_rank if trainable else low_rank.requires_grad_(False)
@@ -69,6 +76,10 @@ class Placement:
             module = modules[path]
             replace_in(module, self.state, name, tensors).train(module.training).requires_grad_(trainable)
             self.replacing[path] = module
+        for path, own in parts.rows.items():
+            module = modules[path]
+            retrain_in(module, self.state, name, own.requires_grad_(trainable))
+            self.retraining[path] = module
 
     def take(self, name: str) -> None:
         """Take one adapter off.
@@ -87,9 +98,15 @@ class Placement:
                 give_back(module, name)
             if not hasattr(module, "lora_replaced"):
                 del self.replacing[path]
+        for path, module in list(self.retraining.items()):
+            if name in _rows(module):
+                end_retraining(module, name)
+            if not hasattr(module, "lora_rows"):
+                del self.retraining[path]
 
     def rename(self, old: str, new: str) -> None:
-        for holder in (*(layer.lora for layer in self.layers.values()), *map(_holder, self.replacing.values())):
+        replaced, rows = map(_holder, self.replacing.values()), map(_rows, self.retraining.values())
+        for holder in (*(layer.lora for layer in self.layers.values()), *replaced, *rows):
             if old in holder:
                 holder[new] = holder.pop(old)
 
@@ -101,16 +118,34 @@ class Placement:
         for module in self.replacing.values():
             for name in list(_holder(module)):
                 give_back(module, name)
+        for module in self.retraining.values():
+            for name in list(_rows(module)):
+                end_retraining(module, name)
         for _, module in list(base_modules(self.model)):
             if isinstance(module, Recomputed):
                 unbind_recomputation(module)
-        self.layers, self.replacing = {}, {}
+        self.layers, self.replacing, self.retraining = {}, {}, {}
 
     def low_ranks(self, name: str) -> dict[str, LowRank]:
         """One adapter's low-rank terms by module path."""
         return {path: cast(LowRank, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
 
+    def own_rows(self, name: str) -> dict[str, OwnRows]:
+        """One adapter's rows by the path of their table; modules that share it come with the same ones."""
+        return {
+            path: cast(OwnRows, _rows(module)[name])
+            for path, module in self.retraining.items()
+            if name in _rows(module)
+        }
+
     def replaced(self, name: str) -> dict[str, nn.Parameter]:
+        """One adapter's own tensors by the full name of the base's, and its rows by their table's, once."""
+        once: dict[nn.Parameter, str] = {}
+        for path, own in self.own_rows(name).items():
+            once.setdefault(own.rows, f"{path}.{TOKEN_ROWS}")
+        return self.replaced_whole(name) | {full: rows for rows, full in once.items()}
+
+    def replaced_whole(self, name: str) -> dict[str, nn.Parameter]:
         """One adapter's own tensors by the full name of the base's."""
         return {
             f"{path}.{own}": parameter
@@ -131,25 +166,36 @@ class Placement:
         """
         layers = {path: layer for path, layer in self.layers.items() if any(name in layer.lora for name in names)}
         replacing = {p: m for p, m in self.replacing.items() if any(name in _holder(m) for name in names)}
+        retraining = {p: m for p, m in self.retraining.items() if any(name in _rows(m) for name in names)}
         now = dict(base_modules(self.model))
         found = {
             path: "the module has been replaced by another one since it was adapted"
-            for path, module in (layers | replacing).items()
+            for path, module in (layers | replacing | retraining).items()
             if now.get(path) is not module
         }
         for path in layers.keys() - found.keys():
-            if frozen_weight(layers[path]) is None:
+            if adaptable(layers[path]) is None:
                 found[f"{path}.weight"] = "it is no plain parameter any more"
-        for full, own in [item for name in names for item in self.replaced(name).items()]:
+        for full, own in [item for name in names for item in self.replaced_whole(name).items()]:
             path, _, tensor = full.rpartition(".")
             base = self.replacing[path]._parameters.get(tensor)
             if path not in found and (base is None or base.shape != own.shape):
                 there = "gone" if base is None else tuple(base.shape)
                 found[full] = f"the adapter's own is {tuple(own.shape)}, the base's {there}"
+        tables = {path: own for name in names for path, own in self.own_rows(name).items()}
+        for path in tables.keys() - found.keys():
+            table = retraining[path]._parameters.get("weight")
+            if table is None or len(table) <= int(tables[path].numbers[-1]):
+                found[f"{path}.weight"] = "its table has no such rows any more"
         return found
 
     def base_tensor(self, full_name: str) -> Tensor:
-        """The base's own tensor of that name, whatever stands in its place now; a quantised one is a buffer."""
+        """The base's own tensor of that name, or its table of those rows, whatever stands in its place now.
+
+        A quantised one is a buffer.
+        """
+        if full_name.endswith(f".{TOKEN_ROWS}"):
+            full_name = f"{full_name.removesuffix(TOKEN_ROWS)}weight"
         path, _, name = full_name.rpartition(".")
         module = self.model.get_submodule(path)
         found = module._parameters.get(name)
@@ -179,7 +225,11 @@ def refuse_meta(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 def weight_of(layer: nn.Module) -> FrozenWeight:
     """The frozen weight of an adapted layer."""
-    return cast(FrozenWeight, frozen_weight(layer))
+    return cast(FrozenWeight, adaptable(layer))
+
+
+def _rows(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module.lora_rows)
 
 
 def _holder(module: nn.Module) -> nn.ModuleDict:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 from torch import nn
 
+from loratune.adapt.forms import form_notes, form_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
+from loratune.adapt.token_rows import ReplacedRows, plan_token_rows
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
 from loratune.config.lora import fully_matches, name_matches, pattern_matches
 from loratune.errors import TargetError, nearest
 from loratune.lora import (
     LoraLayer,
     base_modules,
+    base_of,
     base_parameters,
     has_own,
-    lora_parameters,
+    names_by_parameter,
     patched_forward,
     scale_of,
 )
-from loratune.quant import QuantizedLinear, frozen_weight, output_head, values_in, why_unreadable
+from loratune.quant import (
+    PRODUCT,
+    Form,
+    QuantizedLinear,
+    adaptable,
+    frozen_weight,
+    output_head,
+    values_in,
+    why_not_adaptable,
+    why_unreadable,
+)
 
 _SHOWN_NAMES = 40
 # Under this name `torch.compile`'s wrapper holds what it was given.
@@ -34,7 +48,8 @@ _COMPILED = "_orig_mod"
 class Target:
     """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
 
-    `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude.
+    `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude. `form` says
+    what its weight is applied to; an embedding has a column for each row that it looks up.
     """
 
     path: str
@@ -44,10 +59,22 @@ class Target:
     r: int
     scale: float
     vectors: int = 0
+    form: Form = PRODUCT
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B."""
+        return self.form.factors(self.r, self.in_features, self.out_features)
 
     @property
     def parameters(self) -> int:
-        return lora_parameters(self.out_features, self.in_features, self.r) + self.vectors * self.out_features
+        return sum(map(math.prod, self.shapes)) + self.vectors * self.out_features
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that each token is multiplied by; one column is looked up in an embedding's A."""
+        A, _ = self.shapes
+        return self.parameters - (math.prod(A) if self.form.use == "lookup" else 0)
 
     @property
     def frozen(self) -> int:
@@ -62,7 +89,7 @@ class TargetPlan:
     Attributes:
         targets: the modules that would be adapted, in the model's order.
         base_parameters: parameters of the model without adapters; tied ones count once.
-        replaced: tensors of the base that the adapter has its own of (biases, modules trained whole).
+        replaced: what of the base the adapter has its own of (biases, modules trained whole, rows of tokens).
         saved: paths of the modules that train whole.
         notes: decisions taken on the way, as sentences.
         problems: why attach would refuse; empty where it would not.
@@ -83,10 +110,20 @@ class TargetPlan:
     def sizes(self) -> Iterator[int]:
         """How many values each tensor that trains has."""
         for target in self.targets:
-            yield from (target.r * target.in_features, target.r * target.out_features)
+            yield from map(math.prod, target.shapes)
             yield from [target.out_features] * target.vectors
         for part in self.replaced:
             yield from part.numbers.values()
+
+    @property
+    def token_rows(self) -> tuple[ReplacedRows, ...]:
+        """Of `replaced` the rows of tables, of which the rest stays the base's."""
+        return tuple(part for part in self.replaced if isinstance(part, ReplacedRows))
+
+    @property
+    def whole(self) -> tuple[Replacement, ...]:
+        """Of `replaced` the tensors that are replaced as a whole."""
+        return tuple(part for part in self.replaced if not isinstance(part, ReplacedRows))
 
     @property
     def total(self) -> int:
@@ -138,14 +175,10 @@ class _Planner:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.modules = {path: module for path, module in base_modules(model) if path}
-        # MultiheadAttention multiplies by its projection's weight itself: an adapter there would never be called.
-        hidden = {
-            f"{path}.out_proj" for path, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)
-        }
         self.linears = {
             path: module
             for path, module in self.modules.items()
-            if path not in hidden and frozen_weight(module) is not None
+            if frozen_weight(module) is not None and not self._attention_of(path)
         }
 
     def plan(self) -> TargetPlan:
@@ -156,6 +189,10 @@ class _Planner:
         saved = self._saved(self.problems, self.notes)
         replaced = plan_replacements(
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
+        )
+        taken = {*chosen, *(part.path for part in replaced if "weight" in part.numbers)}
+        replaced += plan_token_rows(
+            self.model, self.modules, self.config, taken, loosely=self.of_file, problems=self.problems
         )
         self._check_compiled([*chosen, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
@@ -176,9 +213,13 @@ class _Planner:
 
     def _target(self, path: str) -> Target:
         module, config = self.modules[path], self.config
-        weight = frozen_weight(module)
+        weight = adaptable(module)
         assert weight is not None
         r, least = config.rank_of(path), min(weight.in_features, weight.out_features)
+        self.problems += [f"{path}: {why}" for why in form_problems(weight.form, config, r, of_file=self.of_file)]
+        self.notes += [f"{path}: {what}" for what in form_notes(module, weight.form, config)]
+        if weight.form.use == "lookup":
+            self._note_tied(path)
         if r > least and config.decomposes:
             self.problems.append(f"{path}: its weight has no {r} directions for init={config.init_lora_weights!r}")
         elif r > least:
@@ -195,7 +236,16 @@ class _Planner:
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")
         scale = scale_of(r, config.alpha_of(path), config.use_rslora)
         vectors = int(config.lora_bias) + int(config.use_dora)
-        return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale, vectors)
+        return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale, vectors, weight.form)
+
+    def _note_tied(self, path: str) -> None:
+        """An embedding's update is not the head's that shares its table."""
+        owners = names_by_parameter(self.modules.items())[id(self.modules[path]._parameters["weight"])]
+        others = [name for name in owners if name != f"{path}.weight"]
+        if others:
+            self.notes.append(
+                f"{path}: its table is {', '.join(others)} too, which stays the base's, and no merge can be"
+            )
 
     # -- which modules -------------------------------------------------------------------------------------------
 
@@ -211,11 +261,20 @@ class _Planner:
             left_alone = self._left_alone()
             return [path for path in self.linears if path not in left_alone]
         matched = self._matching(wanted, "target_modules")
-        for path in matched:
-            if path not in self.linears:
-                kind = type(self.modules[path]).__name__
-                self.problems.append(f"{path}: a {kind} cannot be adapted")
-        return [path for path in matched if path in self.linears]
+        against = {path: why for path in matched if (why := self._why_not(path))}
+        self.problems += [f"{path}: {why}" for path, why in against.items()]
+        return [path for path in matched if path not in against]
+
+    def _why_not(self, path: str) -> str:
+        """What stands against adapting a module; empty where nothing does."""
+        module = self._attention_of(path) or self.modules[path]
+        return why_not_adaptable(module, base_of(type(module)))
+
+    def _attention_of(self, path: str) -> nn.Module | None:
+        """The MultiheadAttention whose projection it is: that multiplies by its weight itself, and never calls it."""
+        parent, _, name = path.rpartition(".")
+        module = self.modules.get(parent)
+        return module if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
     def _preset(self) -> tuple[str, ...] | None:
         family = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
@@ -256,7 +315,8 @@ class _Planner:
         for name in wanted:
             paths = [path for path in self.modules if name_matches(name, path)]
             if not paths:
-                self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, self._short_names())}")
+                known = _last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
+                self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, known)}")
             found.update(paths)
         return [path for path in self.modules if path in found]
 
@@ -302,11 +362,8 @@ class _Planner:
 
     # -- messages ------------------------------------------------------------------------------------------------
 
-    def _short_names(self) -> list[str]:
-        return list(dict.fromkeys(map(short_name, self.linears)))
-
     def _hint(self) -> str:
-        names = self._short_names()
+        names = _last_names(self.linears)
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
         return (
             f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}"
@@ -319,6 +376,10 @@ def short_name(path: str) -> str:
     """The end of a path; a place in a list has the list's name before it."""
     *before, last = path.split(".")
     return f"{before[-1]}.{last}" if before and last.isdigit() else last
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(map(short_name, paths)))
 
 
 def _keeps_original(module: nn.Module) -> bool:

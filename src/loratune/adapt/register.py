@@ -32,6 +32,9 @@ class Register:
             )
         return name
 
+    def of(self, names: Iterable[str]) -> dict[str, Entry]:
+        return {name: self.entries[name] for name in names}
+
     def all_known(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names without repeats, if there is such an adapter for each."""
         given: tuple[object, ...] = tuple(names)
@@ -91,7 +94,7 @@ class Register:
         """Sentences about base tensors for which these adapters together say nothing definite."""
         owner: dict[str, str] = {}
         tensors = [
-            (name, full) for name in names for part in self.entries[name].plan.replaced for full in part.full_names()
+            (name, full) for name in names for part in self.entries[name].plan.whole for full in part.full_names()
         ]
         both = [
             f"{owner[full]!r} and {name!r} both have their own {full}"
@@ -105,7 +108,32 @@ class Register:
             for target in self.entries[name].plan.targets
             if (full := f"{target.path}.weight") in owner
         ]
-        return both + stretched
+        return both + stretched + self._row_clashes(names)
+
+    def _row_clashes(self, names: tuple[str, ...]) -> list[str]:
+        """Of tables of which an adapter has rows: nothing else of them may be another's, but other rows."""
+        changing = {
+            (name, path): what
+            for name in names
+            for what, paths in (
+                ("adapts it", (target.path for target in self.entries[name].plan.targets)),
+                ("has its own", (part.path for part in self.entries[name].plan.whole if "weight" in part.numbers)),
+            )
+            for path in paths
+        }
+        found, owner = [], dict[tuple[str, int], str]()
+        for name in names:
+            for part in self.entries[name].plan.token_rows:
+                found += [
+                    f"{name!r} has rows of its own of {path}, and {other!r} {what}"
+                    for (other, path), what in changing.items()
+                    if other != name and path in part.paths
+                ]
+                twice = [t for t in part.tokens if owner.setdefault((part.path, t), name) != name]
+                if twice:
+                    other = owner[part.path, twice[0]]
+                    found.append(f"{other!r} and {name!r} both have their own row {twice[0]} of {part.path}")
+        return found
 
 
 def listed(names: Sequence[str]) -> str:

@@ -38,6 +38,10 @@ class Replacement:
     def parameters(self) -> int:
         return sum(self.numbers.values())
 
+    def shown(self, name: str) -> str:
+        """One of its tensors as a summary calls it, by the end of its path."""
+        return f"{self.path.rpartition('.')[2]}.{name}"
+
     def full_names(self) -> Iterator[str]:
         return (f"{self.path}.{name}" for name in self.names)
 

@@ -35,11 +35,20 @@ def base_hash(
     # Not imported above: a model of plain torch needs no transformers until an adapter is saved or loaded.
     from loratune.model import fingerprint
 
-    own = {full for part in target_plan.replaced for full in part.full_names()}
+    own = {full for part in target_plan.whole for full in part.full_names()}
+    rows = {f"{path}.weight": part.tokens for part in target_plan.token_rows for path in part.paths}
     base = [(name, kept.get(name, tensor)) for name, tensor in tensors if name not in own]
+    base = [(name, _without(tensor, rows[name]) if name in rows else tensor) for name, tensor in base]
     if any(isinstance(tensor, Tensor) and tensor.dtype == torch.float16 for _, tensor in base):
         return None
     return fingerprint(base, finite=False)
+
+
+def _without(tensor: Tensor | Sample, rows: tuple[int, ...]) -> Tensor | Sample:
+    """A table without rows that the adapter brings: those of new tokens are drawn anew too."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.detach().index_fill(0, torch.tensor(rows, device=tensor.device), 0)
 
 
 def say_what_is_odd(saved: SavedAdapter, where: str) -> list[str]:

@@ -44,7 +44,7 @@ def by_replaced(target_plan: TargetPlan) -> dict[str, tuple[int, int]]:
     rows: dict[str, tuple[int, int]] = {}
     for part in target_plan.replaced:
         for name, numbers in part.numbers.items():
-            key = f"{part.path.rpartition('.')[2]}.{name}"
+            key = part.shown(name)
             tensors, parameters = rows.get(key, (0, 0))
             rows[key] = (tensors + 1, parameters + numbers)
     return rows

@@ -24,6 +24,7 @@ def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> Lo
         "fan_in_fan_out": any(target.kind == "Conv1D" for target in target_plan.targets),
         "modules_to_save": _saved(model, config, target_plan),
         "layers_pattern": _lists(model, config, target_plan),
+        "trainable_token_indices": _tokens(config, target_plan),
         **_patterns(model, config, target_plan),
     }
     return _counted_from_base(cast(LoraConfig, config.replace(**values)))
@@ -56,6 +57,13 @@ def _saved(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tup
         names += [name] if paths and set(loosely) == set(paths) else paths
     missing = [path for path in target_plan.saved if not any(name_matches(name, path) for name in names)]
     return tuple(dict.fromkeys([*names, *missing])) or None
+
+
+def _tokens(config: LoraConfig, target_plan: TargetPlan) -> Any:
+    """By full path, which every reader takes for the same module; a list stays one, as it means the embedding."""
+    if not isinstance(config.trainable_token_indices, dict):
+        return config.trainable_token_indices
+    return {part.path: part.tokens for part in target_plan.token_rows}
 
 
 def _lists(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loratune.adapter.spectrum import decomposed
-from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.value import Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterFileError, ConfigError, nearest
 from loratune.lora import generator_for
@@ -253,6 +253,10 @@ def _misfits(adapters: Sequence[SavedAdapter], called: Sequence[str]) -> list[tu
         if adapter.config.decomposes:
             why = f"{name} starts from {adapter.config.init_lora_weights!r}: its update is relative to a changed base"
             found.append((why, "attach it to its base and save it, which writes a plain adapter"))
+        grouped = [path for path, factors in adapter.factors.items() if factors.groups > 1]
+        if grouped:
+            why = f"{name}: {grouped[0]} is a convolution with groups, whose B has blocks that a sum would fill"
+            found.append((why, "leave convolutions with groups out of adapters that are to be combined"))
         bad = [tensor_name for tensor_name, tensor in adapter.named_tensors() if not tensor.isfinite().all()]
         found += [(f"{name}: {tensor_name} holds NaN or infinity", "") for tensor_name in bad]
     found += _unlike(adapters, called)
@@ -270,7 +274,7 @@ def _unlike(adapters: Sequence[SavedAdapter], called: Sequence[str]) -> list[tup
     shapes: dict[str, dict[str, str]] = {}
     for name, adapter in zip(called, adapters, strict=True):
         for path, factors in adapter.factors.items():
-            shapes.setdefault(path, {})[name] = f"{factors.B.shape[0]} × {factors.A.shape[1]}"
+            shapes.setdefault(path, {})[name] = factors.shown + (" of an embedding" if factors.looked_up else "")
     for path, of in sorted(shapes.items()):
         if len(set(of.values())) > 1:
             found.append((f"{path}: " + ", ".join(f"{shape} in {name}" for name, shape in of.items()), hint))
@@ -299,9 +303,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _term(ordinal: int, adapter: SavedAdapter, weight: float, path: str) -> _Term:
-    A, B, bias, _ = (None if tensor is None else tensor.detach().cpu().double() for tensor in adapter.factors[path])
-    assert A is not None
-    assert B is not None
+    factors = adapter.factors[path]
+    A, B = (factor.detach().cpu().double() for factor in factors.matrices())
+    bias = None if factors.bias is None else factors.bias.detach().cpu().double()
     factor = float(weight) * adapter.scale(path)
     return _Term(ordinal, A, B * factor, None if bias is None else bias * factor)
 
@@ -366,7 +370,8 @@ def _adapter(adapters: Sequence[SavedAdapter], sums: Mapping[str, _Sum]) -> Save
     for path, (A, B, bias, *_) in sums.items():
         # A file has a bias behind every B or behind none.
         behind = torch.zeros(B.shape[0]) if bias is None and has_bias else bias
-        factors[path] = Factors(A.float(), B.float(), None if behind is None else behind.float())
+        like = next(adapter.factors[path] for adapter in adapters if path in adapter.factors)
+        factors[path] = like.of_matrices(A.float(), B.float(), None if behind is None else behind.float())
     ranks = {path: each.A.shape[0] for path, each in sums.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}

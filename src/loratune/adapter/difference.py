@@ -115,10 +115,10 @@ def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
     if strange:
         raise ConfigError(strange, hint="read_adapter(folder) reads one")
     problems = [
-        f"{path}: {x.B.shape[0]} × {x.A.shape[1]} in one and {y.B.shape[0]} × {y.A.shape[1]} in the other"
+        f"{path}: {x.shown} in one and {y.shown} in the other"
         for path, x in sorted(a.factors.items())
         if (y := b.factors.get(path)) is not None
-        if (x.B.shape[0], x.A.shape[1]) != (y.B.shape[0], y.A.shape[1])
+        if x.shown != y.shown
     ]
     hint = "compare adapters of one base" if problems else "`loratune show` says more about a damaged adapter"
     for word, adapter in (("the first adapter", a), ("the second adapter", b)):
@@ -132,13 +132,13 @@ def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
 
 
 def _update(adapter: SavedAdapter, path: str) -> _Update:
-    A, B, *_ = adapter.factors[path]
+    A, B = adapter.factors[path].matrices()
     A, B = A.detach().cpu().double(), B.detach().cpu().double() * adapter.scale(path)
     return _Update(A, B, *decomposed(A, B))
 
 
 def _norm(adapter: SavedAdapter, path: str) -> float:
-    A, B, *_ = adapter.factors[path]
+    A, B = adapter.factors[path].matrices()
     return float(singular_values(A, B).norm()) * adapter.scale(path)
 
 

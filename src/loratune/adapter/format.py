@@ -20,7 +20,15 @@ import safetensors.torch
 from torch import Tensor
 
 from loratune.adapter.card import about_of
-from loratune.adapter.keys import DTYPES, HEADS_OF_TASK, from_keys, surplus_keys, to_keys
+from loratune.adapter.keys import (
+    DTYPES,
+    HEADS_OF_TASK,
+    copied_tables,
+    from_keys,
+    name_in_base,
+    surplus_keys,
+    to_keys,
+)
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import NO_TARGETS, LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
@@ -74,22 +82,30 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     assert described is not None
     assert contents is not None
     assert origin is not None
-    factors, replaced, surplus = contents
+    factors, replaced, surplus, copies = contents
     config, base, revision, unknown = described
     about = _read_about(folder / CARD_FILE)
-    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus, about)
+    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus, about, copies)
 
 
-def _read_contents(
-    path: Path, config: LoraConfig | None, finite: bool
-) -> tuple[dict[str, Factors], dict[str, Tensor], tuple[str, ...]]:
-    """Factors, tensors in place of the base's, and keys that mean nothing."""
+class _Contents(NamedTuple):
+    """Of a tensor file: factors, tensors in place of the base's, keys that mean nothing, and copies of the base's."""
+
+    factors: dict[str, Factors]
+    replaced: dict[str, Tensor]
+    surplus: tuple[str, ...]
+    copies: dict[str, Tensor]
+
+
+def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Contents:
     tensors = _read_tensors(path)
     problems = [f"{key!r} holds NaN or infinity" for key, t in tensors.items() if finite and not _finite(t)]
-    replaces = config is None or (
+    whole = config is None or (
         config.bias != "none" or bool(config.modules_to_save) or config.task_type in HEADS_OF_TASK
     )
-    surplus = surplus_keys(tensors)
+    replaces = whole or (config is not None and config.trainable_token_indices is not None)
+    copies = copied_tables(tensors, replaces=whole)
+    surplus = (*copies, *surplus_keys(tensors))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
     factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
     expected = config is None or config.target_modules != NO_TARGETS
@@ -98,7 +114,7 @@ def _read_contents(
     if problems:
         hint = "the file is damaged, or holds another kind of adapter"
         raise AdapterFileError([f"{path}: {problem}" for problem in problems], hint=hint)
-    return factors, replaced, surplus
+    return _Contents(factors, replaced, surplus, {name_in_base(key): tensor for key, tensor in copies.items()})
 
 
 class Described(NamedTuple):

@@ -69,12 +69,15 @@ def _notes(adapter: SavedAdapter, scales: dict[str, float], r: int) -> Iterator[
 def _beyond(adapter: SavedAdapter, reader: str) -> Iterator[str]:
     stretched = [path for path, factors in adapter.factors.items() if factors.magnitude is not None]
     biased = [path for path, factors in adapter.factors.items() if factors.bias is not None]
+    unlike = [path for path, factors in adapter.factors.items() if factors.looked_up or factors.A.ndim > 2]
     if not adapter.factors:
         yield f"it has no low-rank terms, and {reader} takes nothing else"
     if stretched:
         yield f"{reader} knows no DoRA: {stretched[0]}{_more(stretched)}"
     if biased:
         yield f"{reader} knows no bias behind B: {biased[0]}{_more(biased)}"
+    if unlike:
+        yield f"{reader} is given linear layers alone, no embedding or convolution: {unlike[0]}{_more(unlike)}"
     if adapter.replaced:
         own = list(adapter.replaced)
         yield f"{reader} takes no tensors in the place of the base's: {own[0]}{_more(own)}"

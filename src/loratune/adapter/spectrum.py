@@ -38,7 +38,7 @@ class ModuleInspection:
     """One module of an adapter.
 
     Attributes:
-        r, inner, outer: A is (r, inner), B (outer, r).
+        r, inner, outer: A is (r, inner), B (outer, r), as matrices.
         parameters: of A, B and what stands beside them.
         beside: "bias" and "magnitude", where the module has them.
         zero_components: the j whose row A[j] or column B[:, j] is all zero, so that they add nothing to the update.
@@ -130,10 +130,11 @@ def alive(sigma: Tensor) -> int:
 
 def _inspected(adapter: SavedAdapter, path: str) -> ModuleInspection:
     factors = adapter.factors[path]
-    r, inner = factors.A.shape
+    A, B = factors.matrices()
+    r, inner = A.shape
     scale = adapter.scale(path)
-    zero = (factors.A == 0).all(dim=1) | (factors.B == 0).all(dim=0)
-    is_finite = bool(factors.A.isfinite().all() and factors.B.isfinite().all())
+    zero = (A == 0).all(dim=1) | (B == 0).all(dim=0)
+    is_finite = bool(A.isfinite().all() and B.isfinite().all())
     return ModuleInspection(
         path=path,
         r=r,
@@ -148,7 +149,7 @@ def _inspected(adapter: SavedAdapter, path: str) -> ModuleInspection:
 
 
 def _spectrum(factors: Factors, scale: float) -> Spectrum:
-    sigma = singular_values(factors.A, factors.B) * scale
+    sigma = singular_values(*factors.matrices()) * scale
     norm, largest = float(sigma.norm()), float(sigma[0])
     return Spectrum(
         singular_values=tuple(sigma.tolist()),

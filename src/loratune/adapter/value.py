@@ -9,26 +9,48 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loratune.config import LoraConfig
-from loratune.lora import scale_of
+from loratune.lora import as_matrices, scale_of
 
 
 class Factors(NamedTuple):
     """What an adapter holds for one module.
 
     Attributes:
-        A: (r, in), B: (out, r). The update is scale · B A.
+        A: (r, in), B: (out, r). The update is scale · B A. A convolution's are (r, in, *kernel) and (out, r / groups,
+            1, ...).
         bias: (out,), behind B, or None; scaled as the update is.
         magnitude: (out,), DoRA's length of each weight row, or None.
+        looked_up: whether it is an embedding's, whose x is the number of a column of A.
     """
 
     A: Tensor
     B: Tensor
     bias: Tensor | None = None
     magnitude: Tensor | None = None
+    looked_up: bool = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those that are there, by name."""
-        return ((name, tensor) for name, tensor in zip(self._fields, self, strict=True) if tensor is not None)
+        fields = zip(self._fields, self, strict=True)
+        return ((name, tensor) for name, tensor in fields if isinstance(tensor, Tensor))
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, columns) and B (out, r), kernels flattened and groups as blocks."""
+        return as_matrices(self.A, self.B)
+
+    def of_matrices(self, A: Tensor, B: Tensor, bias: Tensor | None) -> Factors:
+        """Others of the same layer, without groups, from matrices."""
+        return Factors(A.view(-1, *self.A.shape[1:]), B.view(*B.shape, *self.B.shape[2:]), bias, None, self.looked_up)
+
+    @property
+    def shown(self) -> str:
+        """What its update is added to: "out × in", and the sizes of a convolution's kernel."""
+        return " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution's inputs; 1 of everything else."""
+        return self.A.shape[0] // self.B.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +74,7 @@ class SavedAdapter:
         unknown: keys of a foreign `adapter_config.json` that mean nothing here; kept when written again.
         surplus: tensors of a foreign file that say again what others say; left out when written again.
         about: Markdown of its model card that somebody wrote about it.
+        copies: name of a base tensor → what a foreign file says that it is; the base's own counts, and has to agree.
     """
 
     config: LoraConfig
@@ -63,6 +86,7 @@ class SavedAdapter:
     unknown: Mapping[str, Any] = field(default_factory=dict)
     surplus: tuple[str, ...] = ()
     about: str = ""
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""

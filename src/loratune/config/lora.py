@@ -101,6 +101,12 @@ class LoraConfig(Settings):
     ensure_weight_tying: bool = setting(
         False, "modules_to_save brings along what is tied to them: both train as one and stay tied", group=_ADAPTER
     )
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = setting(
+        None,
+        "tokens whose rows of the embedding train whole (new ones, say) while the others stay; a tied head follows",
+        flag="train-tokens",
+        group=_ADAPTER,
+    )
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
     )
@@ -158,6 +164,11 @@ class LoraConfig(Settings):
                 raise ValueError("layer indices are whole numbers from 0")
         return value
 
+    @field_validator("trainable_token_indices", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        return known_tokens(value)
+
     @field_validator("lora_alpha", "lora_dropout", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
@@ -170,9 +181,9 @@ class LoraConfig(Settings):
     def _init(cls, value: Any) -> Any:
         return known_init(value)
 
-    @field_validator("modules_to_save")
+    @field_validator("modules_to_save", "trainable_token_indices")
     @classmethod
-    def _nothing_to_save(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _nothing_to_save(cls, value: Any) -> Any:
         return value or None
 
     @field_validator("target_modules", "exclude_modules")
@@ -203,6 +214,31 @@ class LoraConfig(Settings):
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
+
+
+def known_tokens(value: Any) -> Any:
+    """Token indices as a tuple, or one by the name of a module."""
+    if isinstance(value, Mapping):
+        names = [name for name in value if not isinstance(name, str) or not name]
+        if names:
+            raise ValueError(f"{names[0]!r} is not a module name")
+        return {name: _token_indices(tokens, f"{name!r}: ") for name, tokens in value.items()}
+    return value if value is None else _token_indices(value, "")
+
+
+def _token_indices(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise ValueError(f"{where}{value!r} is no list of token indices")
+    tokens = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    wrong = [token for token in tokens if not isinstance(token, int) or isinstance(token, bool) or token < 0]
+    if wrong:
+        raise ValueError(f"{where}{wrong[0]!r} is not a token's index, a whole number from 0")
+    twice = [token for token in tokens if tokens.count(token) > 1]
+    if twice:
+        raise ValueError(f"{where}{twice[0]} is named twice")
+    if where and not tokens:
+        raise ValueError(f"{where}names no token")
+    return tokens
 
 
 def known_init(value: Any) -> Any:

@@ -27,7 +27,6 @@ NEUTRAL: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,

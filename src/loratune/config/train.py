@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from loratune.config.lora import ALL_LINEAR, NO_TARGETS, LoraConfig, known_init
+from loratune.config.lora import ALL_LINEAR, NO_TARGETS, LoraConfig, known_init, known_tokens
 from loratune.config.setting import Settings, like, setting
 
 _RUN, _DATA, _ADAPTER, _OPTIMISATION, _MACHINE = "Run", "Data", "Adapter", "Optimisation", "Machine"
@@ -89,6 +89,9 @@ class TrainConfig(Settings):
     bias: Literal["none", "lora_only", "all"] = like(LoraConfig, "bias", "none")
     modules_to_save: tuple[str, ...] | None = like(LoraConfig, "modules_to_save", None)
     ensure_weight_tying: bool = like(LoraConfig, "ensure_weight_tying", False)
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = like(
+        LoraConfig, "trainable_token_indices", None
+    )
 
     epochs: float | None = setting(None, "passes over the training rows", group=_OPTIMISATION, gt=0)
     max_steps: int | None = setting(None, "optimizer steps, whatever the epochs say", group=_OPTIMISATION, ge=1)
@@ -139,6 +142,11 @@ class TrainConfig(Settings):
     def _lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("trainable_token_indices", mode="before")
+    @classmethod
+    def _tokens(cls, value: Any) -> Any:
+        return known_tokens(value)
+
     @field_validator("init_lora_weights", mode="before")
     @classmethod
     def _init(cls, value: Any) -> Any:
@@ -182,5 +190,7 @@ def _unfit(found: dict[str, Any]) -> Iterator[str]:
         yield f"quant={found['quant']!r}: method='full' trains every weight, and a quantised one cannot be trained"
     if method == "full" and found.get("modules_to_save") is not None:
         yield "modules_to_save says which modules train whole: with method='full' all do"
+    if method == "full" and found.get("trainable_token_indices") is not None:
+        yield "trainable_token_indices says which rows train whole: with method='full' all do"
     if found.get("init_lora_weights") == "loftq" and found.get("quant") is None:
         yield "init_lora_weights='loftq' starts from what quantising the base lost: say quant='nf4', or method='qlora'"

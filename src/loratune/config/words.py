@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from loratune.errors import ConfigError
@@ -34,13 +35,13 @@ def _names(value: str) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _indices(value: str) -> tuple[int, ...]:
+def _indices(value: str, flag: str = "--layers") -> tuple[int, ...]:
     """`0,1,5-8` as indices."""
     found: list[int] = []
     for part in value.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise ConfigError(f"--layers {value!r}: write indices and ranges like 0,1,5-8")
+            raise ConfigError(f"{flag} {value!r}: write indices and ranges like 0,1,5-8")
         first = int(match[1])
         found += range(first, int(match[2] or first) + 1)
     return tuple(found)
@@ -67,6 +68,7 @@ WORDS: dict[str, Callable[[str], Any]] = {
     "target_modules": _names,
     "exclude_modules": _names,
     "layers_to_transform": _indices,
+    "trainable_token_indices": partial(_indices, flag="--train-tokens"),
     "columns": _pairs,
     "init_lora_weights": _init,
     "log_with": _words,

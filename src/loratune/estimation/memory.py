@@ -294,7 +294,7 @@ def step_flops(plan: TargetPlan, shape: Shape, tokens: int, scored: int, *, reco
     head's are counted at scored positions.
     """
     trained = [part.multiplied for part in plan.replaced if part.multiplied != shape.head]
-    low_rank = sum(target.parameters for target in plan.targets)
+    low_rank = sum(target.multiplied for target in plan.targets)
     body = (6 if recompute else 4) * shape.linears + 2 * sum(trained) + 6 * low_rank
     heads = 6 if _trains_head(plan, shape) else 4
     return float(tokens * body + heads * scored * shape.head)

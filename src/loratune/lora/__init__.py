@@ -1,12 +1,15 @@
 """The mathematics of low-rank adaptation; torch and nothing else."""
 
 from loratune.lora.blocked import Blocked, blocks_help
+from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
-from loratune.lora.equation import LowRank, lora_parameters, row_norms, scale_of
-from loratune.lora.init import decomposed_factors, generator_for, initial_factors, residual_factors
+from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
+from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
+from loratune.lora.lookup import LoraLookup
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
+from loratune.lora.retrained import OwnRows, Retraining, end_retraining, retrain_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
@@ -30,10 +33,14 @@ __all__ = [
     "Adapting",
     "Bank",
     "Blocked",
+    "LoraConvolution",
     "LoraLayer",
+    "LoraLookup",
     "LowRank",
     "Mixin",
+    "OwnRows",
     "Recomputed",
+    "Retraining",
     "Rows",
     "Stack",
     "Stacks",
@@ -43,6 +50,7 @@ __all__ = [
     "View",
     "adapt_in_place",
     "adapter_prefixes",
+    "as_matrices",
     "bank_of",
     "base_modules",
     "base_of",
@@ -52,10 +60,12 @@ __all__ = [
     "can_be_recomputed",
     "covered",
     "decomposed_factors",
+    "end_retraining",
     "generator_for",
     "give_back",
     "has_own",
     "initial_factors",
+    "lookup_factors",
     "lora_parameters",
     "names_by_parameter",
     "patched_forward",
@@ -63,6 +73,7 @@ __all__ = [
     "release",
     "replace_in",
     "residual_factors",
+    "retrain_in",
     "row_norms",
     "scale_of",
     "selecting",

@@ -31,7 +31,8 @@ class LowRank(nn.Module):
     """One adapter on one layer.
 
     Attributes:
-        A: (r, in_features), B: (out_features, r); masters in fp32 unless another dtype was asked for.
+        A: (r, in_features), B: (out_features, r); masters in fp32 unless another dtype was asked for. Of a convolution
+            A is (r, in, *kernel) and B (out, r / groups, 1, ...), and `as_matrices` says what they are.
         bias: (out_features,), trained behind B and scaled with it, or None.
         magnitude: (out_features,), the length of each row of the adapted weight (DoRA), or None.
         A0, B0: where A and B started, if the update counts from there (PiSSA, OLoRA); else None.
@@ -84,6 +85,10 @@ class LowRank(nn.Module):
         A0, B0 = self.A0.to(A.dtype), self.B0.to(B.dtype)
         return torch.cat([A, A - A0]), torch.cat([B - B0, B0], dim=1)
 
+    def matrices(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The factors as matrices, of which the update's is s · B A."""
+        return as_matrices(*self.factors(dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """s · (B A x + bias) for x (..., in_features), computed in x's dtype (or autocast's): (..., out_features)."""
         A, B = self.factors()
@@ -97,7 +102,7 @@ class LowRank(nn.Module):
         With a magnitude m: (m / ‖W + s B A‖) (W + s B A) - W, norms by rows (Liu et al., DoRA, arXiv:2402.09353,
         equation 5).
         """
-        A, B = (factor.detach() for factor in self.factors(weight.dtype))
+        A, B = (factor.detach() for factor in self.matrices(weight.dtype))
         update = (B @ A) * self.scale
         if self.magnitude is None:
             return update
@@ -114,7 +119,7 @@ class LowRank(nn.Module):
         assert self.magnitude is not None
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             W = weight if weight.dtype == torch.float64 else weight.float()
-            A, B = self.factors(W.dtype)
+            A, B = self.matrices(W.dtype)
             base = (W * W).sum(1)
             cross = 2 * self.scale * ((W @ A.T) * B).sum(1)
             own = (self.scale**2 * ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0)
@@ -124,14 +129,23 @@ class LowRank(nn.Module):
         return self.magnitude.to(norm.dtype) / norm
 
     def extra_repr(self) -> str:
-        (r, inner), outer = self.A.shape, self.B.shape[0]
-        return f"r={r}, in={inner}, out={outer}, scale={self.scale:g}, dropout={self.dropout:g}"
+        r, inner = self.A.flatten(1).shape
+        return f"r={r}, in={inner}, out={len(self.B)}, scale={self.scale:g}, dropout={self.dropout:g}"
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         # A checkpoint of the base alone still loads into an adapted model: the adapter then stays what it is.
         # Some of its tensors without the others are a damaged checkpoint and are reported as missing.
         if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def as_matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, columns) and B (out, r) of factors that may be kernels: A's flattened, B's blocks on the diagonal."""
+    A, B = A.flatten(1), B.flatten(1)
+    if B.shape[1] == len(A):
+        return A, B
+    groups = len(A) // B.shape[1]
+    return A, torch.block_diag(*B.view(groups, -1, B.shape[1]))
 
 
 def row_norms(weight: Tensor) -> Tensor:

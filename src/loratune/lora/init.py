@@ -21,9 +21,9 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
 
 
 def initial_factors(
-    init: Init, *, r: int, in_features: int, out_features: int, generator: torch.Generator
+    init: Init, *, r: int, in_features: int, out_features: int, generator: torch.Generator, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """A (r, in_features) and B (out_features, r) in fp32 on the CPU.
+    """A (r, in_features) and B (out_features, r / groups) in fp32 on the CPU.
 
     `True`: A Kaiming-uniform with a = √5, that is U(-1/√in, 1/√in), as peft draws it; B zero.
     `"gaussian"`: A normal with standard deviation 1/r; B zero.
@@ -34,13 +34,22 @@ def initial_factors(
     if init == "orthogonal":
         return _orthogonal(r, in_features, out_features, generator)
     if init == "swapped":
-        return _empty(r, in_features).zero_(), _kaiming(out_features, r, generator)
+        return _empty(r, in_features).zero_(), _kaiming(out_features, r // groups, generator)
     if init == "gaussian":
         A = _empty(r, in_features).normal_(0.0, 1.0 / r, generator=generator)
     else:
         A = _kaiming(r, in_features, generator)
-    B = _kaiming(out_features, r, generator) if init is False else _empty(out_features, r).zero_()
+    columns = r // groups
+    B = _kaiming(out_features, columns, generator) if init is False else _empty(out_features, columns).zero_()
     return A, B
+
+
+def lookup_factors(
+    init: Init, *, r: int, in_features: int, out_features: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A (r, in_features) and B (out_features, r) of an embedding: A zero and B from N(0, 1); both for `False`."""
+    A, B = _empty(r, in_features), _empty(out_features, r).normal_(generator=generator)
+    return (A.normal_(generator=generator) if init is False else A.zero_()), B
 
 
 def decomposed_factors(

@@ -1,4 +1,4 @@
-"""A linear module that adds its active adapters to its output."""
+"""A module that adds its active adapters to its output; a linear one, unless a subclass says otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Linear, Projection, Weight, lora_linears
-from loratune.lora.rows import TokenRows
+from loratune.lora.rows import Rows, TokenRows
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import Adapting, base_of, put_on, take_off
 
@@ -39,25 +39,35 @@ class LoraLayer(Adapting):
             (found,) = lora_linears(x, [self._projection(alone)], self._dropping(alone, view.counter))
             return self._shifted(found, alone)
         y: Tensor = super().forward(x, *args, **kwargs)
-        if isinstance(view.rows, TokenRows):
-            return view.rows.added([self], x, [y])[0]
         if view.rows is not None:
-            update = view.rows.update(self, x)
-            return y if update is None else y + update.to(y.dtype)
+            return self._mixed(x, y, view.rows)
         base = y
         for name in view.active:
             if name in self.lora:
                 low_rank = cast(LowRank, self.lora[name])
-                update = low_rank(self._dropped(x, low_rank, view.counter)).to(y.dtype)
+                update = self._update(x, low_rank, view.counter, y)
                 y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
         return y
 
+    def _update(self, x: Tensor, low_rank: LowRank, counter: TokenCounter | None, y: Tensor) -> Tensor:
+        """s · (B A x + bias), in the dtype of the output y so far."""
+        return cast(Tensor, low_rank(self._dropped(x, low_rank, counter)).to(y.dtype))
+
+    def _mixed(self, x: Tensor, y: Tensor, rows: Rows | TokenRows) -> Tensor:
+        """y with the update of each row's own adapter, or of each token's."""
+        if isinstance(rows, TokenRows):
+            return rows.added([self], x, [y])[0]
+        update = rows.update(self, x)
+        return y if update is None else y + update.to(y.dtype)
+
+    def _by_feature(self, vector: Tensor) -> Tensor:
+        """A vector of output features as it is multiplied with an output."""
+        return vector
+
     def _alone(self, x: Tensor, view: View) -> LowRank | None:
         """The active adapter where it is the only one, and `lora_linears` says what the plain formula says."""
-        if _transformed(x) or view.rows is not None or not self._affine():
-            return None
         active = [name for name in view.active if name in self.lora]
-        if len(active) != 1:
+        if len(active) != 1 or _transformed(x) or view.rows is not None or not self._affine():
             return None
         low_rank = cast(LowRank, self.lora[active[0]])
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
@@ -92,9 +102,10 @@ class LoraLayer(Adapting):
     def _stretched(self, low_rank: LowRank, base: Tensor, update: Tensor) -> Tensor:
         """DoRA: g (W x + s B A x) - W x, with g the factor for each output feature."""
         g = low_rank.stretch(self.lora_weight(self).dense())
-        bias = cast("Tensor | None", self.bias)
-        Wx = base if bias is None else base - bias.to(base.dtype)  # autocast leaves the bias in its own dtype
-        return (g - 1).to(base.dtype) * Wx + g.to(base.dtype) * update
+        bias = cast("Tensor | None", getattr(self, "bias", None))
+        # Autocast leaves the bias in its own dtype.
+        Wx = base if bias is None else base - self._by_feature(bias.to(base.dtype))
+        return self._by_feature((g - 1).to(base.dtype)) * Wx + self._by_feature(g.to(base.dtype)) * update
 
     def _dropped(self, x: Tensor, low_rank: LowRank, counter: TokenCounter | None) -> Tensor:
         dropping = self._dropping(low_rank, counter)
@@ -154,15 +165,20 @@ def _transformed(x: Tensor) -> bool:
 
 
 def adapt_in_place(
-    module: nn.Module, state: AdapterState, path: str, weight_of: Callable[[nn.Module], Weight]
+    module: nn.Module,
+    state: AdapterState,
+    path: str,
+    weight_of: Callable[[nn.Module], Weight],
+    kind: type[LoraLayer] = LoraLayer,
 ) -> LoraLayer:
     """Make `module` look up its adapters in `state`; it has none yet, so its output does not change.
 
     Args:
         path: its dotted name in the model, from which its dropout masks are counted.
         weight_of: reads its frozen weight.
+        kind: what the module becomes; it says what A and B are applied to.
     """
-    put_on(module, LoraLayer)
+    put_on(module, kind)
     layer = cast(LoraLayer, module)
     layer.lora = nn.ModuleDict()
     layer.lora.training = module.training

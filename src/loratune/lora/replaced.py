@@ -44,18 +44,21 @@ def _replacing(names: tuple[str, ...]) -> type[Replacing]:
 
 
 def _looked_up(name: str) -> Any:
-    def look_up(self: Replacing) -> Tensor | None:
-        own = cast("Tensor | None", self._parameters[name])
-        for adapter in self.lora_state.view.active:
-            tensors = self.lora_replaced._modules.get(adapter)
-            if tensors is not None and name in tensors._parameters:
-                replacement = cast(Tensor, tensors._parameters[name])
-                # Masters may be finer than the base; the module computes in the base's dtype. A view, and no parameter:
-                # who ties weights by assigning it elsewhere is told that it is none.
-                return replacement.to(replacement.dtype if own is None else own.dtype).view_as(replacement)
-        return own
+    return lambda self: in_place_of(self, name)
 
-    return look_up
+
+def in_place_of(module: Adapting, name: str) -> Tensor | None:
+    """The active adapter's own tensor in the place of the module's, or the module's."""
+    own = cast("Tensor | None", module._parameters[name])
+    holder = cast("nn.ModuleDict | None", module._modules.get(Replacing.holder))
+    for adapter in module.lora_state.view.active if holder is not None else ():
+        tensors = cast(nn.ModuleDict, holder)._modules.get(adapter)
+        if tensors is not None and name in tensors._parameters:
+            replacement = cast(Tensor, tensors._parameters[name])
+            # Masters may be finer than the base; the module computes in the base's dtype. A view, and no parameter: who
+            # ties weights by assigning it elsewhere is told that it is none.
+            return replacement.to(replacement.dtype if own is None else own.dtype).view_as(replacement)
+    return own
 
 
 def replace_in(module: nn.Module, state: AdapterState, adapter: str, tensors: dict[str, Tensor]) -> Tensors:

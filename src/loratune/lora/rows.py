@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loratune.errors import AdapterStateError
@@ -64,11 +65,13 @@ class Rows:
     Attributes:
         index: (rows,) positions in every bank.
         banks: the adapters of each layer that has some.
+        names: the adapters' names by these positions; None is the base.
         tokens: of each row of the batch that goes through the model now, where known; some layers flatten the batch.
     """
 
     index: Tensor
     banks: Mapping[nn.Module, Bank]
+    names: tuple[str | None, ...] = ()
     tokens: int | None = None
 
     def update(self, layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -90,6 +93,23 @@ class Rows:
         if bank.bias is not None:
             y = y + bank.bias.to(y.dtype)[index][:, None]
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def looked_up(self, layer: nn.Module, ids: Tensor) -> Tensor | None:
+        """The same for ids (rows, …): A x is a column of A, x being its number."""
+        bank = self.banks.get(layer)
+        if bank is None:
+            return None
+        if len(ids) != len(self.index):
+            raise AdapterStateError(
+                f"{len(self.index)} rows have an adapter each, and an embedding was given {tuple(ids.shape)}",
+                hint="give rows() one name for each row",
+            )
+        index = self.index.to(ids.device)
+        adapters, r, number = bank.A.shape
+        places = ids.reshape(len(ids), -1) + (index * number)[:, None]
+        h = F.embedding(places, bank.A.transpose(1, 2).reshape(adapters * number, r))
+        h = (h * bank.scale[index][:, None, None]).to(h.dtype)
+        return torch.bmm(h, bank.B[index].mT).view(*ids.shape, -1)
 
     def _by_row(self, x: Tensor) -> Tensor:
         rows = len(self.index)

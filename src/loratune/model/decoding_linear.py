@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.lora import Blocked, Mixin, base_modules, base_of, blocks_help, put_on, take_off, wears
+from loratune.lora import Blocked, Mixin, Retraining, base_modules, base_of, blocks_help, put_on, take_off, wears
 from loratune.model.device import available_memory
 from loratune.quant import FrozenWeight, QuantizedLinear, QuantizedWeight, Sample, frozen_weight
 
@@ -147,6 +147,9 @@ def _prepared(model: nn.Module) -> list[nn.Module]:
 def _stale(model: nn.Module) -> Iterator[nn.Module]:
     """What was prepared for weights that are not those of now, or may be trained."""
     for module in _prepared(model):
+        if isinstance(module, Retraining):  # whose weight is another tensor each time
+            yield module
+            continue
         made = cast(DecodingLinear, module).made_of
         held = _tensors(module)
         if made is None or not made.looks_like(held) or any(t.requires_grad for t in held):
@@ -178,7 +181,7 @@ def _copy_helps(module: nn.Module, weight: FrozenWeight) -> bool:
 def _can_be(module: nn.Module) -> bool:
     """Whether it is a linear layer that is not trained and computes nothing else."""
     weight = frozen_weight(module)
-    if base_of(type(module)) not in (nn.Linear, QuantizedLinear) or weight is None:
+    if base_of(type(module)) not in (nn.Linear, QuantizedLinear) or weight is None or isinstance(module, Retraining):
         return False
     return not weight.requires_grad and weight.in_features * weight.out_features > 0
 

@@ -1,5 +1,6 @@
 """What a frozen weight is, whatever its storage: its shape as a map, its numbers, and how a delta is folded into it."""
 
+from loratune.quant.adaptable import adaptable, why_not_adaptable
 from loratune.quant.base import (
     dequantize,
     drop_originals,
@@ -13,6 +14,7 @@ from loratune.quant.base import (
     values_in,
 )
 from loratune.quant.foreign import keep_readable, why_unreadable
+from loratune.quant.form import PRODUCT, Form
 from loratune.quant.formats import FORMATS, refuse_format
 from loratune.quant.frozen import frozen_weight
 from loratune.quant.library import bitsandbytes
@@ -22,11 +24,14 @@ from loratune.quant.weight import DenseWeight, FrozenWeight, rounded_once
 
 __all__ = [
     "FORMATS",
+    "PRODUCT",
     "DenseWeight",
+    "Form",
     "FrozenWeight",
     "QuantizedLinear",
     "QuantizedWeight",
     "Sample",
+    "adaptable",
     "bitsandbytes",
     "dequantize",
     "drop_originals",
@@ -42,5 +47,6 @@ __all__ = [
     "shapes_in_bits",
     "stored_in",
     "values_in",
+    "why_not_adaptable",
     "why_unreadable",
 ]

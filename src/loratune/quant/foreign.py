@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.errors import AdapterStateError
+from loratune.quant.form import PRODUCT, Form
 
 _HINT = "load the base with loratune's own quant setting, or merge into it as it was before"
 
@@ -23,6 +24,10 @@ class ForeignWeight:
     @property
     def kind(self) -> str:
         return type(self.module).__name__
+
+    @property
+    def form(self) -> Form:
+        return PRODUCT
 
     @property
     def in_features(self) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loratune.quant.form import PRODUCT, Form
 from loratune.quant.formats import FORMATS, Format
 from loratune.quant.room import room
 from loratune.quant.sample import Sample
@@ -91,6 +92,10 @@ class QuantizedWeight:
     @property
     def kind(self) -> str:
         return self.module.format
+
+    @property
+    def form(self) -> Form:
+        return PRODUCT
 
     @property
     def in_features(self) -> int:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from loratune.quant.form import Form, Use
+
 
 class FrozenWeight(Protocol):
     """A module's weight seen as the linear map from `in_features` to `out_features`, however it is stored."""
@@ -19,6 +21,11 @@ class FrozenWeight(Protocol):
     @property
     def kind(self) -> str:
         """What is shown: the module's class, or the format."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """What the map is applied to."""
         ...
 
     @property
@@ -69,16 +76,25 @@ class DenseWeight:
 
     Attributes:
         parameter: the tensor the module multiplies by.
-        transposed: True where it is stored (in, out), as in GPT-2's `Conv1D`.
+        transposed: True where it is stored (in, out), as in GPT-2's `Conv1D` and in embeddings.
+        use, kernel, groups: of its `form`.
     """
 
     kind: str
     parameter: nn.Parameter
     transposed: bool
+    use: Use = "product"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def form(self) -> Form:
+        # Made here: a compiler takes a default that is no plain value for an unknown object.
+        return Form(self.use, self.kernel, self.groups)
 
     @property
     def in_features(self) -> int:
-        return self.parameter.shape[0 if self.transposed else 1]
+        return self.parameter.shape[0] if self.transposed else self.parameter.shape[1:].numel()
 
     @property
     def out_features(self) -> int:
@@ -102,7 +118,7 @@ class DenseWeight:
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         stored = self.parameter.detach()
-        return (stored.T if self.transposed else stored).to(dtype or stored.dtype)
+        return (stored.T if self.transposed else stored.flatten(1)).to(dtype or stored.dtype)
 
     def lent(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.dense(dtype)
@@ -113,7 +129,7 @@ class DenseWeight:
         return forward is nn.Linear.forward
 
     def plus(self, delta: Tensor) -> Mapping[str, Tensor]:
-        stored = delta.T if self.transposed else delta
+        stored = delta.T if self.transposed else delta.reshape(self.parameter.shape)
         return {"weight": rounded_once(self.parameter.detach().to(delta.dtype) + stored, self.parameter.dtype)}
 
 

@@ -144,7 +144,7 @@ def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
 def effective_ranks(lora: Adapters) -> list[dict[str, Any]]:
     return [
         {"path": path, "effective": round(effective_rank(A, B), 2), "r": A.shape[0]}
-        for path, (A, B) in ((path, low_rank.factors()) for path, low_rank in lora.factors().items())
+        for path, (A, B) in ((path, low_rank.matrices()) for path, low_rank in lora.factors().items())
     ]
 
 

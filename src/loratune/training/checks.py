@@ -25,7 +25,7 @@ from loratune.data.render import Rendered
 from loratune.errors import AdapterStateError, CheckError
 from loratune.loss import logits_of, summed_loss
 from loratune.model import evaluating
-from loratune.quant import FORMATS, QuantizedLinear, frozen_weight, lost, quantized_format
+from loratune.quant import FORMATS, QuantizedLinear, adaptable, lost, quantized_format
 from loratune.training.processes import Processes
 
 OVERFIT_STEPS = 30
@@ -147,9 +147,10 @@ def one_batch_overfits(model: nn.Module, lora: Adapters, batch: Batch, lr: float
 def must_move(lora: Adapters) -> dict[str, Tensor]:
     """What any training changes: of each update the factor that starts at zero or B, and all that stands beside it."""
     swapped = lora.config().init_lora_weights == "swapped"
+    looked_up = {target.path for target in lora.plan().targets if target.form.use == "lookup"}  # whose A starts at zero
     tensors: dict[str, Tensor] = {}
     for path, low_rank in lora.factors().items():
-        tensors[path] = low_rank.A if swapped else low_rank.B
+        tensors[path] = low_rank.A if swapped or path in looked_up else low_rank.B
         beside = {"bias": low_rank.bias, "magnitude": low_rank.magnitude}
         tensors |= {f"{path}.{name}": tensor for name, tensor in beside.items() if tensor is not None}
     return tensors | lora.replaced()
@@ -219,7 +220,7 @@ def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
     try:
         merged = eval_logits(model, batch)
         wrong = [path for path, rows in expected.items() if not _holds(model.get_submodule(path), rows)]
-        wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, name, parameter)]
+        wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, lora, name, parameter)]
     finally:
         lora.unmerge()
     restored = torch.equal(eval_logits(model, batch), live)
@@ -240,7 +241,7 @@ def _active_paths(lora: Adapters) -> list[str]:
 
 def _rows(model: nn.Module, path: str) -> Tensor:
     """Up to 64 evenly spaced output rows (rows, in) of a module's weight, in fp64 on the CPU."""
-    weight = frozen_weight(model.get_submodule(path))
+    weight = adaptable(model.get_submodule(path))
     assert weight is not None
     return _sampled(weight.dense()).cpu().double()
 
@@ -251,7 +252,7 @@ def _merged_rows(model: nn.Module, lora: Adapters, path: str) -> Tensor:
     for name in lora.active:
         low_rank = lora.factors(name).get(path)
         if low_rank is not None:
-            A, B = (factor.detach().cpu().double() for factor in low_rank.factors())
+            A, B = (factor.detach().cpu().double() for factor in low_rank.matrices())
             update = low_rank.scale * _sampled(B) @ A
             if low_rank.magnitude is not None:
                 adapted = base + update
@@ -266,8 +267,12 @@ def _sampled(by_output: Tensor) -> Tensor:
     return by_output[:: max(1, len(by_output) // _MERGE_ROWS)][:_MERGE_ROWS]
 
 
-def _is_now(model: nn.Module, full_name: str, parameter: Tensor) -> bool:
-    """Whether the base's tensor of that name holds the adapter's own."""
+def _is_now(model: nn.Module, lora: Adapters, full_name: str, parameter: Tensor) -> bool:
+    """Whether the base's tensor of that name holds the adapter's own, or its table the adapter's rows."""
+    for rows in lora.plan().token_rows:
+        if full_name in rows.full_names():
+            table: Any = model.get_submodule(rows.path)._parameters["weight"]
+            return torch.equal(table[list(rows.tokens)], parameter.to(table.dtype))
     path, _, name = full_name.rpartition(".")
     merged: Any = model.get_submodule(path)._parameters[name]
     return torch.equal(merged, parameter.to(merged.dtype))
@@ -275,7 +280,7 @@ def _is_now(model: nn.Module, full_name: str, parameter: Tensor) -> bool:
 
 def _holds(module: nn.Module, exact: Tensor) -> bool:
     """Whether sampled rows of the module's weight are the exact ones, but for one rounding to what it is stored in."""
-    weight = frozen_weight(module)
+    weight = adaptable(module)
     assert weight is not None
     merged = _sampled(weight.dense()).cpu().double()
     if isinstance(module, QuantizedLinear):

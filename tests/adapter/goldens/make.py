@@ -37,6 +37,8 @@ GOLDENS: dict[str, tuple[str, dict[str, Any]]] = {
     "norms": ("llama", {"target_modules": r".*layers\.0\.self_attn\.q_proj", "modules_to_save": ["norm"]}),
     "pissa": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "layers_to_transform": [1]}),
     "orthogonal": ("llama", {"target_modules": ["k_proj"], "init_lora_weights": "orthogonal", "bias": "all"}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens"]}),
+    "token_rows": ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [40, 3]}),
     "classifier": ("classifier", {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
 }
 

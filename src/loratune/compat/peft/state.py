@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from loratune.adapt import Adapters
-from loratune.adapter import Factors, to_keys
+from loratune.adapter import to_keys
 from loratune.errors import AdapterFileError, AdapterStateError, MergedError, ModelError
 
 
@@ -22,8 +22,12 @@ def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
 
 def live_state(handle: Adapters, name: str) -> dict[str, Tensor]:
     """The live parameters themselves."""
-    factors = {path: Factors(each.A, each.B, each.bias, each.magnitude) for path, each in handle.factors(name).items()}
-    return to_keys(replace(handle.saved(name), factors=factors, replaced=handle.replaced(name)))
+    saved = handle.saved(name)
+    factors = {
+        path: saved.factors[path]._replace(A=each.A, B=each.B, bias=each.bias, magnitude=each.magnitude)
+        for path, each in handle.factors(name).items()
+    }
+    return to_keys(replace(saved, factors=factors, replaced=handle.replaced(name)))
 
 
 def write_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, strict: bool = False) -> Any:

@@ -1,0 +1,53 @@
+"""What a config's settings mean to each form of layer, and which of them it cannot have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from loratune.config import LoraConfig
+from loratune.lora import LoraConvolution, LoraLayer, LoraLookup
+from loratune.quant import Form
+
+# What a module of each form becomes.
+LAYERS: dict[str, type[LoraLayer]] = {"product": LoraLayer, "lookup": LoraLookup, "convolution": LoraConvolution}
+
+# Inits whose words mean something to an embedding; peft takes all others for the default there, in silence.
+_OF_LOOKUPS = (True, False, "gaussian", "swapped")
+
+
+def form_problems(form: Form, config: LoraConfig, r: int, *, of_file: bool) -> Iterator[str]:
+    """Settings that a layer of this form cannot have.
+
+    Args:
+        of_file: the config describes an adapter that is there, so that only what it counts from matters of its init.
+    """
+    init = config.init_lora_weights
+    if form.use == "lookup":
+        if config.lora_bias:
+            yield "lora_bias=True is for layers that multiply, not for an Embedding"
+        if config.decomposes if of_file else init not in _OF_LOOKUPS:
+            yield f"init={init!r} is for layers that multiply: an Embedding starts with A zero and B from N(0, 1)"
+    if form.groups == 1:
+        return
+    if r % form.groups:
+        up = -(-r // form.groups) * form.groups
+        yield f"rank {r} is not divisible by its {form.groups} groups: give it {up} in rank_pattern"
+    if config.use_dora:
+        yield f"use_dora=True: a row of its weight sees one of {form.groups} groups, and the update all of them"
+    if config.decomposes or init == "orthogonal":
+        yield f"init={init!r}: its weight keeps {form.groups} groups apart, and factors from it would not"
+
+
+def form_notes(module: nn.Module, form: Form, config: LoraConfig) -> Iterator[str]:
+    """What is different at a layer of this form, as sentences."""
+    if form.use == "lookup" and config.lora_dropout:
+        yield f"lora_dropout={config.lora_dropout:g} drops nothing of an Embedding, whose inputs are numbers of rows"
+    if form.groups > 1:
+        yield f"it has {form.groups} groups, so that its update, which sees all inputs, cannot be merged"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        other = [f"dilation={module.dilation}"] if any(step != 1 for step in module.dilation) else []
+        other += [f"padding_mode={module.padding_mode!r}"] if module.padding_mode != "zeros" else []
+        if other:
+            yield f"A has the module's {' and '.join(other)} here; peft's has not, and computes something else with it"
