@@ -12,13 +12,6 @@ from loratune.adapter.value import Factors, SavedAdapter
 # What an adapter can be computed with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The heads that a task adds to a base: peft trains and saves them whole, whatever `modules_to_save` says.
-HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
 _PREFIX = "base_model.model."
 # The module that an adapted one is wrapped around in peft; the names of its own tensors go through it.
 _WRAPPED = "base_layer."

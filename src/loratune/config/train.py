@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # What a method without low-rank terms has no use for.
 _OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
                  "lora_plus_ratio")  # fmt: skip
+_TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"]
 _METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "full", "bitfit"]
 
 
@@ -38,6 +39,9 @@ class TrainConfig(Settings):
     out: str | None = setting(None, "run folder; runs/NAME when not given", group=_RUN)
     seed: int = setting(
         0, "seed of the adapter's start, the data order and the dropout masks", group=_RUN, ge=0, lt=2**63
+    )
+    task_type: _TASK | None = setting(
+        None, "what the model learns to do; found from the model and the rows", flag="task", group=_RUN
     )
     val: float | int | str | None = setting(
         None, "held-out rows: a share below 1, a count, or a file; 0 for none", group=_RUN

@@ -92,8 +92,8 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "given": sum(setting.is_given for setting in record.settings.values()),
         "origin_facts": sections.origin_facts(record),
         "machine_facts": sections.machine_facts(record),
-        "commands": sections.commands(path),
-        "python_lines": sections.python_lines(path, record.base.name),
+        "commands": sections.commands(path, record.task),
+        "python_lines": sections.python_lines(path, record.base.name, record.task),
     }
 
 

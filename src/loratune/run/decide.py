@@ -114,7 +114,7 @@ def decide_optimizer(decisions: Decisions, device_type: str) -> OptimizerKind:
 def lora_config(decisions: Decisions) -> LoraConfig:
     """The adapter that the decisions describe."""
     names = [name for name in LoraConfig.names() if name in TrainConfig.model_fields and name in decisions.values]
-    return LoraConfig(**{name: decisions[name] for name in names}, task_type="CAUSAL_LM")
+    return LoraConfig(**{name: decisions[name] for name in names})
 
 
 def learning_rate(hidden: int) -> tuple[float, str]:
