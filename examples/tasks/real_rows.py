@@ -61,6 +61,17 @@ def argument_values(rows: int | None = None) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: _rank(" ".join(row["tokens"])))[:rows]
 
 
+def questions_and_functions(rows: int | None = None) -> list[dict[str, Any]]:
+    """`anchor` and `positive`: a question, and the signature of the function that answers it."""
+    found = []
+    for line in _lines("BFCL_v4_simple_python.json"):
+        (function,) = line["function"]
+        arguments = ", ".join(function["parameters"]["properties"])
+        question = line["question"][0][-1]["content"].strip()
+        found.append({"anchor": question, "positive": f"{function['name']}({arguments})"})
+    return sorted(found, key=lambda row: _rank(row["anchor"]))[:rows]
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"\d+(?:\.\d+)?|\w+|[^\w\s]", text)
 

@@ -31,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="of 16 questions each (%(default)s)")
     parser.add_argument("--checks", default="full", help="self-checks of the run: full, fast or off (%(default)s)")
     given = parser.parse_args(arguments)
-    metrics = tag(given.rows, given.out, max_steps=given.steps, batch_size=16, checks=given.checks)
-    for name, value in metrics.record["result"]["metrics"]["tuned"].items():
-        print(f"{name:<10} {value:.3f}  (base {metrics.record['result']['metrics']['base'][name]:.3f})")
+    run = tag(given.rows, given.out, max_steps=given.steps, batch_size=16, checks=given.checks)
+    metrics = run.record["result"]["metrics"]
+    for name, value in metrics["tuned"].items():
+        print(f"{name:<10} {value:.3f}  (base {metrics['base'][name]:.3f})")
 
 
 if __name__ == "__main__":

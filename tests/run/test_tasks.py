@@ -217,3 +217,52 @@ def test_loaded_model_without_the_head_is_refused(tmp_path: Path) -> None:
     assert problems(ConfigError, act) == ["the loaded BertForSequenceClassification tells 3 labels apart, the rows 2"]
     act = lambda: train(tiny("llama"), moods(8), task="SEQ_CLS", out=str(tmp_path / "run"))  # noqa: E731
     assert "has no head for it" in problems(ConfigError, act)[0]
+
+
+WORDS = {"B-x": "dog", "O": "fine"}
+
+
+def tagged(count: int) -> list[dict[str, list[str]]]:
+    """Words of which each has the tag that it always has."""
+    tags = [[("O", "B-x")[(n * 7 + i * i) % 2] for i in range(3 + n % 4)] for n in range(count)]
+    return [{"tokens": [WORDS[tag] for tag in row], "tags": row} for row in tags]
+
+
+def matched(count: int) -> list[dict[str, str]]:
+    """Pairs that a tiny encoder can learn to put together."""
+    kinds = (("fine thank you", "Hello"), ("lazy dog", "stop"), ("capital", "Paris"))
+    return [{"anchor": f"{kinds[n % 3][0]} {n}", "positive": kinds[n % 3][1]} for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "unit", "metric"),
+    [
+        ("TOKEN_CLS", tagged(40), "words", "span_f1"),
+        ("FEATURE_EXTRACTION", matched(40), "pairs", "mrr"),
+    ],
+)
+def test_other_tasks_of_an_encoder(
+    task: str, rows: list[Any], unit: str, metric: str, bert: str, tmp_path: Path
+) -> None:
+    run = train(bert, rows, out=str(tmp_path / "run"), **LEARN)
+    record = run.record
+    assert (record["task"]["type"], record["task"]["unit"]) == (task, unit)
+    assert all(check["passed"] for check in record["checks"])
+    metrics = record["result"]["metrics"]
+    assert metrics["tuned"][metric] == 1.0
+    assert metrics["base"][metric] < 0.9
+    opened = open_run(str(run.path))
+    assert opened.lora is not None
+    found = evaluate(opened, rows)
+    assert found[metric] == 1.0
+    assert found[f"supervised_{unit}"] == (sum(len(row["tokens"]) for row in rows) if unit == "words" else len(rows))
+    with opened.lora.disabled():
+        assert evaluate(opened, rows)[metric] < 0.9
+    samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert [s["tuned"] for s in samples] == [s["reference"] for s in samples]
+    theirs = peft.PeftModel.from_pretrained(
+        opened.base.head.auto.from_pretrained(bert, **opened.base.head.config()), run.path
+    )
+    inputs = opened.base.tokenizer(["fine dog stop"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(opened.base.model(**inputs)[0], theirs.eval()(**inputs)[0], rtol=1e-4, atol=1e-5)
