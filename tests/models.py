@@ -168,3 +168,16 @@ def moods(count: int) -> list[dict[str, str]]:
     return [
         {"text": " ".join(dice.choices(words[label], k=4)) + f" {n}", "label": label} for n, label in enumerate(labels)
     ]
+
+
+def saved_t5(folder: Path) -> Path:
+    """An encoder-decoder of two layers each, as a folder that `from_pretrained` loads."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=1.0,
+        decoder_start_token_id=PAD, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
+    return folder

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from loratune.data.batch import Batch
 from loratune.data.labelled import LabelBatch
 from loratune.data.matched import MatchBatch
+from loratune.data.translated import TranslatedBatch
 from loratune.lora import selecting
 from loratune.model import has_separate_head, hidden_at, logits_from, only_positions, packed_inputs
 
@@ -86,11 +87,21 @@ def _vectors(model: nn.Module, batch: MatchBatch, rows: slice) -> Tensor:
     return nn.functional.normalize((wide * there).sum(1) / there.sum(1), dim=-1)
 
 
+def _written(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of what an encoder-decoder writes, at the decoder's positions that have a target."""
+    assert isinstance(batch, TranslatedBatch)
+    before: Any = model.prepare_decoder_input_ids_from_labels  # every family begins with a token of its own
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logits: Tensor = model(**inputs, decoder_input_ids=before(labels=batch.labels), use_cache=False).logits
+    return logits.flatten(0, -2)[batch.scored]
+
+
 # What is chosen among, by the kind of batch.
 _LOGITS: Mapping[type[Batch], Callable[[nn.Module, Batch], Tensor]] = {
     Batch: _next_tokens,
     LabelBatch: _labels,
     MatchBatch: _matches,
+    TranslatedBatch: _written,
 }
 
 

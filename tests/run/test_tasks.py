@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from loratune.cli import main
 from loratune.data.labelled import label_names, render_labelled
 from loratune.data.pack import Layout, batches
 from loratune.data.read import read
@@ -22,11 +23,12 @@ from loratune.errors import ConfigError, DataError, LoratuneError, ModelError
 from loratune.loss import logits_of, summed_loss
 from loratune.run.answer import evaluate, generate
 from loratune.run.conversation import Conversation
+from loratune.run.events import StepDone
 from loratune.run.export import export
 from loratune.run.merge import merge
 from loratune.run.opened import open_run
 from loratune.run.train import Run, train
-from tests.models import encoder, moods, saved_encoder, tiny, write_jsonl
+from tests.models import encoder, moods, saved_encoder, saved_t5, tiny, write_jsonl
 from tests.tiny import tiny_tokenizer
 
 LEARN: dict[str, Any] = {"max_steps": 24, "lr": 5e-3, "r": 4, "dtype": "fp32", "device": "cpu", "val": 8, "seed": 3}
@@ -141,6 +143,61 @@ def test_causal_model_gets_a_head_only_when_asked(tmp_path: Path) -> None:
     assert asked.record["settings"]["task_type"] == {"value": "SEQ_CLS", "reason": "given"}
     assert asked.record["result"]["metrics"]["tuned"]["accuracy"] == 1.0
     assert evaluate(open_run(str(asked.path)), moods(20))["accuracy"] == 1.0
+
+
+def test_encoder_decoder_learns_to_write(tmp_path: Path) -> None:
+    base = str(saved_t5(tmp_path / "t5"))
+    rows = [{"prompt": row["anchor"], "completion": row["positive"]} for row in matched(40)]
+    settings = {**LEARN, "max_steps": 40, "lr": 1e-2, "r": 16}
+    run = train(base, rows, out=str(tmp_path / "run"), **settings)
+    record = run.record
+    assert record["settings"]["task_type"]["value"] == record["task"]["type"] == "SEQ_2_SEQ_LM"
+    assert record["settings"]["lora_dropout"]["value"] == 0.0
+    assert "end of turn supervised" in {check["name"] for check in record["checks"] if check["passed"]}
+    assert record["result"]["metrics"] == {"base": {"exact_match": 0.0}, "tuned": {"exact_match": 1.0}}
+    opened = open_run(str(run.path))
+    assert evaluate(opened, rows)["exact_match"] == 1.0
+    theirs = peft.PeftModel.from_pretrained(opened.base.head.auto.from_pretrained(base), run.path).eval()
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (opened.base.model, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    (problem,) = problems(ConfigError, lambda: train(base, rows, out=str(tmp_path / "no"), dropout=0.1))
+    assert "the decoder has others" in problem
+
+
+def test_interrupted_run_goes_on_to_the_same_bits(told: Run, bert: str, tmp_path: Path) -> None:
+    """The one loop, its checkpoints and its order serve every task."""
+    stop = KeyboardInterrupt()
+
+    def interrupt(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 12:
+            raise stop
+
+    settings = {**LEARN, "save_every": 5}
+    with pytest.raises(KeyboardInterrupt):
+        train(bert, moods(40), out=str(tmp_path / "run"), listen=interrupt, **settings)
+    again = train(bert, moods(40), out=str(tmp_path / "run"), **settings)
+    assert any(event["text"] == "continued after step 10" for event in again.record["events"])
+    name = "adapter_model.safetensors"
+    assert (again.path / name).read_bytes() == (told.path / name).read_bytes()
+
+
+def test_commands(told: Run, bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_jsonl(tmp_path / "rows.jsonl", moods(20)))
+    assert main(["eval", str(told.path), "--data", path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"]["accuracy"], found["run"]["rows"]) == (1.0, 20)
+    assert found["base"]["accuracy"] < 1.0
+    assert main(["data", path, "--model", bert]) == 0
+    assert "20 rows · text/label" in (line := capsys.readouterr().out.splitlines()[0])
+    assert "2 labels (bad, good)" in line
+    assert main(["plan", bert, path]) == 0
+    assert "task_type = SEQ_CLS: BertModel reads, rows text/label" in capsys.readouterr().out
+    assert main(["chat", str(told.path)]) == 2
+    assert "loratune eval RUN --data FILE" in capsys.readouterr().err
+    assert main(["compare", bert, path]) == 2
+    assert "compare is of models that write" in capsys.readouterr().err
 
 
 def test_bad_rows_are_reported_together(bert: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ _RANK = re.compile(r"^Rank \d+, alpha .*\.\n\n", re.MULTILINE)
 _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
     "TOKEN_CLS": "token-classification",
     "FEATURE_EXTRACTION": "sentence-similarity",
 }

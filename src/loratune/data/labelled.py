@@ -164,7 +164,8 @@ class Sorting:
             if any(self.encoder.spelled.search(text) for text in example.texts):
                 self.special.append(example.place)
             if self._fits(example.place, len(made["input_ids"])) and not unknown:
-                self.rows.append(self.row(example, made))
+                row = self.row(example, made)
+                self.rows += [row] if row is not None else []
 
     def finished(self) -> RenderedCorpus:
         if self.problems:
@@ -193,7 +194,8 @@ class Sorting:
         self.hints["--overlong truncate or drop, or a larger --max-length where the model's context has room"] = None
         return False
 
-    def row(self, example: Example, made: Mapping[str, Any]) -> Rendered:
+    def row(self, example: Example, made: Mapping[str, Any]) -> Rendered | None:
+        """The row, cut if it is longer than it may be; None after noting what is wrong with it."""
         cut = len(made["input_ids"]) > self.max_length
         if cut:
             (made,) = encoded(self.tokenizer, [example], truncation=True, max_length=self.max_length)

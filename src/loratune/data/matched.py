@@ -23,14 +23,10 @@ from loratune.data.tokens import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Matched(Rendered):
+class TwoTexts(Rendered):
     """Two texts one after the other; the second one begins at `border`."""
 
     border: int = 0
-
-    @property
-    def units(self) -> int:
-        return 1
 
     @property
     def needed(self) -> int:
@@ -43,6 +39,15 @@ class Matched(Rendered):
     @property
     def match(self) -> tuple[int, ...]:
         return self.ids[self.border :]
+
+
+@dataclass(frozen=True, slots=True)
+class Matched(TwoTexts):
+    """Two texts that belong together, which is one thing to learn."""
+
+    @property
+    def units(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +121,8 @@ class _MatchSorting(Sorting):
 
 def stack_matched(rows: Sequence[Matched], *, pad_id: int, starts: Sequence[int], at_once: int = 0) -> MatchBatch:
     """Rows as one batch; `starts` as in `make_batch`."""
-    firsts = [_side(row, row.asked) for row in rows]
-    seconds = [_side(row, row.match) for row in rows]
+    firsts = [side(row, row.asked) for row in rows]
+    seconds = [side(row, row.match) for row in rows]
     places = [*starts, *(start + row.border for start, row in zip(starts, rows, strict=True))]
     ids, positions, counters, mask = padded_tokens([*firsts, *seconds], pad_id, places)
     numbers: dict[tuple[int, ...], int] = {}
@@ -137,5 +142,6 @@ def stack_matched(rows: Sequence[Matched], *, pad_id: int, starts: Sequence[int]
     )
 
 
-def _side(row: Matched, ids: tuple[int, ...]) -> Labelled:
+def side(row: TwoTexts, ids: tuple[int, ...]) -> Labelled:
+    """One of a row's texts as a row."""
     return Labelled(ids, (False,) * len(ids), row.place, row.truncated)

@@ -14,6 +14,7 @@ from loratune.data.batch import Batch, make_batch, offsets, tree_of
 from loratune.data.labelled import Labelled, stack_labelled
 from loratune.data.matched import Matched, stack_matched
 from loratune.data.render import Rendered
+from loratune.data.translated import Translated, stack_translated
 from loratune.data.tree import Node, Tokens, prefix_tree, subtree, tree_tokens
 
 
@@ -76,7 +77,11 @@ def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int
 
 
 # What puts rows into tensors that teach something else than the next token.
-_STACKED: Mapping[type[Rendered], Callable[..., Batch]] = {Labelled: stack_labelled, Matched: stack_matched}
+_STACKED: Mapping[type[Rendered], Callable[..., Batch]] = {
+    Labelled: stack_labelled,
+    Matched: stack_matched,
+    Translated: stack_translated,
+}
 
 
 def one_batch(rows: Sequence[Rendered], *, packed: bool, pad_id: int, starts: Sequence[int] | None = None) -> Batch:

@@ -13,6 +13,7 @@ from loratune.data.render import Rendered, RenderedCorpus, render
 from loratune.data.shapes import SHAPES, Shape
 from loratune.data.tagged import TAGGED, render_tagged
 from loratune.data.tokens import Tokenizer
+from loratune.data.translated import TRANSLATED, Translated, render_translated
 
 # Settings that only say something about rows that go on with the next token.
 _OF_NEXT_TOKENS = ("loss", "pack", "share_prefixes", "group_prefixes")
@@ -29,7 +30,9 @@ class DataTask:
         takes: which of `labels` and `loss` it is told, too.
         labels: the names that the rows have between them; none where they have no labels.
         probe: a row of these token ids, to look at what a model makes of it.
-        packed: whether rows may stand side by side. meaningless: settings that say nothing here.
+        packed: whether rows may stand side by side. writes: whether rows end with a token to stop at.
+        counted: whether all modules see the tokens that dropout's masks are counted by: a decoder sees others.
+        meaningless: settings that say nothing here.
     """
 
     shapes: tuple[Shape, ...]
@@ -39,6 +42,8 @@ class DataTask:
     labels: Callable[[Corpus], Labels]
     probe: Callable[[tuple[int, ...]], Rendered]
     packed: bool = False
+    writes: bool = False
+    counted: bool = True
     meaningless: tuple[str, ...] = _OF_NEXT_TOKENS
 
     def rows(
@@ -68,6 +73,7 @@ DATA_TASKS: Mapping[str, DataTask] = {
         _no_labels,
         lambda ids: Rendered(ids, (False, *[True] * (len(ids) - 1)), _PLACE, False),
         packed=True,
+        writes=True,
         meaningless=(),
     ),
     "SEQ_CLS": DataTask(
@@ -93,6 +99,16 @@ DATA_TASKS: Mapping[str, DataTask] = {
         (),
         _no_labels,
         lambda ids: Matched(ids + ids, (False,) * len(ids) + (True,) * len(ids), _PLACE, False, border=len(ids)),
+    ),
+    "SEQ_2_SEQ_LM": DataTask(
+        TRANSLATED,
+        "tokens",
+        render_translated,
+        (),
+        _no_labels,
+        lambda ids: Translated(ids + ids, (False,) * len(ids) + (True,) * len(ids), _PLACE, False, border=len(ids)),
+        writes=True,
+        counted=False,
     ),
 }
 

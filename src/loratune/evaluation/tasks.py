@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from loratune.data.labelled import Labelled, Labels
-from loratune.data.matched import Matched, stack_matched
+from loratune.data.matched import Matched, TwoTexts, stack_matched
 from loratune.data.pack import one_batch
 from loratune.data.render import Rendered
+from loratune.data.translated import Translated, stack_translated
 from loratune.evaluation.labels import accuracy, macro_f1, majority
 from loratune.evaluation.spans import span_f1
 from loratune.loss import logits_of, vectors_of
 from loratune.model import evaluating
+
+Row = TypeVar("Row", bound=Rendered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,9 @@ def _choices(model: nn.Module, rows: Sequence[Rendered], asking: Asking) -> list
     return found
 
 
-def _together(rows: Sequence[Rendered], limit: int) -> list[list[Rendered]]:
+def _together(rows: Sequence[Row], limit: int) -> list[list[Row]]:
     """Neighbours, as many as `limit` tokens hold with their pads; a longer row goes alone."""
-    groups: list[list[Rendered]] = []
+    groups: list[list[Row]] = []
     for row in rows:
         if groups and max(one.needed for one in (*groups[-1], row)) * (len(groups[-1]) + 1) <= limit:
             groups[-1].append(row)
@@ -120,13 +123,42 @@ def _nearest_text(said: Said, rows: Sequence[Matched], asking: Asking) -> str:
     return asking.decode(rows[said[0]].match)
 
 
-def _own_text(row: Matched, asking: Asking) -> str:
+def _own_text(row: TwoTexts, asking: Asking) -> str:
     return asking.decode(row.match)
+
+
+@torch.no_grad()
+def _written(model: Any, rows: Sequence[Translated], asking: Asking) -> list[Said]:
+    """The likeliest tokens one after the other, up to the end of the text that the model writes."""
+    ends = {end for row in rows for end in row.match[-1:]}
+    most = max(row.units for row in rows)
+    found: list[Said] = []
+    with evaluating(model):
+        for some in _together(rows, asking.limit):
+            batch = stack_translated(some, pad_id=asking.pad_id).to(asking.device)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            made = model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
+            found += [_ended(ids, ends) for ids in made[:, 1:].tolist()]  # after the token that it begins with
+    return found
+
+
+def _ended(ids: Sequence[int], ends: Collection[int]) -> Said:
+    stop = next((at + 1 for at, number in enumerate(ids) if number in ends), len(ids))
+    return tuple(ids[:stop])
+
+
+def _exact(said: Sequence[Said], rows: Sequence[Translated], _: Labels) -> dict[str, float]:
+    return {"exact_match": sum(ids == row.match for ids, row in zip(said, rows, strict=True)) / len(rows)}
+
+
+def _read(said: Said, _: Sequence[Translated], asking: Asking) -> str:
+    return asking.decode(said)
 
 
 # A causal LM's answers are written, not chosen: the engine asks for them.
 MEASURES: Mapping[str, Measure] = {
     "SEQ_CLS": Measure(_choices, _labels_told, _named, _true_name),
     "TOKEN_CLS": Measure(_choices, _words_told, _named, _true_name),
+    "SEQ_2_SEQ_LM": Measure(_written, _exact, _read, _own_text),
     "FEATURE_EXTRACTION": Measure(_nearest, _ranks, _nearest_text, _own_text),
 }

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -24,6 +25,7 @@ _AUTO: Mapping[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
 

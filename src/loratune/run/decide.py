@@ -10,6 +10,7 @@ from typing import Any
 from loratune.config import LoraConfig, TrainConfig
 from loratune.data.fit import Fit
 from loratune.data.pack import Layout
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import ConfigError
 from loratune.training.optimizer import OPTIMIZERS, OptimizerKind
 
@@ -94,7 +95,9 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
     decisions.decide("lora_alpha", 2 * r, "twice the rank")
     several = decisions["max_steps"] > steps_per_epoch
-    if several and fit.supervised_tokens < _SMALL_DATA:
+    if not DATA_TASKS[decisions["task_type"]].counted:
+        decisions.decide("lora_dropout", 0.0, "masks are those of the encoder's tokens, and the decoder has others")
+    elif several and fit.supervised_tokens < _SMALL_DATA:
         why = f"{fit.supervised_tokens:,} supervised tokens, seen more than once"
         decisions.decide("lora_dropout", 0.05, why)
     else:

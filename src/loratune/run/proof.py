@@ -10,8 +10,9 @@ from loratune.adapt import Adapters
 from loratune.data.batch import Batch
 from loratune.data.pack import one_batch
 from loratune.data.render import Rendered
+from loratune.data.tasks import DATA_TASKS
 from loratune.lora import base_modules
-from loratune.model import LANGUAGE_MODEL, exact_hash, stop_ids
+from loratune.model import exact_hash, stop_ids
 from loratune.quant import stored_in
 from loratune.run.decide import learning_rate
 from loratune.run.setup import Setup
@@ -45,7 +46,7 @@ class Proof:
             exact = init != "orthogonal"  # there B A is zero by cancellation
             found.append(checks.step0_is_base(self.model, self.probe, self.base_logits, exact=exact))
         found.append(checks.gradients_only_in_adapter(self.model, lora, self.probe))
-        if self.setup.base.head == LANGUAGE_MODEL and decisions["loss"] != "all":
+        if DATA_TASKS[self.setup.base.head.task].writes and decisions["loss"] != "all":
             stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
             found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
         if decisions["checks"] == "full":

@@ -141,6 +141,9 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
 def decide_task(decisions: Decisions, model: Any, head: Head, fresh: Sequence[str]) -> None:
     """What the run is for; what its base was given at random trains whole, whatever else does."""
     decisions.decide("task_type", head.task, head.reason)
+    if not DATA_TASKS[head.task].counted and decisions.values.get("lora_dropout"):
+        problem = f"lora_dropout={decisions['lora_dropout']}: masks are those of the tokens that the encoder reads"
+        raise ConfigError(f"{problem}, and the decoder has others", hint="leave it out")
     poolers = tuple(path for path, module in model.named_modules() if _POOLED.search(path) and frozen_weight(module))
     if poolers and decisions["target_modules"] == ALL_LINEAR:
         why = "it sees one token of each row, and dropout's masks are those of tokens"
