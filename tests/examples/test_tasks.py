@@ -35,3 +35,15 @@ def test_tag(tmp_path: Path) -> None:
     found = metrics_of("tag.py", tmp_path / "run", "--rows", "320", "--steps", "24", "--checks", "fast")
     assert found["tuned"]["span_f1"] > found["base"]["span_f1"] + 0.2
     assert found["tuned"]["accuracy"] > found["tuned"]["majority"] + 0.03
+
+
+def test_retrieve(tmp_path: Path) -> None:
+    found = metrics_of("retrieve.py", tmp_path / "run", "--steps", "20", "--checks", "fast")
+    assert found["tuned"]["recall_at_1"] > found["base"]["recall_at_1"] + 0.02
+    assert found["tuned"]["mrr"] > found["base"]["mrr"] + 0.01
+
+
+def test_write(tmp_path: Path) -> None:
+    found = metrics_of("write.py", tmp_path / "run", "--rows", "320", "--steps", "40", "--checks", "fast")
+    assert found["base"]["exact_match"] == 0.0
+    assert found["tuned"]["exact_match"] > 0.6, "more than the half that always writing one word gives"

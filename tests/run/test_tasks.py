@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertModel
 
 from loratune.cli import main
 from loratune.data.labelled import label_names, render_labelled
@@ -82,7 +82,8 @@ def test_folder_and_base_are_enough_to_measure_again(told: Run) -> None:
 
 
 def test_plain_adapter_counts_its_labels(told: Run, tmp_path: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    # Its hash of the base is there, the seed that the head was drawn from is not.
+    for name in ("adapter_config.json", "adapter_model.safetensors", "loratune.json"):
         shutil.copy(told.path / name, tmp_path)
     rows = [{**row, "label": ("bad", "good").index(row["label"])} for row in moods(20)]
     assert evaluate(open_run(str(tmp_path), dtype="fp32"), rows)["accuracy"] == 1.0
@@ -266,6 +267,26 @@ def test_base_without_a_layer_is_incomplete(tmp_path: Path) -> None:
     found = problems(ModelError, lambda: train(str(tmp_path / "bert"), moods(8), out=str(tmp_path / "run")))
     assert all("encoder.layer.1." in problem and "missing" in problem for problem in found)
     assert len(found) == 16
+
+
+def test_what_stands_before_a_head_trains_too(tmp_path: Path) -> None:
+    """DistilBERT's files have neither its classifier nor the layer before it; peft would leave that one at random."""
+    config = DistilBertConfig(
+        vocab_size=400, dim=32, n_layers=2, n_heads=4, hidden_dim=64, pad_token_id=2, initializer_range=0.2
+    )
+    torch.manual_seed(0)
+    DistilBertModel(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None, bos="<|begin_of_text|>", adds_bos=True).save_pretrained(tmp_path / "base")
+    run = train(str(tmp_path / "base"), moods(40), out=str(tmp_path / "run"), **LEARN)
+    assert run.record["task"]["fresh"] == ["classifier", "pre_classifier"]
+    assert run.record["settings"]["modules_to_save"]["value"] == ["pre_classifier"]
+    assert "so it must train" in run.record["settings"]["modules_to_save"]["reason"]
+    assert run.record["result"]["metrics"]["tuned"]["accuracy"] == 1.0
+    shutil.copytree(run.path, tmp_path / "plain", ignore=shutil.ignore_patterns("record.json"))
+    for folder in (run.path, tmp_path / "plain"):
+        rows = [{**row, "label": ("bad", "good").index(row["label"])} for row in moods(20)]
+        rows = moods(20) if folder == run.path else rows
+        assert evaluate(open_run(str(folder), dtype="fp32"), rows)["accuracy"] == 1.0
 
 
 def test_loaded_model_without_the_head_is_refused(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class LoraConfig(Settings):
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
     )
-    task_type: TaskType | None = setting(None, "what the model is used for; found from the model", flag="")
+    task_type: TaskType | None = setting(
+        None, "what the model is used for; found from the model and the rows", flag="task", group=_ADAPTER
+    )
 
     @classmethod
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -40,9 +40,6 @@ class TrainConfig(Settings):
     seed: int = setting(
         0, "seed of the adapter's start, the data order and the dropout masks", group=_RUN, ge=0, lt=2**63
     )
-    task_type: _TASK | None = setting(
-        None, "what the model learns to do; found from the model and the rows", flag="task", group=_RUN
-    )
     val: float | int | str | None = setting(
         None, "held-out rows: a share below 1, a count, or a file; 0 for none", group=_RUN
     )
@@ -81,6 +78,7 @@ class TrainConfig(Settings):
         "lora", "preset of what is trained: low-rank adapters of some kind, biases (bitfit), or all of it (full)",
         group=_ADAPTER,
     )  # fmt: skip
+    task_type: _TASK | None = like(LoraConfig, "task_type", None)
     r: int | None = like(LoraConfig, "r", None)
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
     lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)
