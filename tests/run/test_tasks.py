@@ -23,7 +23,7 @@ from loratune.errors import ConfigError, DataError, LoratuneError, ModelError
 from loratune.loss import logits_of, summed_loss
 from loratune.run.answer import evaluate, generate
 from loratune.run.conversation import Conversation
-from loratune.run.events import StepDone
+from loratune.run.events import Said, StepDone
 from loratune.run.export import export
 from loratune.run.merge import merge
 from loratune.run.opened import open_run
@@ -137,10 +137,20 @@ def test_causal_model_gets_a_head_only_when_asked(tmp_path: Path) -> None:
     tiny("llama", pad_token_id=None).save_pretrained(tmp_path / "llama")
     tiny_tokenizer(None).save_pretrained(tmp_path / "llama")
     base = str(tmp_path / "llama")
-    usual = train(base, moods(20), out=str(tmp_path / "usual"), **{**LEARN, "max_steps": 1, "checks": "off"})
+    said: dict[str, str] = {}
+
+    def hear(event: Any) -> None:
+        if isinstance(event, Said):
+            said[event.topic] = event.text
+
+    settings = {**LEARN, "max_steps": 1, "checks": "off"}
+    usual = train(base, moods(20), out=str(tmp_path / "usual"), listen=hear, **settings)
     assert usual.record["settings"]["task_type"]["value"] == "CAUSAL_LM"
     assert usual.record["task"]["labels"] == []
-    asked = train(base, moods(40), out=str(tmp_path / "asked"), task="SEQ_CLS", **LEARN)
+    assert "labels are written as answers (--task SEQ_CLS: chosen)" in said["data"]
+    asked = train(base, moods(40), out=str(tmp_path / "asked"), task="SEQ_CLS", listen=hear, **LEARN)
+    assert said["plan"].startswith("SEQ_CLS (given) · r=4")
+    assert "accuracy 1.000" in said["metrics"]
     assert asked.record["settings"]["task_type"] == {"value": "SEQ_CLS", "reason": "given"}
     assert asked.record["result"]["metrics"]["tuned"]["accuracy"] == 1.0
     assert evaluate(open_run(str(asked.path)), moods(20))["accuracy"] == 1.0

@@ -113,10 +113,10 @@ DATA_TASKS: Mapping[str, DataTask] = {
 }
 
 
-def task_of_shape(name: str) -> str:
-    """The task that rows of this shape are for, where the model leaves it open."""
-    return next(task for task, rows in DATA_TASKS.items() if task in OPEN and name in {s.name for s in rows.shapes})
-
-
 # What a bare encoder can be trained for: the rows say which.
 OPEN = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+
+
+def task_of_shape(name: str) -> str:
+    """The task that rows of this shape are for, where the model leaves it open."""
+    return next(task for task in OPEN if name in {shape.name for shape in DATA_TASKS[task].shapes})

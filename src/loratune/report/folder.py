@@ -164,6 +164,7 @@ class Task:
 
     type: str = "CAUSAL_LM"
     labels: tuple[str, ...] = ()
+    unit: str = "tokens"
 
     @property
     def writes(self) -> bool:

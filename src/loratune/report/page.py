@@ -85,7 +85,7 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "smaller": smaller_line(record.adapter),
         "comparisons": sections.comparisons(record),
         "plan_facts": sections.plan_facts(record),
-        "data_facts": sections.data_facts(record.data),
+        "data_facts": sections.data_facts(record.data, record.task),
         "data_places": sections.data_places(record.data),
         "shown_places": _SHOWN_PLACES,
         "setting_groups": sections.setting_groups(record.settings),

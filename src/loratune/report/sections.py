@@ -177,11 +177,13 @@ def plan_facts(record: Record) -> list[Fact]:
     )
 
 
-def data_facts(data: Data) -> list[Fact]:
+def data_facts(data: Data, task: Task) -> list[Fact]:
     fit = data.fit
     supervised = None
     if fit.supervised_tokens is not None:
-        share = f" ({words.percent(fit.supervised_tokens / fit.tokens)})" if fit.tokens else ""
+        share = (
+            f" ({words.percent(fit.supervised_tokens / fit.tokens)})" if fit.tokens and task.unit == "tokens" else ""
+        )
         supervised = words.count(fit.supervised_tokens) + share
     return _facts(
         ("Source", data.source),
@@ -190,7 +192,7 @@ def data_facts(data: Data) -> list[Fact]:
         ("Training rows", words.count(data.train) if data.train is not None else None),
         ("Held-out rows", words.count(data.val) if data.val is not None else None),
         ("Tokens", words.count(fit.tokens) if fit.tokens is not None else None),
-        ("Supervised tokens", supervised),
+        (f"Supervised {task.unit}", supervised),
         ("Longest row", words.counted(fit.longest, "token") if fit.longest is not None else None),
         ("Median row", f"{fit.median:,g} tokens" if fit.median is not None else None),
         ("Characters a token", f"{fit.characters_per_token:.2f}" if fit.characters_per_token is not None else None),

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratune.data.example import Corpus, Example
 from loratune.data.fit import Fit, fit
-from loratune.data.labelled import only_held_out
+from loratune.data.labelled import LABELLED, only_held_out
 from loratune.data.read import read
 from loratune.data.render import Rendered, RenderedCorpus
 from loratune.data.split import Split, split
@@ -103,6 +103,8 @@ def data_line(prepared: Prepared) -> str:
 def _taught(prepared: Prepared) -> str:
     """How much of the rows is in the loss, or how many labels they have."""
     numbers, labels = prepared.fit, prepared.head.labels
+    if prepared.head == LANGUAGE_MODEL and prepared.corpus.shape == LABELLED[0].name:
+        return f"labels are written as answers (--task SEQ_CLS: chosen), {numbers.supervised_share:.0%} supervised"
     if not labels:
         return f"{numbers.supervised_share:.0%} of {numbers.tokens:,} tokens supervised"
     shown = ", ".join(labels[:_SHOWN]) + (", …" if len(labels) > _SHOWN else "")

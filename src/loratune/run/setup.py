@@ -168,9 +168,11 @@ def plan_line(setup: Setup) -> str:
     shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
     if d["group_prefixes"]:
         shared += f", {d.shared_at_random:.0%} without groups"
+    head = setup.base.head
+    task = "" if head == LANGUAGE_MODEL else f"{head.task} ({head.reason}) · "
     what = f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules" if targets.targets else d["method"]
     return (
-        f"{what} · "
+        f"{task}{what} · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
         f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB{shared}"
         f"{setup.spread.words()}"
