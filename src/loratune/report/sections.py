@@ -181,9 +181,8 @@ def data_facts(data: Data, task: Task) -> list[Fact]:
     fit = data.fit
     supervised = None
     if fit.supervised_tokens is not None:
-        share = (
-            f" ({words.percent(fit.supervised_tokens / fit.tokens)})" if fit.tokens and task.unit == "tokens" else ""
-        )
+        of_tokens = bool(fit.tokens) and task.unit == "tokens"
+        share = f" ({words.percent(fit.supervised_tokens / (fit.tokens or 1))})" if of_tokens else ""
         supervised = words.count(fit.supervised_tokens) + share
     return _facts(
         ("Source", data.source),

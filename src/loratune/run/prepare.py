@@ -105,11 +105,14 @@ def _taught(prepared: Prepared) -> str:
     numbers, labels = prepared.fit, prepared.head.labels
     if prepared.head == LANGUAGE_MODEL and prepared.corpus.shape == LABELLED[0].name:
         return f"labels are written as answers (--task SEQ_CLS: chosen), {numbers.supervised_share:.0%} supervised"
-    if not labels:
+    unit = DATA_TASKS[prepared.head.task].unit
+    if unit == "tokens":
         return f"{numbers.supervised_share:.0%} of {numbers.tokens:,} tokens supervised"
+    if not labels:
+        return f"{numbers.supervised_tokens:,} {unit} to learn"
     shown = ", ".join(labels[:_SHOWN]) + (", …" if len(labels) > _SHOWN else "")
     rare = only_held_out(prepared.split.train, prepared.split.val)
-    words = f"{numbers.supervised_tokens:,} {DATA_TASKS[prepared.head.task].unit} of {len(labels)} labels ({shown})"
+    words = f"{numbers.supervised_tokens:,} {unit} of {len(labels)} labels ({shown})"
     return words + (f", of which only held-out rows have {', '.join(rare)}" if rare else "")
 
 
