@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loratune.data.labelled import label_names
-from loratune.data.pack import Layout, batches
+from loratune.data.pack import Layout, Part, batches
 from loratune.data.read import read
 from loratune.data.tagged import TAGGED, render_tagged
 from loratune.errors import DataError
@@ -97,3 +97,14 @@ def test_names_of_a_data_set_on_the_hub_are_read() -> None:
     corpus = read(data, shapes=TAGGED)
     assert (corpus.shape, corpus.examples[0].labels) == ("tokens/ner_tags", ("B-x", "O"))
     assert label_names(corpus.examples) == ("B-x", "O")
+
+
+def test_parts_of_a_step_add_up() -> None:
+    """Several processes: who has fewer rows repeats one that counts nothing."""
+    model, rows = encoder(kind="BertForTokenClassification", num_labels=3), rendered(ROWS).rows
+    settings: dict[str, Any] = {"limit": 14, "pad_id": 2}
+    whole = sum(float(summed_loss(model, batch)) for batch in batches(rows, Layout.PADDED, **settings))
+    parts = [batches(rows, Layout.PADDED, part=Part(number, 2), **settings) for number in (0, 1)]
+    assert len(parts[0]) == len(parts[1])
+    assert sum(batch.supervised for part in parts for batch in part) == sum(row.units for row in rows)
+    assert sum(float(summed_loss(model, b)) for part in parts for b in part) == pytest.approx(whole, rel=1e-5)

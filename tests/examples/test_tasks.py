@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "tasks"
 
 
@@ -31,18 +33,21 @@ def test_classify(tmp_path: Path) -> None:
     assert found["tuned"]["macro_f1"] > found["base"]["macro_f1"] + 0.15
 
 
+@pytest.mark.full
 def test_tag(tmp_path: Path) -> None:
     found = metrics_of("tag.py", tmp_path / "run", "--rows", "320", "--steps", "24", "--checks", "fast")
     assert found["tuned"]["span_f1"] > found["base"]["span_f1"] + 0.2
     assert found["tuned"]["accuracy"] > found["tuned"]["majority"] + 0.03
 
 
+@pytest.mark.full
 def test_retrieve(tmp_path: Path) -> None:
     found = metrics_of("retrieve.py", tmp_path / "run", "--steps", "20", "--checks", "fast")
     assert found["tuned"]["recall_at_1"] > found["base"]["recall_at_1"] + 0.02
     assert found["tuned"]["mrr"] > found["base"]["mrr"] + 0.01
 
 
+@pytest.mark.full
 def test_write(tmp_path: Path) -> None:
     found = metrics_of("write.py", tmp_path / "run", "--rows", "320", "--steps", "40", "--checks", "fast")
     assert found["base"]["exact_match"] == 0.0

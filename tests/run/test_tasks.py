@@ -31,7 +31,16 @@ from loratune.run.train import Run, train
 from tests.models import encoder, moods, saved_encoder, saved_t5, tiny, write_jsonl
 from tests.tiny import tiny_tokenizer
 
-LEARN: dict[str, Any] = {"max_steps": 24, "lr": 5e-3, "r": 4, "dtype": "fp32", "device": "cpu", "val": 8, "seed": 3}
+LEARN: dict[str, Any] = {
+    "max_steps": 24,
+    "lr": 5e-3,
+    "r": 4,
+    "dtype": "fp32",
+    "device": "cpu",
+    "val": 8,
+    "seed": 3,
+    "checks": "fast",
+}
 Problems = Callable[..., list[str]]
 
 
@@ -42,7 +51,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def told(bert: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(bert, moods(40), out=str(tmp_path_factory.mktemp("runs") / "told"), **LEARN)
+    return train(bert, moods(40), out=str(tmp_path_factory.mktemp("runs") / "told"), **{**LEARN, "checks": "full"})
 
 
 def problems(error: type[LoratuneError], act: Callable[[], Any]) -> list[str]:
