@@ -11,7 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
 
 from loratune.cli import main
 from loratune.data.labelled import label_names, render_labelled
@@ -289,7 +294,7 @@ def test_base_without_a_layer_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_what_stands_before_a_head_trains_too(tmp_path: Path) -> None:
-    """DistilBERT's files have neither its classifier nor the layer before it; peft would leave that one at random."""
+    """DistilBERT's files have neither its classifier nor the layer before it, which peft's names match, too."""
     config = DistilBertConfig(
         vocab_size=400, dim=32, n_layers=2, n_heads=4, hidden_dim=64, pad_token_id=2, initializer_range=0.2
     )
@@ -297,15 +302,26 @@ def test_what_stands_before_a_head_trains_too(tmp_path: Path) -> None:
     DistilBertModel(config).save_pretrained(tmp_path / "base")
     tiny_tokenizer(None, bos="<|begin_of_text|>", adds_bos=True).save_pretrained(tmp_path / "base")
     run = train(str(tmp_path / "base"), moods(40), out=str(tmp_path / "run"), **LEARN)
-    assert run.record["task"]["fresh"] == ["classifier", "pre_classifier"]
-    assert run.record["settings"]["modules_to_save"]["value"] == ["pre_classifier"]
-    assert "so it must train" in run.record["settings"]["modules_to_save"]["reason"]
+    assert run.record["task"]["fresh"] == ["pre_classifier", "classifier"]
+    assert {one["name"] for one in run.record["adapter"]["replaced"]} >= {"pre_classifier.weight", "classifier.weight"}
     assert run.record["result"]["metrics"]["tuned"]["accuracy"] == 1.0
     shutil.copytree(run.path, tmp_path / "plain", ignore=shutil.ignore_patterns("record.json"))
     for folder in (run.path, tmp_path / "plain"):
         rows = [{**row, "label": ("bad", "good").index(row["label"])} for row in moods(20)]
         rows = moods(20) if folder == run.path else rows
         assert evaluate(open_run(str(folder), dtype="fp32"), rows)["accuracy"] == 1.0
+
+
+def test_layer_before_a_head_that_has_been_trained(tmp_path: Path) -> None:
+    """It trains whole as the head does: dropout has no masks for the one vector of each row that it sees."""
+    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    config = DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=64, pad_token_id=2, **names)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None, bos="<|begin_of_text|>", adds_bos=True).save_pretrained(tmp_path / "base")
+    settings = {**LEARN, "max_steps": 2, "dropout": 0.1}
+    run = train(str(tmp_path / "base"), moods(20), out=str(tmp_path / "run"), **settings)
+    assert {one["name"] for one in run.record["adapter"]["replaced"]} >= {"pre_classifier.weight", "classifier.weight"}
+    assert run.record["settings"]["task_type"]["reason"] == "DistilBertForSequenceClassification is made for it"
 
 
 def test_loaded_model_without_the_head_is_refused(tmp_path: Path) -> None:

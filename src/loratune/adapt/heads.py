@@ -22,4 +22,4 @@ def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """Paths of the heads that the task added to the base; a fresh one holds random numbers, so it has to train."""
-    return tuple(name for name in tasks.HEADS_OF_TASK.get(task or "", ()) if name in model._modules)
+    return tuple(name for name in model._modules if tasks.is_head(name, task))

@@ -26,3 +26,11 @@ _TASK_OF_CLASS: dict[str, TaskType] = {
 def task_of_class(name: str) -> TaskType | None:
     """The task that the name of a model's class tells."""
     return next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+
+
+def is_head(name: str, task: str | None) -> bool:
+    """Whether a child of the model is a head of the task: by the end of its name, as peft compares names.
+
+    So is the layer before it that DistilBERT calls `pre_classifier`.
+    """
+    return name.endswith(HEADS_OF_TASK.get(task or "", ()))

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from loratune.config.tasks import CAUSAL_LM, HEADS_OF_TASK, task_of_class
+from loratune.config.tasks import CAUSAL_LM, HEADS_OF_TASK, is_head, task_of_class
 from loratune.errors import ConfigError
 
 # The class that a base is loaded with.
@@ -95,9 +95,8 @@ def fresh_modules(model: PreTrainedModel, missing: Iterable[str], task: str) -> 
     """
     if task not in (*HEADS_OF_TASK, FEATURES):
         return ()
-    heads = HEADS_OF_TASK.get(task, ())
-    lacking, trunk = set(missing), f"{model.base_model_prefix}." if heads else ""
-    found = [name for name in heads if name in model._modules]
+    lacking, trunk = set(missing), f"{model.base_model_prefix}." if task in HEADS_OF_TASK else ""
+    found = [name for name in model._modules if is_head(name, task)]
     for path, module in model.named_modules():
         names = {f"{path}.{name}" for name, _ in module.named_parameters()}
         added = bool(path) and (not f"{path}.".startswith(trunk) or path.rpartition(".")[2] == "pooler")

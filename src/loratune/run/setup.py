@@ -12,7 +12,7 @@ import torch
 
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import ALL_LINEAR, LoraConfig, TrainConfig
-from loratune.config.tasks import HEADS_OF_TASK
+from loratune.config.tasks import is_head
 from loratune.data.batch import computed
 from loratune.data.order import Order, bundle_size, groups_of
 from loratune.data.pack import sharing
@@ -148,7 +148,7 @@ def decide_task(decisions: Decisions, model: Any, head: Head, fresh: Sequence[st
     if poolers and decisions["target_modules"] == ALL_LINEAR:
         why = "it sees one token of each row, and dropout's masks are those of tokens"
         decisions.decide("exclude_modules", poolers, why)
-    unnamed = [path for path in fresh if path not in HEADS_OF_TASK.get(head.task, ())]
+    unnamed = [path for path in fresh if not is_head(path, head.task)]
     if unnamed and head.labels:
         given = decisions.values.get("modules_to_save") or ()
         decisions.values["modules_to_save"] = tuple(dict.fromkeys([*given, *unnamed]))
