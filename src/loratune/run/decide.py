@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.config import LoraConfig, TrainConfig
+from loratune.config.tasks import CAUSAL_LM
 from loratune.data.fit import Fit
 from loratune.data.pack import Layout
 from loratune.data.tasks import DATA_TASKS
@@ -46,6 +47,11 @@ class Decisions:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
+
+    @property
+    def task(self) -> str:
+        """What the run is for; a causal LM until something else is decided."""
+        return str(self.values.get("task_type", CAUSAL_LM))
 
     @property
     def layout(self) -> Layout:
@@ -95,7 +101,7 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
     decisions.decide("lora_alpha", 2 * r, "twice the rank")
     several = decisions["max_steps"] > steps_per_epoch
-    if not DATA_TASKS[decisions["task_type"]].counted:
+    if not DATA_TASKS[decisions.task].counted:
         decisions.decide("lora_dropout", 0.0, "masks are those of the encoder's tokens, and the decoder has others")
     elif several and fit.supervised_tokens < _SMALL_DATA:
         why = f"{fit.supervised_tokens:,} supervised tokens, seen more than once"

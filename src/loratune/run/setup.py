@@ -194,7 +194,7 @@ def _note_spread(base: Base, decisions: Decisions, spread: Spread) -> None:
 def _decide_packing(model: Any, decisions: Decisions) -> None:
     if decisions.values.get("pack") is False:
         return
-    task = decisions["task_type"]
+    task = decisions.task
     why_not = why_not_packed(model) if DATA_TASKS[task].packed else f"each row is read by itself in {task}"
     if why_not is None:
         decisions.decide("pack", True, "tried: two packed rows give what they give alone")
