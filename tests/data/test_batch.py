@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loratune.data.batch import Batch, computed, make_batch, needed, tree_of
+from loratune.data.batch import Batch, computed, make_batch, tree_of
 from loratune.data.pack import Layout, batches
 from loratune.data.render import Rendered
 from tests.models import PAD, branching_rows, rows_of
@@ -91,7 +91,7 @@ def test_counters_do_not_depend_on_the_split() -> None:
 def test_what_follows_the_last_target_is_not_computed() -> None:
     (row,) = rows_of(9)
     cut = replace(row, supervised=(False, True, False, True, False, False, False, False, False))
-    assert needed(cut) == 3
+    assert cut.needed == 3
     assert computed(cut) == row.ids[:3]
 
 

@@ -263,3 +263,15 @@ def test_recomputation_is_undone_only_where_it_was_off() -> None:
         with given_back(model):
             recompute_activations(model)
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == on_before
+
+
+def test_a_call_of_the_tokenizer_leaves_its_hash_alone() -> None:
+    """Sentence encoders' files have truncation and padding, which every call sets anew."""
+    made = tiny_tokenizer(None)
+    plain = tokenizer_hashes(made)
+    made.backend_tokenizer.enable_truncation(16)
+    made.backend_tokenizer.enable_padding(pad_id=2, pad_token="<|endoftext|>", length=16)
+    assert tokenizer_hashes(made) == plain
+    made("a text")
+    assert tokenizer_hashes(made) == plain
+    assert tokenizer_hashes(tiny_tokenizer(None, vocabulary=390)) != plain

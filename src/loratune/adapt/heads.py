@@ -6,25 +6,15 @@ from typing import cast
 
 from torch import nn
 
-from loratune.adapter.keys import HEADS_OF_TASK
-from loratune.config import LoraConfig
+from loratune.config import LoraConfig, tasks
 
-_TASK_OF_CLASS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 # Classes whose heads are new to the base, and for whose use peft has no name.
 _CLASSIFIES = ("ForImageClassification", "ForAudioClassification", "ForVideoClassification")
 
 
 def task_of_class(model: nn.Module) -> str | None:
     """The task that the name of the model's class tells."""
-    name = type(model).__name__
-    found = next((task for ending, task in _TASK_OF_CLASS.items() if name.endswith(ending)), None)
+    found = tasks.task_of_class(type(model).__name__)
     # Speech and images come in under other names, with which peft's wrapper for this task does not work.
     return None if found == "SEQ_2_SEQ_LM" and not _from_text_to_text(model) else found
 
@@ -42,7 +32,7 @@ def with_task(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 def new_heads(model: nn.Module, task: str | None) -> tuple[str, ...]:
     """Paths of the heads that the task added to the base; a fresh one holds random numbers, so it has to train."""
-    return tuple(name for name in HEADS_OF_TASK.get(task or "", ()) if name in model._modules)
+    return tuple(name for name in model._modules if tasks.is_head(name, task))
 
 
 def unnamed_heads(model: nn.Module) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from loratune.adapt.heads import new_heads
-from loratune.adapter.keys import HEADS_OF_TASK
 from loratune.config import LoraConfig
 from loratune.config.lora import name_matches
+from loratune.config.tasks import HEADS_OF_TASK
 from loratune.errors import nearest
 from loratune.lora import Adapting, has_own, names_by_parameter
 from loratune.quant import QuantizedLinear, frozen_weight

@@ -7,8 +7,17 @@ import re
 import yaml
 
 from loratune.adapter.value import SavedAdapter
+from loratune.config.tasks import CAUSAL_LM
 
 _RANK = re.compile(r"^Rank \d+, alpha .*\.\n\n", re.MULTILINE)
+# What the hub calls the tasks.
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "TOKEN_CLS": "token-classification",
+    "FEATURE_EXTRACTION": "sentence-similarity",
+}
 _USE = "```python\nimport loratune as lt\n"
 
 
@@ -21,8 +30,9 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
     }
     if adapter.base:
         front["base_model"] = adapter.base
-    if adapter.config.task_type in (None, "CAUSAL_LM"):
-        front["pipeline_tag"] = "text-generation"
+    pipeline = _PIPELINES.get(adapter.config.task_type or CAUSAL_LM)
+    if pipeline:
+        front["pipeline_tag"] = pipeline
     config = adapter.config
     targets = sorted({path.rpartition(".")[2] for path in adapter.factors})
     base = f"`{adapter.base}`" if adapter.base else "its base model"

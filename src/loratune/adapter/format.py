@@ -20,18 +20,11 @@ import safetensors.torch
 from torch import Tensor
 
 from loratune.adapter.card import about_of
-from loratune.adapter.keys import (
-    DTYPES,
-    HEADS_OF_TASK,
-    copied_tables,
-    from_keys,
-    name_in_base,
-    surplus_keys,
-    to_keys,
-)
+from loratune.adapter.keys import DTYPES, copied_tables, from_keys, name_in_base, surplus_keys, to_keys
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import NO_TARGETS, LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
+from loratune.config.tasks import HEADS_OF_TASK
 from loratune.errors import AdapterFileError, ConfigError, Refusals
 from loratune.files import finish, to_json, write_together
 

@@ -12,13 +12,6 @@ from loratune.adapter.value import Factors, SavedAdapter
 # What an adapter can be computed with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# The heads that a task adds to a base: peft trains and saves them whole, whatever `modules_to_save` says.
-HEADS_OF_TASK = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
 # Under a table's path: the rows of its that an adapter has its own of.
 _EXCHANGED = "token_adapter"
 TOKEN_ROWS = f"{_EXCHANGED}.trainable_tokens_delta"

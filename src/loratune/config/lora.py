@@ -14,6 +14,7 @@ from pydantic import field_validator
 
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL, asks_for_something
 from loratune.config.setting import Settings, setting
+from loratune.config.tasks import TaskType
 from loratune.errors import ConfigError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -34,7 +35,6 @@ _LARGEST_PATTERN = 200_000
 _REPEATS = re.compile(r"\{(\d+)(?:,\d*)?\}")
 # What `re` reads as characters and `regex` does not: "{e<=1}", up to one error, and "[[:alpha:]]", a class.
 _READ_OTHERWISE = re.compile(r"(?:\\.|[^\\])*?(?:\[:|\{(?!(?:\d+(?:,\d*)?|,\d*)\}))", re.DOTALL)
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 
 _ADAPTER = "Adapter"
 
@@ -110,7 +110,9 @@ class LoraConfig(Settings):
     fan_in_fan_out: bool = setting(
         False, "weights stored (in, out); found from the module, kept for PEFT's files", flag=""
     )
-    task_type: TaskType | None = setting(None, "what the model is used for; found from the model", flag="")
+    task_type: TaskType | None = setting(
+        None, "what the model is used for; found from the model and the rows", flag="task", group=_ADAPTER
+    )
 
     @classmethod
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # What a method without low-rank terms has no use for.
 _OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
                  "lora_plus_ratio")  # fmt: skip
+_TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
 _METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "full", "bitfit"]
 
 
@@ -77,6 +78,7 @@ class TrainConfig(Settings):
         "lora", "preset of what is trained: low-rank adapters of some kind, biases (bitfit), or all of it (full)",
         group=_ADAPTER,
     )  # fmt: skip
+    task_type: _TASK | None = like(LoraConfig, "task_type", None)
     r: int | None = like(LoraConfig, "r", None)
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
     lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,15 +57,10 @@ class Batch:
         """The same pass with a loss and gradients of zero: for a process that waits while others have more rows."""
         return replace(self, times=torch.zeros(self.targets.numel()), examples=0, computed_tokens=0)
 
-    def to(self, device: torch.device) -> Batch:
-        names = ("input_ids", "position_ids", "attention_mask", "scored", "targets", "tokens", "times")
-        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
+    def to(self, device: torch.device) -> Self:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor)}
         return replace(self, **moved)
-
-
-def needed(row: Rendered) -> int:
-    """How many of a row's tokens must go through the model: what follows the last scored position predicts nothing."""
-    return len(row.supervised) - 1 - row.supervised[::-1].index(True)
 
 
 def make_batch(
@@ -85,7 +81,7 @@ def make_batch(
     starts = starts if starts is not None else offsets(rows)
     if not packed:
         return _padded(rows, pad_id, starts)
-    whole = [Node(0, needed(row), (i,), i) for i, row in enumerate(rows)]
+    whole = [Node(0, row.needed, (i,), i) for i, row in enumerate(rows)]
     return _packed(rows, whole if tree is None else tree, starts)
 
 
@@ -96,7 +92,7 @@ def tree_of(rows: Sequence[Rendered]) -> list[Node]:
 
 def computed(row: Rendered) -> tuple[int, ...]:
     """The tokens of a row that go through the model."""
-    return row.ids[: needed(row)]
+    return row.ids[: row.needed]
 
 
 def _packed(rows: Sequence[Rendered], nodes: Sequence[Node], starts: Sequence[int]) -> Batch:
@@ -150,20 +146,11 @@ def _numbers(parts: Iterable[Sequence[int]]) -> _Ints:
 
 
 def _padded(rows: Sequence[Rendered], pad_id: int, starts: Sequence[int]) -> Batch:
-    lengths = [needed(row) for row in rows]
-    shape = (len(rows), max(lengths))
-    ids = np.full(shape, pad_id, np.int64)
-    positions = np.zeros(shape, np.int64)
-    counters = np.zeros(shape, np.int64)
-    mask = np.zeros(shape, np.bool_)
+    ids, positions, counters, mask = padded_tokens(rows, pad_id, starts)
     scored, targets = [], []
-    for number, (row, length, start) in enumerate(zip(rows, lengths, starts, strict=True)):
-        ids[number, :length] = _numbers([row.ids[:length]])
-        positions[number, :length] = np.arange(length)
-        counters[number, :length] = np.arange(start, start + length)
-        mask[number, :length] = True
-        here, predicted = _supervised(row, 0, length)
-        scored.append(number * shape[1] + here)
+    for number, row in enumerate(rows):
+        here, predicted = _supervised(row, 0, row.needed)
+        scored.append(number * ids.shape[1] + here)
         targets.append(predicted)
     return Batch(
         torch.from_numpy(ids),
@@ -174,8 +161,26 @@ def _padded(rows: Sequence[Rendered], pad_id: int, starts: Sequence[int]) -> Bat
         torch.from_numpy(np.concatenate(targets)),
         torch.from_numpy(counters),
         len(rows),
-        sum(lengths),
+        int(mask.sum()),
     )
+
+
+def padded_tokens(
+    rows: Sequence[Rendered], pad_id: int, starts: Sequence[int]
+) -> tuple[_Ints, _Ints, _Ints, NDArray[np.bool_]]:
+    """What goes through the model of each row, below each other: ids, positions, counters, and where there are any."""
+    lengths = [row.needed for row in rows]
+    shape = (len(rows), max(lengths))
+    ids = np.full(shape, pad_id, np.int64)
+    positions = np.zeros(shape, np.int64)
+    counters = np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.bool_)
+    for number, (row, length, start) in enumerate(zip(rows, lengths, starts, strict=True)):
+        ids[number, :length] = _numbers([row.ids[:length]])
+        positions[number, :length] = np.arange(length)
+        counters[number, :length] = np.arange(start, start + length)
+        mask[number, :length] = True
+    return ids, positions, counters, mask
 
 
 def offsets(rows: Sequence[Rendered]) -> list[int]:

@@ -29,16 +29,19 @@ class Example:
     """One row.
 
     Args:
-        kind: `chat` uses `messages` (and `tools`), `pair` uses `prompt` and `completion`, `text` uses `text`.
+        kind: `chat` uses `messages` (and `tools`), `pair` uses `prompt` and `completion`, `text` uses `text`;
+            `labelled` and `tagged` use `texts` and `labels`, `matched` uses `texts`.
         messages: each with `role` and `content` (strings), and what else the row said (`tool_calls`, `name`, …). An
             assistant message with `weight` 0 is context: it is never supervised.
         separator: stands between prompt and completion where no chat template separates them.
         answered: whether the row has an answer; where it has none, all of it is the prompt of an answer to come.
         id: what a row read as a prompt calls itself.
+        texts: what is read: one text, or two that belong together; of a tagged row, its words.
+        labels: a label of the whole; of a tagged row, one of each word.
     """
 
     place: Place
-    kind: Literal["chat", "pair", "text"]
+    kind: Literal["chat", "pair", "text", "labelled", "tagged", "matched"]
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] | None = None
     prompt: str = ""
@@ -47,6 +50,8 @@ class Example:
     separator: str = ""
     answered: bool = True
     id: str | int | None = None
+    texts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,8 @@ def content_of(example: Example) -> bytes:
         example.separator,
         example.completion,
         example.text,
+        # Rows without them keep the bytes, and hashes, that they had before there were labels.
+        *([example.texts, example.labels] if example.texts else []),
     ]
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_plain)
     return text.encode("utf-8", "surrogatepass")

@@ -52,7 +52,7 @@ def fit(corpus: RenderedCorpus | Sequence[Rendered], tokenizer: Tokenizer) -> Fi
     return Fit(
         rows=len(rows),
         tokens=tokens,
-        supervised_tokens=sum(sum(row.supervised) for row in rows),
+        supervised_tokens=sum(row.units for row in rows),
         longest=lengths[-1] if lengths else 0,
         median=lengths[len(lengths) // 2] if lengths else 0,
         mean=tokens / len(rows) if rows else 0.0,

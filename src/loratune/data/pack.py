@@ -5,13 +5,16 @@ Several processes divide a step's rows among them; that changes no result either
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
-from loratune.data.batch import Batch, make_batch, needed, offsets, tree_of
+from loratune.data.batch import Batch, make_batch, offsets, tree_of
+from loratune.data.labelled import Labelled, stack_labelled
+from loratune.data.matched import Matched, stack_matched
 from loratune.data.render import Rendered
+from loratune.data.translated import Translated, stack_translated
 from loratune.data.tree import Node, Tokens, prefix_tree, subtree, tree_tokens
 
 
@@ -50,7 +53,7 @@ def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int
         limit: tokens of a micro-batch, pads included and shared ones counted once. A longer row goes alone.
         part: whose rows; tokens keep their places in the step's canonical order, whoever computes them.
     """
-    starts, lengths = offsets(rows), [needed(row) for row in rows]
+    starts, lengths = offsets(rows), [row.needed for row in rows]
     # One tree for all micro-batches: which row a shared token belongs to must not depend on the split.
     tree = tree_of(rows) if layout is Layout.TREE else None
 
@@ -59,8 +62,11 @@ def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int
         if tree is not None:
             return make_batch(some, packed=True, pad_id=pad_id, starts=starts, tree=subtree(tree, group))
         packed = layout is Layout.PACKED
-        return make_batch(some, packed=packed, pad_id=pad_id, starts=[starts[i] for i in group])
+        return one_batch(some, packed=packed, pad_id=pad_id, starts=[starts[i] for i in group])
 
+    matched = [row for row in rows if isinstance(row, Matched)]
+    if matched:  # compared with each other: one batch, of which the model sees as much at a time as the limit says
+        return [stack_matched(matched, pad_id=pad_id, starts=starts, at_once=limit)]
     plans = [_groups(share, lengths, layout, limit, tree) for share in _shares(lengths, tree, part.of)]
     mine = [made(group) for group in plans[part.number]]
     missing = max(map(len, plans)) - len(mine)
@@ -68,6 +74,22 @@ def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int
         shortest = min(range(len(rows)), key=lengths.__getitem__)
         mine += [made([shortest]).idle()] * missing
     return mine
+
+
+# What puts rows into tensors that teach something else than the next token.
+_STACKED: Mapping[type[Rendered], Callable[..., Batch]] = {
+    Labelled: stack_labelled,
+    Matched: stack_matched,
+    Translated: stack_translated,
+}
+
+
+def one_batch(rows: Sequence[Rendered], *, packed: bool, pad_id: int, starts: Sequence[int] | None = None) -> Batch:
+    """Rows of any one kind, all of them at once; `starts` as in `make_batch`."""
+    stack = _STACKED.get(type(rows[0]))
+    if stack is None:
+        return make_batch(rows, packed=packed, pad_id=pad_id, starts=starts)
+    return stack(rows, pad_id=pad_id, starts=offsets(rows) if starts is None else starts)
 
 
 def _groups(

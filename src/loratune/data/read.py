@@ -20,7 +20,7 @@ from loratune.data.example import Corpus, Example, Place, hash_of
 from loratune.data.files import read_csv, read_json, read_jsonl, read_lines, read_text
 from loratune.data.messages import kind
 from loratune.data.prompts import PROMPT_SHAPES
-from loratune.data.shapes import SHAPES, Problem, Row, canonical_rows, convert, found_columns, recognise
+from loratune.data.shapes import SHAPES, Problem, Row, Shape, canonical_rows, convert, found_columns, recognise
 from loratune.errors import DataError, MissingExtraError, nearest
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def read(
     *,
     columns: Mapping[str, str] | None = None,
     answers: bool = True,
+    shapes: Sequence[Shape] = SHAPES,
 ) -> Corpus:
     """The rows of `data` in canonical form.
 
@@ -50,6 +51,7 @@ def read(
             shapes): an answer at the end is what the row expects and never part of the prompt, a `text` is a prompt
             as a whole, and a row of a plain text file is a line, because questions are written one under the other;
             a prompt of several lines can be given as JSONL. A `Corpus` stays what it was read as.
+        shapes: what rows with answers may be; those of a causal LM where nothing else is said.
 
     Raises:
         DataError: nothing to read, or rows that cannot be trained on or answered: all of them, each with its place and
@@ -58,14 +60,14 @@ def read(
     """
     if isinstance(data, Corpus):
         return data
-    shapes, readers = (SHAPES, _READERS) if answers else (PROMPT_SHAPES, _PROMPT_READERS)
+    shapes, readers = (shapes, _READERS) if answers else (PROMPT_SHAPES, _PROMPT_READERS)
     source, rows, problems = _rows(data, readers)
     if not rows and not problems:
         raise DataError(f"{source}: no rows", hint="give at least one row")
     columns = columns or {}
     if not rows:
         _refuse(problems)
-    rows = canonical_rows(rows, columns)
+    rows = canonical_rows(rows, columns, shapes)
     shape, strangers = recognise(rows, columns, shapes)
     skip = {place for place, _ in strangers}
     examples, faults = convert(shape, rows, skip)
@@ -170,7 +172,8 @@ def _hub(name: str) -> tuple[list[Row], list[Problem]]:
 
 
 def _arrow(data: datasets.Dataset, name: str) -> tuple[list[Row], list[Problem]]:
-    labels = {column: feature for column, feature in data.features.items() if hasattr(feature, "int2str")}
+    inner = {column: getattr(feature, "feature", feature) for column, feature in data.features.items()}
+    labels = {column: feature for column, feature in inner.items() if hasattr(feature, "int2str")}
     rows: list[Row] = []
     for number, row in enumerate(data.with_format(None), 1):
         named = {column: _label(labels[column], value) if column in labels else value for column, value in row.items()}
@@ -179,6 +182,8 @@ def _arrow(data: datasets.Dataset, name: str) -> tuple[list[Row], list[Problem]]
 
 
 def _label(feature: Any, value: object) -> object:
+    if isinstance(value, list):
+        return [_label(feature, one) for one in value]
     # Unlabelled rows carry -1 there.
     return feature.int2str(value) if isinstance(value, int) and value >= 0 else None
 

@@ -6,7 +6,6 @@ render_prompt(example, tokenizer)            → ids, answer          what sampl
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,21 @@ class Rendered:
     place: Place
     truncated: bool
     characters: int = 0
+
+    @property
+    def units(self) -> int:
+        """How many things the row teaches: a step's loss is the mean over them."""
+        return sum(self.supervised)
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens that a model which does not write is asked about."""
+        return self.ids
+
+    @property
+    def needed(self) -> int:
+        """How many tokens must go through the model: what follows the last scored position predicts nothing."""
+        return len(self.supervised) - 1 - self.supervised[::-1].index(True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +212,6 @@ class _Rendering:
         self.special: list[Place] = []
         self.too_long: list[tuple[Place, int]] = []
         self.ends: set[int] = set()
-        spelled = sorted((token for token in self.encoder.special.values() if token), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
 
     def add(self, batch: Sequence[Example]) -> None:
         written: list[tuple[Example, Spanned]] = []
@@ -264,12 +276,14 @@ class _Rendering:
         if not any(encoded.supervised):
             self.faults.row(example.place, "no supervised token", "remove the row: it teaches nothing")
             return False
-        spelled = {token for text in _texts(example) for token in self._special.findall(text)}
+        spelled = {token for text in _texts(example) for token in self.encoder.spelled.findall(text)}
         if not spelled:
             return True
         self.special.append(example.place)
         stops = {self.encoder.special.get(number) for number in (*encoded.ends, self.encoder.eos) if number is not None}
-        inside = sorted({token for text in _answer_texts(example) for token in self._special.findall(text)} & stops)
+        inside = sorted(
+            {token for text in _answer_texts(example) for token in self.encoder.spelled.findall(text)} & stops
+        )
         for token in inside:
             self.faults.row(
                 example.place,

@@ -119,18 +119,26 @@ SHAPES = (
     Shape("text/label", ("text", "label"), (), text_label),
     Shape("text", ("text",), (), _plain),
 )
-CANONICAL = tuple(dict.fromkeys(column for shape in SHAPES for column in shape.columns))
-
 # What other data sets call them, for the hint only: a name is never mapped without being asked for.
 _SYNONYMS = {
     "messages": ("dialog", "dialogue", "conversation", "chat", "turns", "message"),
     "prompt": ("question", "query", "input", "instruction", "source", "user", "context"),
     "completion": ("answer", "response", "output", "target", "reply", "assistant", "chosen"),
     "text": ("content", "document", "body", "sentence", "story", "passage"),
+    "anchor": ("question", "sentence1", "source", "premise"),
+    "positive": ("answer", "passage", "document", "sentence2", "context", "target", "hypothesis"),
+    "tokens": ("words", "sentence_words"),
+    "tags": ("labels", "tag", "pos_tags", "ner", "pos"),
+    "label": ("labels", "class", "category", "target", "sentiment", "intent", "topic", "coarse_label"),
 }
 
 
-def canonical_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
+def columns_of(shapes: Iterable[Shape]) -> tuple[str, ...]:
+    """The columns that these shapes know, each once."""
+    return tuple(dict.fromkeys(column for shape in shapes for column in shape.columns))
+
+
+def canonical_rows(rows: Sequence[Row], columns: Mapping[str, str], shapes: Sequence[Shape] = SHAPES) -> list[Row]:
     """The rows with `columns` (canonical name → name in the data) applied.
 
     Raises:
@@ -138,15 +146,15 @@ def canonical_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]
     """
     if not columns:
         return list(rows)
-    found = found_columns(rows)
-    foreign = [name for name in columns if name not in CANONICAL]
+    found, known = found_columns(rows), columns_of(shapes)
+    foreign = [name for name in columns if name not in known]
     absent = [name for name in columns.values() if name not in found]
-    problems = [f"columns: {name!r} is not a column of any shape{nearest(name, CANONICAL)}" for name in foreign]
+    problems = [f"columns: {name!r} is not a column of any shape{nearest(name, known)}" for name in foreign]
     problems += [f"columns: no row has a column {name!r}{nearest(name, found)}" for name in absent]
     twice = [name for name, count in Counter(columns.values()).items() if count > 1]
     problems += [f"columns: {name!r} is mapped twice" for name in twice]
     if problems:
-        raise ConfigError(problems, hint=f"the data has {_listed(found)}; shapes know {_listed(CANONICAL)}")
+        raise ConfigError(problems, hint=f"the data has {_listed(found)}; shapes know {_listed(known)}")
     taken = set(columns.values())
     back = {actual: name for name, actual in columns.items()}
     return [
@@ -234,7 +242,7 @@ def suggestion(found: Sequence[str], shapes: Sequence[Shape] = SHAPES) -> str:
     """The mapping that the column names suggest, as `prompt=question,completion=answer`."""
     lower = {name.lower(): name for name in reversed(found)}
     guess: dict[str, str] = {}
-    for canonical in CANONICAL:
+    for canonical in columns_of(shapes):
         names = (canonical, *_SYNONYMS.get(canonical, ()))
         close = [lower[name] for name in names if name in lower]
         close = close or difflib.get_close_matches(canonical, found, n=1, cutoff=0.75)
@@ -242,7 +250,8 @@ def suggestion(found: Sequence[str], shapes: Sequence[Shape] = SHAPES) -> str:
     for shape in shapes:
         if shape.fits(guess):
             return ",".join(f"{name}={guess[name]}" for name in shape.required if guess[name] != name) or "prompt=…"
-    return "prompt=…,completion=…" if shapes is SHAPES else "prompt=…"
+    fewest = min(shapes, key=lambda shape: len(shape.required)) if shapes is not SHAPES else shapes[2]
+    return ",".join(f"{name}=…" for name in fewest.required)
 
 
 def _listed(names: Iterable[str]) -> str:

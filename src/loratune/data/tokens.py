@@ -7,6 +7,7 @@ checked against the prompt tokenised alone, and a row that differs is tokenised 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ class Encoder:
         self.special: dict[int, str] = {number: str(token) for number, token in added.items() if token.special}
         missing = [number for number in tokenizer.all_special_ids if number not in self.special]
         self.special |= {number: tokenizer.decode([number]) for number in missing}
+        spelled = sorted((token for token in self.special.values() if token), key=len, reverse=True)
+        self.spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
         self.has_offsets = bool(getattr(tokenizer, "is_fast", False))
         self.leading, self.trailing = self._added_around()
         self._newline = self.encode_all(["\n"])[0]

@@ -19,12 +19,13 @@ _MASTER = 4  # bytes of fp32, in which masters, gradients and moments are
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The widths that decide a decoder's memory and arithmetic.
+    """The widths that decide a model's memory and arithmetic.
 
     Attributes:
         query, kv: widths of all query heads together, and of all key heads.
         intermediate: width of the feed-forward block; of all experts that a token goes through together.
         normed: widths of all that a layer's norms give.
+        vocabulary: what the model chooses among: tokens, or labels.
         linears: weights of the linear layers but the output head that a token meets: of experts, its own.
     """
 
@@ -55,9 +56,8 @@ class Shape:
         normed = _normed(model, {"q": heads * dim, "k": kv}) // layers
         experts = _Experts.of(text)
         linears = _linears(model, experts, leave=output_head(model))
-        return cls(
-            layers, hidden, _intermediate(text, experts), heads * dim, kv, heads, normed, text.vocab_size, linears
-        )
+        choices = text.vocab_size if output_head(model) is not None else model.config.num_labels
+        return cls(layers, hidden, _intermediate(text, experts), heads * dim, kv, heads, normed, choices, linears)
 
 
 def _first(config: Any, *names: str) -> int:

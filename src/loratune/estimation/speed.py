@@ -25,7 +25,8 @@ def forward_rate(model: Any, *, tokens: int = 256) -> float:
 
 def _forward_seconds(model: Any, ids: Tensor) -> float:
     start = time.perf_counter()
-    float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])  # waits for an asynchronous device
+    written = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    float(model(input_ids=ids, use_cache=False, **written)[0].flatten()[-1])  # waits for an asynchronous device
     return time.perf_counter() - start
 
 

@@ -27,6 +27,7 @@ from loratune.model.head import has_separate_head, hidden_at, logits_from, only_
 from loratune.model.load import (
     Base,
     base_of,
+    config_of,
     context_of,
     empty_model,
     find_base,
@@ -40,16 +41,21 @@ from loratune.model.quiet import quietly
 from loratune.model.recompute import recompute_activations
 from loratune.model.save import save_plain
 from loratune.model.slot_attention import SlotStep
+from loratune.model.task import FEATURES, LANGUAGE_MODEL, Head, inside, is_loaded, names_of, task_of_loaded, usual_task
 from loratune.model.tiny import tiny_model
 from loratune.model.tree_attention import pairs_at_once
 
 __all__ = [
     "Base",
+    "FEATURES",
+    "LANGUAGE_MODEL",
     "CannotPackError",
+    "Head",
     "SlotStep",
     "adapter_training",
     "available_memory",
     "base_of",
+    "config_of",
     "context_of",
     "decoding",
     "device_name",
@@ -64,11 +70,14 @@ __all__ = [
     "fused",
     "given_back",
     "has_separate_head",
+    "inside",
+    "is_loaded",
     "hidden_at",
     "kind_of_device",
     "load_base",
     "load_tokenizer",
     "logits_from",
+    "names_of",
     "may_be_fused",
     "only_positions",
     "packed_inputs",
@@ -83,11 +92,13 @@ __all__ = [
     "recompute_activations",
     "save_plain",
     "stop_ids",
+    "task_of_loaded",
     "tiny_model",
     "tokenizer_hashes",
     "total_memory",
     "unfuse",
     "use_packed_attention",
+    "usual_task",
     "why_no_shared_prefixes",
     "why_not_fused",
     "why_not_packed",

@@ -6,14 +6,14 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import locked, new_folder
@@ -23,6 +23,7 @@ from loratune.model.fingerprint import fingerprint
 from loratune.model.hub import KINDS, fetched
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
+from loratune.model.task import LANGUAGE_MODEL, Head, fresh_modules, inside, refuse_loaded
 from loratune.quant import known_by, quantize, quantized_format, refuse_format
 
 _log = logging.getLogger("loratune")
@@ -36,6 +37,7 @@ class Base:
         name: what the user called it; written into adapters as their base.
         fingerprint: tells one base from another, whatever the dtype and the format of its weights.
         quant: the format in which its linear layers are kept, or None where they are dense.
+        head: what it is loaded as. fresh: paths of the modules that its files say nothing of, which have to train.
     """
 
     model: PreTrainedModel
@@ -47,6 +49,8 @@ class Base:
     device: torch.device
     fingerprint: str
     quant: str | None = None
+    head: Head = LANGUAGE_MODEL
+    fresh: tuple[str, ...] = ()
 
     @property
     def pad_id(self) -> int:
@@ -62,6 +66,7 @@ def load_base(
     device: str | None = None,
     quant: str | None = None,
     keep_originals: bool = False,
+    head: Head = LANGUAGE_MODEL,
 ) -> Base:
     """Load a base for adaptation: evaluation mode, frozen, every weight present and finite.
 
@@ -69,6 +74,7 @@ def load_base(
         quant: a format of `loratune.quant.FORMATS` in which its linear layers are kept; the head, embeddings and norms
             stay in `dtype`, and so does what is computed.
         keep_originals: hold on to the weights before quantisation, for `init_lora_weights="loftq"`.
+        head: what it is loaded as. A head that its files have none of is drawn from `head.seed`.
 
     Raises:
         ModelError: not found, of an unsupported kind, incomplete, or holding NaN. ConfigError: no such format, or not
@@ -81,18 +87,26 @@ def load_base(
     precision = pick_dtype(dtype, where)
     source = _source_of(name, weights=True)
     with quietly(), _as_model_error(name):
-        model, info = _load(source.folder, dtype=precision.dtype)
-    _refuse_incomplete(name, info)
-    _say_unused(name, info)
+        model, info = _load(source.folder, head, dtype=precision.dtype)
+    fresh = fresh_modules(model, _not_found(info), head.task)
+    _refuse_incomplete(name, info, fresh)
+    _say_unused(name, info, head)
     model.name_or_path = model.config._name_or_path = name
-    known = fingerprint(model.named_parameters())
+    tokenizer = _tokenizer_in(source, name)
+    _name_pad(model, tokenizer, head)
+    known = fingerprint((path, tensor) for path, tensor in model.named_parameters() if not inside(path, fresh))
     if quant is not None:
         quantize(model, quant, device=where, keep_originals=keep_originals)
         _let_go(model)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
-    tokenizer = _tokenizer_in(source, name)
-    return Base(model, tokenizer, name, source.kind, source.revision, precision, where, known, quant)
+    return Base(model, tokenizer, name, source.kind, source.revision, precision, where, known, quant, head, fresh)
+
+
+def _name_pad(model: PreTrainedModel, tokenizer: Any, head: Head) -> None:
+    """A decoder with a head looks for each row's last token that is no pad, so that its config has to name the pad."""
+    if head.labels and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def _let_go(model: PreTrainedModel) -> None:
@@ -111,14 +125,16 @@ def find_base(
     device: str | None = None,
     quant: str | None = None,
     keep_originals: bool = False,
+    head: Head = LANGUAGE_MODEL,
 ) -> Base:
     """The base that `model` names, or is."""
     if isinstance(model, PreTrainedModel):
         _refuse_changing(model, dtype, device, quant)
-        return base_of(model, tokenizer)
+        return base_of(model, tokenizer, head)
     if not isinstance(model, str | os.PathLike):
         raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
-    return load_base(os.fspath(model), dtype=dtype, device=device, quant=quant, keep_originals=keep_originals)
+    options: dict[str, Any] = {"quant": quant, "keep_originals": keep_originals, "head": head}
+    return load_base(os.fspath(model), dtype=dtype, device=device, **options)
 
 
 def _refuse_changing(model: PreTrainedModel, dtype: str, device: str | None, quant: str | None) -> None:
@@ -136,9 +152,13 @@ def _refuse_changing(model: PreTrainedModel, dtype: str, device: str | None, qua
         raise ConfigError(problems, hint="move or cast it before, or leave the setting out")
 
 
-def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Base:
+def base_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, head: Head = LANGUAGE_MODEL
+) -> Base:
     """A model that is loaded already, frozen in place; its tokenizer is found by its name where none is given."""
+    refuse_loaded(model, head)
     keep_few_products()
+    fresh = fresh_modules(model, (), head.task)
     device = next(model.parameters()).device
     name = str(model.name_or_path or type(model).__name__)
     model.eval().requires_grad_(False)
@@ -150,8 +170,10 @@ def base_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = 
         getattr(model.config, "_commit_hash", None),
         Precision(model.dtype, "the loaded model's"),
         device,
-        fingerprint(known_by(model.named_modules())),
+        fingerprint((path, tensor) for path, tensor in known_by(model.named_modules()) if not inside(path, fresh)),
         quantized_format(model),
+        head,
+        fresh,
     )
 
 
@@ -164,18 +186,30 @@ def _tokenizer_in(source: _Source, name: str) -> Any:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
 
 
-def empty_model(name: str) -> PreTrainedModel:
+def empty_model(name: str, head: Head = LANGUAGE_MODEL) -> PreTrainedModel:
     """The model's modules and shapes on the meta device: nothing but its config is read."""
     source = _source_of(name, weights=False)
     with quietly(), _as_model_error(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **head.config())
+        model: PreTrainedModel = head.auto.from_config(config)
     return model
+
+
+def config_of(name: str) -> Any:
+    """The config of a model, of which nothing else is read."""
+    source = _source_of(name, weights=False)
+    with quietly(), _as_model_error(name):
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """SHA-256 of the vocabulary with its merges and special tokens, and of the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and (backend.truncation or backend.padding):
+        # Files of sentence encoders have both, and every call of the tokenizer leaves them otherwise.
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     special = repr(sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()))
     template = str(tokenizer.chat_template or "")
@@ -189,12 +223,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def _load(folder: str, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(folder: str, head: Head = LANGUAGE_MODEL, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     # The stubs of transformers do not know that output_loading_info makes it return a pair.
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(
-        folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
-    )
+    load: Any = head.auto.from_pretrained
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head.seed)
+        model, info = load(
+            folder,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **head.config(),
+            **options,
+        )
     return model, info
 
 
@@ -298,19 +339,26 @@ def _sha256(text: str) -> str:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_incomplete(name: str, info: dict[str, Any]) -> None:
-    """Weights that the files lack would be drawn at random, which nobody asks for."""
-    problems = [f"{name}: {key} is missing in its files" for key in sorted(info.get("missing_keys", ()))]
+def _not_found(info: dict[str, Any]) -> set[str]:
+    """Weights that the files lack, or have in another shape."""
+    return {*info.get("missing_keys", ()), *(key for key, _, _ in info.get("mismatched_keys", ()))}
+
+
+def _refuse_incomplete(name: str, info: dict[str, Any], fresh: Sequence[str] = ()) -> None:
+    """Weights that the files lack would be drawn at random, which nobody asks for but of a new head."""
+    missing = sorted(key for key in info.get("missing_keys", ()) if not inside(key, fresh))
+    problems = [f"{name}: {key} is missing in its files" for key in missing]
     for key, there, expected in sorted(info.get("mismatched_keys", ())):
-        problems.append(f"{name}: {key} is {tuple(there)} in its files, {tuple(expected)} by its config")
+        if not inside(key, fresh):
+            problems.append(f"{name}: {key} is {tuple(there)} in its files, {tuple(expected)} by its config")
     if problems:
         raise ModelError(problems, hint="the model's files are incomplete, or of another architecture than its config")
 
 
-def _say_unused(name: str, info: dict[str, Any]) -> None:
+def _say_unused(name: str, info: dict[str, Any], head: Head) -> None:
     """Weights that the config has no place for may be another head's, or a sign that it is not theirs."""
     unused = sorted(info.get("unexpected_keys", ()))
-    if unused:
+    if unused and head == LANGUAGE_MODEL:
         shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
         _log.warning("%s: %d tensors in its files are no part of the model: %s", name, len(unused), shown)
 

@@ -155,6 +155,20 @@ class Result:
     best_step: int | None = None
     steps: int | None = None
     train_loss: float | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the model was trained to do: of a causal LM, to go on."""
+
+    type: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+    unit: str = "tokens"
+
+    @property
+    def writes(self) -> bool:
+        return self.type == "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -183,6 +197,7 @@ class Record:
     base: Base = field(default_factory=Base)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     data: Data = field(default_factory=Data)
+    task: Task = field(default_factory=Task)
     adapter: Adapter = field(default_factory=Adapter)
     plan: Plan = field(default_factory=Plan)
     measured: Measured = field(default_factory=Measured)

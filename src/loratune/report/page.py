@@ -85,15 +85,15 @@ def _context(run: Run, name: str) -> dict[str, Any]:
         "smaller": smaller_line(record.adapter),
         "comparisons": sections.comparisons(record),
         "plan_facts": sections.plan_facts(record),
-        "data_facts": sections.data_facts(record.data),
+        "data_facts": sections.data_facts(record.data, record.task),
         "data_places": sections.data_places(record.data),
         "shown_places": _SHOWN_PLACES,
         "setting_groups": sections.setting_groups(record.settings),
         "given": sum(setting.is_given for setting in record.settings.values()),
         "origin_facts": sections.origin_facts(record),
         "machine_facts": sections.machine_facts(record),
-        "commands": sections.commands(path),
-        "python_lines": sections.python_lines(path, record.base.name),
+        "commands": sections.commands(path, record.task),
+        "python_lines": sections.python_lines(path, record.base.name, record.task),
     }
 
 

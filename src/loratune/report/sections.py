@@ -10,7 +10,7 @@ from typing import Any
 from loratune.config import TrainConfig, group_of
 from loratune.report import words
 from loratune.report.curves import Outcome
-from loratune.report.folder import Check, Data, Record, Run, Sample, Setting
+from loratune.report.folder import Check, Data, Record, Run, Sample, Setting, Task
 
 _OTHER_GROUP = "Other"
 
@@ -35,8 +35,7 @@ def tiles(run: Run, outcome: Outcome) -> list[Fact]:
         best = record.result.best_step
         note = f"best at step {words.count(best)}" if best is not None else ""
         found.append(Fact("Held-out loss", f"{before} → {after}" if before else words.loss(outcome.tuned), note))
-        base = f"{words.perplexity(outcome.base)} → " if outcome.base is not None else ""
-        found.append(Fact("Perplexity", base + words.perplexity(outcome.tuned), "held-out rows"))
+        found += _metrics(record) if record.result.metrics else [_perplexity(outcome.base, outcome.tuned)]
     if record.adapter.trainable is not None:
         share = record.adapter.share
         of = f" of {words.short(record.adapter.total)}" if record.adapter.total else ""
@@ -58,6 +57,19 @@ def tiles(run: Run, outcome: Outcome) -> list[Fact]:
     if done:
         found.append(Fact("Checks", f"{sum(bool(check.passed) for check in done)} of {len(done)}", "passed"))
     return found
+
+
+def _perplexity(base: float | None, tuned: float) -> Fact:
+    before = f"{words.perplexity(base)} → " if base is not None else ""
+    return Fact("Perplexity", before + words.perplexity(tuned), "held-out rows")
+
+
+def _metrics(record: Record) -> list[Fact]:
+    """What a task other than writing is measured by."""
+    found = record.result.metrics
+    base, tuned = (found.get(name, {}) for name in ("base", "tuned"))
+    names = [name for name in tuned if name in base]
+    return [Fact(name.replace("_", " "), f"{base[name]:.3f} → {tuned[name]:.3f}", "held-out rows") for name in names]
 
 
 def check_groups(checks: Sequence[Check]) -> list[tuple[str, list[Check]]]:
@@ -165,11 +177,12 @@ def plan_facts(record: Record) -> list[Fact]:
     )
 
 
-def data_facts(data: Data) -> list[Fact]:
+def data_facts(data: Data, task: Task) -> list[Fact]:
     fit = data.fit
     supervised = None
     if fit.supervised_tokens is not None:
-        share = f" ({words.percent(fit.supervised_tokens / fit.tokens)})" if fit.tokens else ""
+        of_tokens = bool(fit.tokens) and task.unit == "tokens"
+        share = f" ({words.percent(fit.supervised_tokens / (fit.tokens or 1))})" if of_tokens else ""
         supervised = words.count(fit.supervised_tokens) + share
     return _facts(
         ("Source", data.source),
@@ -178,7 +191,7 @@ def data_facts(data: Data) -> list[Fact]:
         ("Training rows", words.count(data.train) if data.train is not None else None),
         ("Held-out rows", words.count(data.val) if data.val is not None else None),
         ("Tokens", words.count(fit.tokens) if fit.tokens is not None else None),
-        ("Supervised tokens", supervised),
+        (f"Supervised {task.unit}", supervised),
         ("Longest row", words.counted(fit.longest, "token") if fit.longest is not None else None),
         ("Median row", f"{fit.median:,g} tokens" if fit.median is not None else None),
         ("Characters a token", f"{fit.characters_per_token:.2f}" if fit.characters_per_token is not None else None),
@@ -259,27 +272,44 @@ def run_path(record: Record, name: str) -> str:
     return out.value if out and isinstance(out.value, str) and out.value else f"runs/{name}"
 
 
-def commands(path: str) -> list[tuple[str, str]]:
+def commands(path: str, task: Task) -> list[tuple[str, str]]:
     """(what it does, command) of each way to use the adapter."""
     run = shlex.quote(path)
-    return [
+    written = [
         ("Talk to it, beside its base", f"loratune chat {run} --vs base"),
         ("Answer a file of prompts", f"loratune generate {run} --prompts prompts.jsonl"),
+    ]
+    return [
+        *(written if task.writes else []),
         ("Measure it on other data", f"loratune eval {run} --data test.jsonl"),
         ("See what it changed, layer by layer", f"loratune show {run}"),
         ("Make a plain model of it", f"loratune merge {run} --out merged"),
     ]
 
 
-def python_lines(path: str, base: str | None) -> str:
+# The class that transformers loads each task's base with.
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def python_lines(path: str, base: str | None, task: Task) -> str:
     if base and base.endswith(".gguf"):
         # transformers alone would keep such a model quantised.
         loading = ("from loratune.model import load_base", "", f"model = load_base({base!r}).model")
     else:
         name = base or "BASE"
         loading = (
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {_CLASSES.get(task.type, 'AutoModel')}",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+            f"model = {_CLASSES.get(task.type, 'AutoModel')}.from_pretrained({name!r}{_labelled(task)})",
         )
     return "\n".join(("import loratune as lt", *loading, f"lora = lt.attach(model, {path!r})"))
+
+
+def _labelled(task: Task) -> str:
+    """How transformers is told that the head has a label's name for each number."""
+    return f", id2label={dict(enumerate(task.labels))!r}" if task.labels else ""

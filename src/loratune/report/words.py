@@ -153,7 +153,7 @@ class Headline:
 def headline(run: Run, outcome: Outcome) -> Headline:
     """What came of the run, in a sentence or two."""
     record = run.record
-    learned = _learned(record.result.train_loss, outcome)
+    learned = _learned(record.result.train_loss, outcome, writes=record.task.writes)
     checked, failed = _checked(record.checks)
     seconds = record.measured.seconds
     took = f", {duration(seconds)}" if seconds is not None else ""
@@ -174,15 +174,17 @@ def _change(outcome: Outcome) -> int:
     return 0 if before == after else -1 if outcome.tuned < outcome.base else 1
 
 
-def _learned(train_loss: float | None, outcome: Outcome) -> str:
+def _learned(train_loss: float | None, outcome: Outcome, *, writes: bool) -> str:
+    """What became of the loss; only of a model that writes it is one of tokens, and has a perplexity."""
     if outcome.base is not None and outcome.tuned is not None:
         before, after = losses(outcome.base, outcome.tuned)
-        change = f"(perplexity {perplexity(outcome.base)} → {perplexity(outcome.tuned)})"
+        change = f" (perplexity {perplexity(outcome.base)} → {perplexity(outcome.tuned)})" if writes else ""
         if before == after:
             return f"Held-out loss stayed at {before}"
-        return f"Held-out loss {'fell' if outcome.tuned < outcome.base else 'rose'} from {before} to {after} {change}"
+        return f"Held-out loss {'fell' if outcome.tuned < outcome.base else 'rose'} from {before} to {after}{change}"
     if outcome.tuned is not None:
-        return f"Held-out loss reached {loss(outcome.tuned)} (perplexity {perplexity(outcome.tuned)})"
+        known = f" (perplexity {perplexity(outcome.tuned)})" if writes else ""
+        return f"Held-out loss reached {loss(outcome.tuned)}{known}"
     if train_loss is not None and math.isfinite(train_loss):
         return f"Training loss reached {loss(train_loss)}, with no held-out rows to measure against"
     return "Nothing was measured"

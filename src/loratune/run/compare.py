@@ -23,6 +23,7 @@ from loratune.run.apart import apart
 from loratune.run.contender import BASE, Task, contend
 from loratune.run.decide import Decisions, decide_steps, decide_val, learning_rate
 from loratune.run.record import hardware, now, versions
+from loratune.run.task import refuse_other_tasks
 from loratune.run.verdict import note_goal, verdict
 
 COMPARISON = "comparison.json"
@@ -109,6 +110,7 @@ def compare(
         ConfigError, DataError: what cannot be compared, before anything starts.
     """
     config = _checked(model, methods, seeds, tolerance, settings)
+    refuse_other_tasks(model, config, "compare")
     trained = [method for method in dict.fromkeys(methods) if method != BASE]
     plan = _planned(model, data, config, settings, Path(out), answers, elsewhere)
     say(f"{len(plan.train)} rows to train on, {len(plan.held_out)} held out, {plan.steps} steps")

@@ -12,6 +12,7 @@ from loratune.engine import Answer, Sampling, generate, make_ready
 from loratune.errors import ConfigError
 from loratune.model import stop_ids
 from loratune.run.opened import Opened, open_run
+from loratune.run.task import require_language_model
 
 
 @dataclass
@@ -51,13 +52,16 @@ class Conversation:
     def open(cls, run: str, *, vs: str | None, system: str | None, sampling: Sampling, **opening: Any) -> Conversation:
         """Open `run`, and beside it its base (sharing the weights) or another run; `opening` goes to `open_run`."""
         opened = open_run(run, **opening)
+        require_language_model(opened.base.head, "chat", "`loratune eval RUN --data FILE` measures it")
         speakers = [Speaker(run, opened, adapter_on=True)]
         if vs == "base":
             if opened.lora is None:
                 raise ConfigError(f"{run} is a base itself, so there is nothing to compare", hint="leave --vs out")
             speakers.insert(0, Speaker("base", opened, adapter_on=False))
         elif vs is not None:
-            speakers.append(Speaker(vs, open_run(vs, **opening), adapter_on=True))
+            other = open_run(vs, **opening)
+            require_language_model(other.base.head, "chat", "name another run with --vs")
+            speakers.append(Speaker(vs, other, adapter_on=True))
         for speaker in speakers:
             make_ready(speaker.opened.base.model)
             if system:

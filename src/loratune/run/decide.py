@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratune.config import LoraConfig, TrainConfig
+from loratune.config.tasks import CAUSAL_LM
 from loratune.data.fit import Fit
 from loratune.data.pack import Layout
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import ConfigError
 from loratune.training.optimizer import OPTIMIZERS, OptimizerKind
 
@@ -45,6 +47,11 @@ class Decisions:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
+
+    @property
+    def task(self) -> str:
+        """What the run is for; a causal LM until something else is decided."""
+        return str(self.values.get("task_type", CAUSAL_LM))
 
     @property
     def layout(self) -> Layout:
@@ -94,7 +101,9 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
     decisions.decide("lora_alpha", 2 * r, "twice the rank")
     several = decisions["max_steps"] > steps_per_epoch
-    if several and fit.supervised_tokens < _SMALL_DATA:
+    if not DATA_TASKS[decisions.task].counted:
+        decisions.decide("lora_dropout", 0.0, "masks are those of the encoder's tokens, and the decoder has others")
+    elif several and fit.supervised_tokens < _SMALL_DATA:
         why = f"{fit.supervised_tokens:,} supervised tokens, seen more than once"
         decisions.decide("lora_dropout", 0.05, why)
     else:
@@ -114,7 +123,7 @@ def decide_optimizer(decisions: Decisions, device_type: str) -> OptimizerKind:
 def lora_config(decisions: Decisions) -> LoraConfig:
     """The adapter that the decisions describe."""
     names = [name for name in LoraConfig.names() if name in TrainConfig.model_fields and name in decisions.values]
-    return LoraConfig(**{name: decisions[name] for name in names}, task_type="CAUSAL_LM")
+    return LoraConfig(**{name: decisions[name] for name in names})
 
 
 def learning_rate(hidden: int) -> tuple[float, str]:

@@ -32,6 +32,7 @@ from loratune.model import empty_model
 from loratune.run.folder import refuse_taken
 from loratune.run.merge import folded
 from loratune.run.opened import Opened, base_name, open_run
+from loratune.run.task import require_language_model, saved_head
 
 READERS = ("peft", "vllm", "gguf")
 # vLLM's own default; a larger rank has to be announced to it.
@@ -82,6 +83,8 @@ def export(
     saved = read_adapter(adapter_folder(run))
     if base is not None:
         saved = replace(saved, base=base)
+    if to != "peft":
+        require_language_model(saved_head(None, saved), f"export --to {to}", "--to peft")
     if to == "gguf":
         return _gguf(saved, plain(saved, "llama.cpp"), target)
     found = plain(saved, "vLLM") if to == "vllm" else Plain(saved, ())

@@ -9,15 +9,15 @@ from typing import Any
 from loratune.adapt import TargetPlan, share_line
 from loratune.adapt import plan as plan_targets
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig, TrainConfig
-from loratune.data.batch import needed
 from loratune.data.fit import show_mask
 from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
-from loratune.model import context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
+from loratune.model import LANGUAGE_MODEL, context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
 from loratune.quant import refuse_format
 from loratune.run.decide import Decisions, decide_optimizer, describe, lora_config
 from loratune.run.prepare import Prepared, Rows, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
-from loratune.run.setup import all_of, decide_adapter
+from loratune.run.setup import all_of, decide_adapter, decide_task
+from loratune.run.task import choose_head
 from loratune.training.sharding import units_of
 
 # Processes that a base is divided among, of which the plan says how much memory each takes.
@@ -29,7 +29,8 @@ def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any)
     """Rows, lengths, what is left out, and the loss mask of the first rows as (text, supervised) pieces."""
     decisions = Decisions(TrainConfig(**settings))
     tokenizer = load_tokenizer(model)
-    prepared = prepare(Rows(data), decisions, tokenizer, context_of(empty_model(model)))
+    head, rows = choose_head(model, Rows(data), decisions.config)
+    prepared = prepare(rows, decisions, tokenizer, context_of(empty_model(model, head)), head)
     return {
         "line": data_line(prepared),
         **data_facts(prepared),
@@ -49,7 +50,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
     if config.quant is not None:
         refuse_format(config.quant, device_type)
     kind = decide_optimizer(decisions, device_type)
-    empty = empty_model(model)
+    head, rows = (LANGUAGE_MODEL, Rows(data)) if data is None else choose_head(model, Rows(data), config)
+    empty = empty_model(model, head)
     shape = Shape.of(empty)
     itemsize = _ITEMSIZE[config.dtype]
     if data is None:
@@ -60,7 +62,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
         tokens = scored = decisions["batch_size"] * 512
         longest = 512
     else:
-        prepared = prepare(Rows(data), decisions, load_tokenizer(model), context_of(empty))
+        prepared = prepare(rows, decisions, load_tokenizer(model), context_of(empty), head)
+        decide_task(decisions, empty, head, ())
         lora, targets = decide_adapter(empty, decisions, prepared, shape)
         tokens, scored, longest = _step_tokens(prepared, decisions)
         found = {"data": data_line(prepared), "steps": decisions["max_steps"], "lr": decisions["lr"]}
@@ -129,5 +132,5 @@ def _lora_without_data(config: TrainConfig, model: Any) -> LoraConfig:
 
 def _step_tokens(prepared: Prepared, decisions: Decisions) -> tuple[int, int, int]:
     """Tokens and supervised tokens of the largest step that `batch_size` rows can make, and of its longest row."""
-    rows = sorted(prepared.rows, key=needed, reverse=True)[: decisions["batch_size"]]
-    return sum(needed(row) for row in rows), sum(sum(row.supervised) for row in rows), needed(rows[0])
+    rows = sorted(prepared.rows, key=lambda row: row.needed, reverse=True)[: decisions["batch_size"]]
+    return sum(row.needed for row in rows), sum(row.units for row in rows), rows[0].needed

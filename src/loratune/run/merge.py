@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from loratune.data.batch import Batch, make_batch
-from loratune.data.example import Place
-from loratune.data.render import Rendered
+from loratune.data.batch import Batch
+from loratune.data.pack import one_batch
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import AdapterStateError
 from loratune.model import save_plain
 from loratune.run.folder import refuse_taken
@@ -56,6 +56,6 @@ def folded(opened: Opened) -> Iterator[tuple[dict[str, Tensor], str]]:
 
 
 def _probe(opened: Opened) -> Batch:
-    ids = tuple(opened.base.tokenizer(_PROBE)["input_ids"])
-    row = Rendered(ids, (False, *[True] * (len(ids) - 1)), Place("probe", 1), False)
-    return make_batch([row], packed=False, pad_id=0).to(opened.base.device)
+    base = opened.base
+    row = DATA_TASKS[base.head.task].probe(tuple(base.tokenizer(_PROBE)["input_ids"]))
+    return one_batch([row], packed=False, pad_id=base.pad_id).to(base.device)

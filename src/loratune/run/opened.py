@@ -12,6 +12,7 @@ from loratune.errors import AdapterFileError, ModelError
 from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
 from loratune.quant import dequantize
 from loratune.run.folder import RunFolder
+from loratune.run.task import model_head, saved_head
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,15 @@ def open_run(
     folder = _folder_of(run)
     name = base_name(run, base)
     if not _is_adapter(folder):
-        return Opened(find_base(name, dtype=dtype, device=device, quant=quant), None, None)
+        head = model_head(name)
+        return Opened(find_base(name, dtype=dtype, device=device, quant=quant, head=head), None, None)
     record = RunFolder(folder).record()
+    head = saved_head(record, read_adapter(folder))
     if record and dtype == "auto":
         dtype = record["base"]["dtype"]
     if record and quant is None:
         quant = record["settings"].get("quant", {}).get("value")
-    found = find_base(name, dtype=dtype, device=device, quant=quant)
+    found = find_base(name, dtype=dtype, device=device, quant=quant, head=head)
     decoded = decoded and quant is not None
     if decoded:
         dequantize(found.model)

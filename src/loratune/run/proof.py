@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from loratune.adapt import Adapters
-from loratune.data.batch import Batch, make_batch, needed
+from loratune.data.batch import Batch
+from loratune.data.pack import one_batch
 from loratune.data.render import Rendered
+from loratune.data.tasks import DATA_TASKS
 from loratune.lora import base_modules
 from loratune.model import exact_hash, stop_ids
 from loratune.quant import stored_in
@@ -44,13 +46,13 @@ class Proof:
             exact = init != "orthogonal"  # there B A is zero by cancellation
             found.append(checks.step0_is_base(self.model, self.probe, self.base_logits, exact=exact))
         found.append(checks.gradients_only_in_adapter(self.model, lora, self.probe))
-        if decisions["loss"] != "all":
+        if DATA_TASKS[self.setup.base.head.task].writes and decisions["loss"] != "all":
             stops = stop_ids(self.model, self.setup.base.tokenizer) | set(self.setup.prepared.train.end_of_turn)
             found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
         if decisions["checks"] == "full":
             # Whether the adapter can learn at all, not whether the run's own rate is a good one.
             rate, _ = learning_rate(self.model.config.get_text_config().hidden_size)
-            short = sorted(self.setup.prepared.rows, key=needed)[:_OVERFIT_ROWS]
+            short = sorted(self.setup.prepared.rows, key=lambda row: row.needed)[:_OVERFIT_ROWS]
             found.append(checks.one_batch_overfits(self.model, lora, self._batch(short), rate))
         return found
 
@@ -79,11 +81,11 @@ class Proof:
         prepared = self.setup.prepared
         rows: list[Rendered] = []
         for row in (prepared.val or prepared.train).rows:
-            if rows and sum(map(needed, rows)) + needed(row) > _PROBE_TOKENS:
+            if rows and sum(one.needed for one in rows) + row.needed > _PROBE_TOKENS:
                 break
             rows.append(row)
         return rows
 
     def _batch(self, rows: Sequence[Rendered]) -> Batch:
-        batch = make_batch(rows, packed=self.setup.decisions["pack"], pad_id=self.setup.base.pad_id)
+        batch = one_batch(rows, packed=self.setup.decisions["pack"], pad_id=self.setup.base.pad_id)
         return batch.to(self.setup.base.device)

@@ -16,6 +16,7 @@ import torch
 from loratune.adapt import Adapters, TargetPlan, by_kind, by_replaced
 from loratune.adapter import effective_rank
 from loratune.data.example import hash_of
+from loratune.data.tasks import DATA_TASKS
 from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup
@@ -59,6 +60,7 @@ def first_record(setup: Setup, name: str) -> dict[str, Any]:
         "base": _base_facts(setup),
         "tokenizer": {"sha256": tokenizer, "chat_template_sha256": template},
         "data": data_facts(setup.prepared),
+        "task": _task_facts(setup),
         "adapter": adapter_facts(setup.targets),
         "plan": {
             "steps": decisions["max_steps"],
@@ -91,6 +93,18 @@ def _base_facts(setup: Setup) -> dict[str, Any]:
         "dtype": setup.decisions["dtype"],
         "quant": base.quant,
         "family": base.model.config.model_type,
+    }
+
+
+def _task_facts(setup: Setup) -> dict[str, Any]:
+    """What the base was loaded as; with the adapter's files, all that is needed to load it so again."""
+    head = setup.base.head
+    return {
+        "type": head.task,
+        "labels": list(head.labels),
+        "seed": head.seed,
+        "unit": DATA_TASKS[head.task].unit,
+        "fresh": list(setup.base.fresh),
     }
 
 

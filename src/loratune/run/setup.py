@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 
 from loratune.adapt import TargetPlan, plan, share_line
-from loratune.config import LoraConfig, TrainConfig
-from loratune.data.batch import computed, needed
+from loratune.config import ALL_LINEAR, LoraConfig, TrainConfig
+from loratune.config.tasks import is_head
+from loratune.data.batch import computed
 from loratune.data.order import Order, bundle_size, groups_of
 from loratune.data.pack import sharing
 from loratune.data.render import Rendered
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import ConfigError
 from loratune.estimation import (
     RECOMPUTED_FORWARDS,
@@ -29,23 +32,29 @@ from loratune.estimation import (
     matmul_rate,
 )
 from loratune.model import (
+    FEATURES,
+    LANGUAGE_MODEL,
     Base,
+    Head,
     context_of,
     total_memory,
     why_no_shared_prefixes,
     why_not_fused,
     why_not_packed,
 )
+from loratune.quant import frozen_weight
 from loratune.run.decide import Decisions, decide_optimizer, decide_training, lora_config
 from loratune.run.prepare import Prepared, Rows, prepare
 from loratune.run.spread import Spread
 from loratune.training.processes import Processes
 from loratune.training.sharding import units_of
 
+# What comes after an encoder and is given one vector for each row.
+_POOLED = re.compile(r"(^|\.)pooler\.")
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
 _WHICH_MODULES = (
-    "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "ensure_weight_tying", "bias",
-    "trainable_token_indices",
+    "task_type", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "ensure_weight_tying",
+    "bias", "trainable_token_indices",
 )  # fmt: skip
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -99,7 +108,8 @@ def set_up(base: Base, rows: Rows, config: TrainConfig, spread: Spread = ALONE) 
     if base.quant is not None:
         decisions.decide("quant", base.quant, "the loaded model's")
     shape = Shape.of(base.model)
-    prepared = prepare(rows, decisions, base.tokenizer, context_of(base.model))
+    prepared = prepare(rows, decisions, base.tokenizer, context_of(base.model), base.head)
+    decide_task(decisions, base.model, base.head, base.fresh)
     lora, targets = decide_adapter(base.model, decisions, prepared, shape)
     _decide_packing(base.model, decisions)
     order = _decide_sharing(base.model, decisions, prepared.rows)
@@ -117,7 +127,6 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
         decisions.values["modules_to_save"], decisions.reasons["modules_to_save"] = all_of(model), "all of the model"
     probe = LoraConfig(
         r=1,
-        task_type="CAUSAL_LM",
         **{name: decisions.values[name] for name in _WHICH_MODULES if name in decisions.values},
     )
     one = plan(model, probe)
@@ -127,6 +136,23 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
     targets = plan(model, config)
     targets.check()
     return config, targets
+
+
+def decide_task(decisions: Decisions, model: Any, head: Head, fresh: Sequence[str]) -> None:
+    """What the run is for; what its base was given at random trains whole, whatever else does."""
+    decisions.decide("task_type", head.task, head.reason)
+    if not DATA_TASKS[head.task].counted and decisions.values.get("lora_dropout"):
+        problem = f"lora_dropout={decisions['lora_dropout']}: masks are those of the tokens that the encoder reads"
+        raise ConfigError(f"{problem}, and the decoder has others", hint="leave it out")
+    poolers = tuple(path for path, module in model.named_modules() if _POOLED.search(path) and frozen_weight(module))
+    if poolers and decisions["target_modules"] == ALL_LINEAR:
+        why = "it sees one token of each row, and dropout's masks are those of tokens"
+        decisions.decide("exclude_modules", poolers, why)
+    unnamed = [path for path in fresh if not is_head(path, head.task)]
+    if unnamed and head.labels:
+        given = decisions.values.get("modules_to_save") or ()
+        decisions.values["modules_to_save"] = tuple(dict.fromkeys([*given, *unnamed]))
+        decisions.reasons["modules_to_save"] = f"the base's files have no {', '.join(unnamed)}: drawn, so it must train"
 
 
 def all_of(model: Any) -> tuple[str, ...]:
@@ -142,9 +168,11 @@ def plan_line(setup: Setup) -> str:
     shared = f" · shared prefixes save {d.shared:.0%} of the tokens" if d.shared else ""
     if d["group_prefixes"]:
         shared += f", {d.shared_at_random:.0%} without groups"
+    head = setup.base.head
+    task = "" if head == LANGUAGE_MODEL else f"{head.task} ({head.reason}) · "
     what = f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules" if targets.targets else d["method"]
     return (
-        f"{what} · "
+        f"{task}{what} · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "
         f"{setup.memory.total / 2**30:.1f} of {total / 2**30:.0f} GB{shared}"
         f"{setup.spread.words()}"
@@ -155,6 +183,10 @@ def _note_spread(base: Base, decisions: Decisions, spread: Spread) -> None:
     decisions.values["shard"], decisions.reasons["shard"] = "on" if spread.sharded else "off", spread.reason
     if spread.sharded and base.quant is not None:
         raise ConfigError(f"shard: weights in few bits cannot be divided ({base.quant})", hint="--shard off")
+    if spread.processes.count > 1 and base.head.task == FEATURES:
+        raise ConfigError("a step's pairs are compared with each other, by one process", hint="start one process")
+    if spread.sharded and base.head != LANGUAGE_MODEL:
+        raise ConfigError(f"shard: a model for {base.head.task} is not put together again here", hint="--shard off")
     if spread.sharded and not units_of(base.model):
         raise ConfigError("shard: this family does not name its layers", hint="--shard off")
 
@@ -162,7 +194,8 @@ def _note_spread(base: Base, decisions: Decisions, spread: Spread) -> None:
 def _decide_packing(model: Any, decisions: Decisions) -> None:
     if decisions.values.get("pack") is False:
         return
-    why_not = why_not_packed(model)
+    task = decisions.task
+    why_not = why_not_packed(model) if DATA_TASKS[task].packed else f"each row is read by itself in {task}"
     if why_not is None:
         decisions.decide("pack", True, "tried: two packed rows give what they give alone")
     elif decisions.values.get("pack"):
@@ -254,7 +287,7 @@ def _decide_memory(
     """The micro-batch: as many tokens as memory holds, at least the longest row; recompute where that is too much."""
     device = spread.device or base.device
     itemsize, fused = base.precision.dtype.itemsize, decisions["fused"]
-    longest = max(needed(row) for row in prepared.rows)
+    longest = max(row.needed for row in prepared.rows)
     held = BaseMemory.of(base.model, itemsize, base.quant, in_layers=units_of(base.model))
     room = spread.room(device)
     if device != base.device:  # it is not there yet

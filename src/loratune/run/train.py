@@ -27,11 +27,12 @@ from loratune.run.prepare import Rows, data_line
 from loratune.run.proof import Proof
 from loratune.run.put_together import put_together, trained_tensors
 from loratune.run.record import effective_ranks, first_record
-from loratune.run.samples import take_samples
+from loratune.run.samples import measure_both, metrics_line, take_samples
 from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
 from loratune.run.spread import spread_out
+from loratune.run.task import choose_head, next_command
 from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from loratune.training.checks import all_finite, same_everywhere
 from loratune.training.loop import Hooks, Loop, Progress, Work
@@ -97,7 +98,9 @@ def _run(
     if not processes.first:
         folder, listen = WatchedFolder(folder.path), None
     loftq = config.init_lora_weights == "loftq"
-    base = find_base(model, tokenizer, quant=config.quant, keep_originals=loftq, **spread.loading(config))
+    head, rows = choose_head(model, rows, config)
+    loading = {"quant": config.quant, "keep_originals": loftq, "head": head, **spread.loading(config)}
+    base = find_base(model, tokenizer, **loading)
     setup = set_up(base, rows, config, spread)
     if before is not None:
         keep_plan(setup.decisions, before["settings"])
@@ -308,14 +311,19 @@ def _save(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, pro
     if decisions["early_stop"] and progress.best_step:
         record["result"]["val_loss"] = progress.best_val
     record["adapter"]["effective_rank"] = effective_ranks(lora)
+    metrics = measure_both(setup, lora)
+    if metrics:
+        record["result"]["metrics"] = metrics
+        journal.say("metrics", f"held out: {metrics_line(metrics)}")
     lora.save(folder.path, tokenizer=setup.base.tokenizer, about=_about(record["result"]))
     folder.write_samples(take_samples(setup, lora) if decisions["samples"] else [])
     journal.close("finished")
-    journal.say("saved", f"{folder.path}    next: loratune chat {folder.path} --vs base")
+    journal.say("saved", f"{folder.path}    next: loratune {next_command(setup.base.head, folder.path)}")
 
 
 def _about(result: dict[str, Any]) -> str:
     if result.get("val_loss") is None:
         return ""
     losses = f"{result['base_val_loss']:.3f} (base) → {result['val_loss']:.3f}"
-    return f"Held-out loss {losses}, after {result['steps']} steps."
+    measured = f" Of held-out rows: {metrics_line(result['metrics'])}." if "metrics" in result else ""
+    return f"Held-out loss {losses}, after {result['steps']} steps.{measured}"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from loratune.adapt import attach
-from loratune.adapter import adapter_folder
+from loratune.adapter import adapter_folder, read_adapter
 from loratune.engine import Engine
 from loratune.errors import AdapterFileError, AdapterStateError, LoratuneError
+from loratune.run.task import require_language_model, saved_head
 
 _log = logging.getLogger("loratune.serve")
 
@@ -67,6 +68,7 @@ class Library:
         if name == self.base or name in self._folders:
             raise AdapterStateError(f"{name!r} is taken already", hint="unload it first, or choose another name")
         folder = adapter_folder(path)
+        require_language_model(saved_head(None, read_adapter(folder)), "serve", "`loratune eval` measures it")
         self._load(name, folder)
         with self._lock:
             self._folders[name] = folder

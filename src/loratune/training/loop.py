@@ -135,7 +135,7 @@ class Loop:
                 grad_norm=norm,
                 tokens=sum(len(row.ids) for row in rows),
                 computed_tokens=computed,
-                supervised_tokens=sum(sum(row.supervised) for row in rows),
+                supervised_tokens=sum(row.units for row in rows),
                 examples=len(rows),
                 step_seconds=time.perf_counter() - started,
                 peak_memory_bytes=peak_memory(self.work.device),
@@ -174,7 +174,7 @@ class Loop:
             its loss, and the tokens that went through the model.
         """
         work, progress, processes = self.work, self.progress, self.processes
-        supervised = sum(sum(row.supervised) for row in rows)
+        supervised = sum(row.units for row in rows)
         while True:
             limit, part = progress.micro_batch_tokens, processes.part
             step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=part)

@@ -1,0 +1,164 @@
+"""What is measured of each task on held-out rows beside the loss, and how an answer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from loratune.data.labelled import Labelled, Labels
+from loratune.data.matched import Matched, TwoTexts, stack_matched
+from loratune.data.pack import one_batch
+from loratune.data.render import Rendered
+from loratune.data.translated import Translated, stack_translated
+from loratune.evaluation.labels import accuracy, macro_f1, majority
+from loratune.evaluation.spans import span_f1
+from loratune.loss import logits_of, vectors_of
+from loratune.model import evaluating
+
+Row = TypeVar("Row", bound=Rendered)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How a model is asked about rows: where, with which pad, and with how many tokens at once."""
+
+    device: torch.device
+    pad_id: int
+    limit: int
+    labels: Labels
+    decode: Callable[[Sequence[int]], str]
+
+
+# What a model says of a row: the numbers of its labels; or the nearest row's, and its own one's rank.
+Said = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What is measured of one task.
+
+    Attributes:
+        ask: the model's answers to rows, in their order.
+        score: metrics by name of these answers, the first the one to look at.
+        words: an answer as text, by all rows that were asked about. reference: what it should have been.
+    """
+
+    ask: Callable[[nn.Module, Sequence[Any], Asking], list[Said]]
+    score: Callable[[Sequence[Said], Sequence[Any], Labels], dict[str, float]]
+    words: Callable[[Said, Sequence[Any], Asking], str]
+    reference: Callable[[Any, Asking], str]
+
+    def metrics(self, model: nn.Module, rows: Sequence[Rendered], asking: Asking) -> dict[str, float]:
+        return self.score(self.ask(model, rows, asking), rows, asking.labels)
+
+
+@torch.no_grad()
+def _choices(model: nn.Module, rows: Sequence[Rendered], asking: Asking) -> list[Said]:
+    """The likeliest label wherever a row has a target."""
+    found: list[Said] = []
+    with evaluating(model):
+        for some in _together(rows, asking.limit):
+            batch = one_batch(some, packed=False, pad_id=asking.pad_id).to(asking.device)
+            chosen = iter(logits_of(model, batch).argmax(-1).tolist())
+            found += [tuple(next(chosen) for _ in range(row.units)) for row in some]
+    return found
+
+
+def _together(rows: Sequence[Row], limit: int) -> list[list[Row]]:
+    """Neighbours, as many as `limit` tokens hold with their pads; a longer row goes alone."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        if groups and max(one.needed for one in (*groups[-1], row)) * (len(groups[-1]) + 1) <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _labels_told(said: Sequence[Said], rows: Sequence[Labelled], _: Labels) -> dict[str, float]:
+    told, true = ([label for row in some for label in row] for some in (said, [row.targets for row in rows]))
+    return {"accuracy": accuracy(told, true), "macro_f1": macro_f1(told, true), "majority": majority(true)}
+
+
+def _words_told(said: Sequence[Said], rows: Sequence[Labelled], labels: Labels) -> dict[str, float]:
+    named = [[[labels[number] for number in row] for row in some] for some in (said, [row.targets for row in rows])]
+    return {"span_f1": span_f1(*named), **_labels_told(said, rows, labels)}
+
+
+def _named(said: Said, _: Sequence[Labelled], asking: Asking) -> str:
+    return " ".join(asking.labels[number] for number in said)
+
+
+def _true_name(row: Labelled, asking: Asking) -> str:
+    return _named(row.targets, (), asking)
+
+
+@torch.no_grad()
+def _nearest(model: nn.Module, rows: Sequence[Matched], asking: Asking) -> list[Said]:
+    """Of each row, which row's second text is nearest to its first one, and the rank of its own among the others."""
+    batch = stack_matched(rows, pad_id=asking.pad_id, starts=[0] * len(rows), at_once=asking.limit)
+    with evaluating(model):
+        first, second = vectors_of(model, batch.to(asking.device)).chunk(2)
+    found: list[Said] = []
+    for number, vector in enumerate(first):
+        near = second @ vector
+        # Texts that several rows have count once, and a row's own is the same wherever it stands.
+        better = {rows[i].match for i in (near > near[number]).nonzero()[:, 0].tolist()} - {rows[number].match}
+        found.append((int(near.argmax()), 1 + len(better)))
+    return found
+
+
+def _ranks(said: Sequence[Said], _: Sequence[Matched], __: Labels) -> dict[str, float]:
+    """How often the own text is the nearest, and the mean of one over its rank."""
+    ranks = [rank for _, rank in said]
+    first = sum(rank == 1 for rank in ranks) / len(ranks)
+    return {"recall_at_1": first, "mrr": sum(1 / rank for rank in ranks) / len(ranks)}
+
+
+def _nearest_text(said: Said, rows: Sequence[Matched], asking: Asking) -> str:
+    return asking.decode(rows[said[0]].match)
+
+
+def _own_text(row: TwoTexts, asking: Asking) -> str:
+    return asking.decode(row.match)
+
+
+@torch.no_grad()
+def _written(model: Any, rows: Sequence[Translated], asking: Asking) -> list[Said]:
+    """The likeliest tokens one after the other, up to the end of the text that the model writes."""
+    ends = {end for row in rows for end in row.match[-1:]}
+    most = max(row.units for row in rows)
+    found: list[Said] = []
+    with evaluating(model):
+        for some in _together(rows, asking.limit):
+            batch = stack_translated(some, pad_id=asking.pad_id).to(asking.device)
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            made = model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
+            found += [_ended(ids, ends) for ids in made[:, 1:].tolist()]  # after the token that it begins with
+    return found
+
+
+def _ended(ids: Sequence[int], ends: Collection[int]) -> Said:
+    stop = next((at + 1 for at, number in enumerate(ids) if number in ends), len(ids))
+    return tuple(ids[:stop])
+
+
+def _exact(said: Sequence[Said], rows: Sequence[Translated], _: Labels) -> dict[str, float]:
+    return {"exact_match": sum(ids == row.match for ids, row in zip(said, rows, strict=True)) / len(rows)}
+
+
+def _read(said: Said, _: Sequence[Translated], asking: Asking) -> str:
+    return asking.decode(said)
+
+
+# A causal LM's answers are written, not chosen: the engine asks for them.
+MEASURES: Mapping[str, Measure] = {
+    "SEQ_CLS": Measure(_choices, _labels_told, _named, _true_name),
+    "TOKEN_CLS": Measure(_choices, _words_told, _named, _true_name),
+    "SEQ_2_SEQ_LM": Measure(_written, _exact, _read, _own_text),
+    "FEATURE_EXTRACTION": Measure(_nearest, _ranks, _nearest_text, _own_text),
+}
