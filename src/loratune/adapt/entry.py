@@ -15,6 +15,7 @@ from loratune.adapt.plan import TargetPlan
 from loratune.adapt.written import written
 from loratune.adapter import Factors, Origin, SavedAdapter
 from loratune.config import LoraConfig
+from loratune.errors import AdapterStateError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Entry:
     about: str = ""
     # Of the adapters that were made here: which of the seed's starts it has.
     ordinal: int = 0
+    # Whether it still starts as any other would, and not from data (`initialise`).
+    waits: bool = False
 
     @classmethod
     def of(cls, saved: SavedAdapter, plan: TargetPlan) -> Entry:
@@ -37,8 +40,18 @@ class Entry:
         return cls(saved.config, plan, saved.base, saved.revision, saved.origin, unknown, saved.about)
 
 
+def refuse_waiting(name: str, entry: Entry) -> None:
+    """Raise where the adapter has not got its start from data yet."""
+    if entry.waits:
+        raise AdapterStateError(
+            f"{name!r} starts from data (init='eva'), which it has not seen",
+            hint="lora.initialise(batches) before its optimizer is made",
+        )
+
+
 def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:
     """One adapter as a value that shares the live tensors; its targets are written out by name."""
+    refuse_waiting(name, entry)
     factors = {}
     lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
     for path, low_rank in placement.low_ranks(name).items():

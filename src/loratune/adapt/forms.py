@@ -29,6 +29,8 @@ def form_problems(form: Form, config: LoraConfig, r: int, *, of_file: bool) -> I
             yield "lora_bias=True is for layers that multiply, not for an Embedding"
         if config.decomposes if of_file else init not in _OF_LOOKUPS:
             yield f"init={init!r} is for layers that multiply: an Embedding starts with A zero and B from N(0, 1)"
+    if form.use == "convolution" and init == "eva" and not of_file:
+        yield "init='eva' is for linear layers, and looks at no convolution's inputs"
     if form.groups == 1:
         return
     if r % form.groups:

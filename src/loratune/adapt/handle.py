@@ -7,7 +7,7 @@ weights). In *merged*, verbs that would change or bypass the merged weights rais
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,102 +20,27 @@ from loratune.adapt.build import Modules, Parts, fresh_parts, saved_parts
 from loratune.adapt.entry import Entry, as_value, tokenizer_files
 from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
-from loratune.adapt.groups import param_groups
 from loratune.adapt.heads import with_task
+from loratune.adapt.initialise import from_data, real_tokens
+from loratune.adapt.inventory import Inventory
 from loratune.adapt.mixing import Mixed, check_mixed, expecting, names_of_rows, rows_of
-from loratune.adapt.placement import Placement, refuse_meta
+from loratune.adapt.placement import refuse_meta
 from loratune.adapt.plan import TargetPlan, plan, plan_as_written
 from loratune.adapt.reference import Reference
 from loratune.adapt.register import Register, listed
 from loratune.adapt.stranger import base_hash, refuse_strangers, say_what_is_odd, with_tokenizer
-from loratune.adapt.summary import Count, count_of, summary_of
 from loratune.adapter import DTYPES, Origin, SavedAdapter, adapter_folder, card_of, read_adapter, write_adapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, MergedError, Refusals
-from loratune.lora import AdapterState, LowRank, TokenCounter, adapter_prefixes, base_modules, base_parameters
+from loratune.lora import TokenCounter, base_modules
 from loratune.quant import known_by
 
 # Where a model keeps its handle: a plain attribute, so that a copy of the model has a copy of it.
 ATTRIBUTE = "_loratune"
 
 
-class Adapters:
+class Adapters(Inventory):
     """The adapters of one model. Made by `attach`, found again by `adapters(model)`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self._state = AdapterState()
-        self._placement = Placement(model, self._state)
-        self._register = Register()
-        self._merged: tuple[str, ...] = ()
-        self._kept: dict[str, Tensor] | None = None
-        self._detached = False
-        # Of adapters that were here when the base was merged away: the hash of the base they were made for.
-        self._gone: dict[str, str | None] = {}
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-
-    # -- what is there -------------------------------------------------------------------------------------------
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._register.names
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The adapters whose deltas the output holds; while merged, those that are in the weights."""
-        return self._merged or self._state.active
-
-    @property
-    def merged(self) -> bool:
-        return bool(self._merged)
-
-    def config(self, name: str | None = None) -> LoraConfig:
-        return self._entry(name).config
-
-    def plan(self, name: str | None = None) -> TargetPlan:
-        """The target plan an adapter was made by."""
-        return self._entry(name).plan
-
-    def factors(self, name: str | None = None) -> dict[str, LowRank]:
-        """Module path → the adapter's A, B and scale there; the live modules, not copies."""
-        return self._placement.low_ranks(self._one(name))
-
-    def replaced(self, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Full name of a base tensor → the adapter's own in its place (biases, modules trained whole)."""
-        return self._placement.replaced(self._one(name))
-
-    def parameters(self, name: str | None = None) -> list[nn.Parameter]:
-        """What trains: of one adapter, or of all."""
-        names = self.names if name is None else (self._register.known(name),)
-        return [p for n in names for p in self._placement.parameters(n) if p.requires_grad]
-
-    def param_groups(
-        self, lr: float, lora_plus_ratio: float | None = None, weight_decay: float = 0.0
-    ) -> list[dict[str, Any]]:
-        """Optimizer groups; with LoRA+ (Hayou et al., arXiv:2402.12354) B learns at `lora_plus_ratio` · lr.
-
-        Weight decay is for A, B and whole matrices; vectors (biases, magnitudes, norms) have none.
-        """
-        low_ranks = [low_rank for name in self.names for low_rank in self._placement.low_ranks(name).values()]
-        return param_groups(
-            low_ranks, self.parameters(), lr, 1.0 if lora_plus_ratio is None else lora_plus_ratio, weight_decay
-        )
-
-    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base's own parameters by name: everything that is no adapter's."""
-        return base_parameters(self.model)
-
-    def base_state(self) -> dict[str, Tensor]:
-        """`state_dict` without the adapters' tensors: the base, or the merged model."""
-        prefixes = adapter_prefixes(self.model)
-        return {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith(prefixes)}
-
-    def count(self) -> Count:
-        return count_of(self.model)
-
-    def summary(self) -> str:
-        """Trainable and total parameters, then one line for each kind of adapted module."""
-        return summary_of(self.count(), {name: self.plan(name) for name in self.names}, self.active)
 
     # -- adding and switching ------------------------------------------------------------------------------------
 
@@ -135,7 +60,31 @@ class Adapters:
         # The first that no adapter here has: what was added and removed before makes no difference.
         ordinal = self._register.free_ordinal()
         parts = fresh_parts(modules, config, target_plan, ordinal=ordinal, dtype=dtype)
-        self._put(name, Entry(config, target_plan, self._base_name(), ordinal=ordinal), parts, modules, trainable=True)
+        waits = config.init_lora_weights == "eva"
+        entry = Entry(config, target_plan, self._base_name(), ordinal=ordinal, waits=waits)
+        self._put(name, entry, parts, modules, trainable=True)
+
+    def initialise(
+        self, batches: Iterable[Any], name: str | None = None, *,
+        forward: Callable[[Any], Any] | None = None, counts: Callable[[Any], Tensor | None] = real_tokens,
+    ) -> None:  # fmt: skip
+        """Let an adapter with init "eva" start from what its layers are given in these batches, before its first step.
+
+        A becomes the directions in which a layer's inputs vary most, and ranks move to the layers where they explain
+        most (arXiv:2410.07170); its config then says which.
+
+        Args:
+            batches: what `forward` takes; by default a mapping or sequence of the model's arguments.
+            counts: which tokens of a batch count, as bool in their shape; by default those that are there and scored.
+
+        Raises:
+            AdapterStateError: another init, after training, or a layer that no batch reaches; nothing is changed.
+        """
+        self._refuse_merged()
+        name = self._one(name)
+        with self._only():  # as the base computes
+            entry = from_data(self._register.entries[name], name, self._placement, batches, forward, counts)
+        self._register.put(name, entry)
 
     def load(
         self,
@@ -284,10 +233,8 @@ class Adapters:
         name = self._one(name)
         entry = self._register.entries[name]
         # One that was loaded keeps what its file says, so that its files stay what they were.
-        origin = entry.origin
-        if origin is None:
-            origin = Origin(base=self._gone[name] if name in self._gone else self._base_hash(entry.plan))
-        return as_value(self._placement, name, entry, origin)
+        base = None if entry.origin else self._gone[name] if name in self._gone else self._base_hash(entry.plan)
+        return as_value(self._placement, name, entry, entry.origin or Origin(base=base))
 
     # -- merging -------------------------------------------------------------------------------------------------
 
@@ -392,9 +339,3 @@ class Adapters:
         self._register.free(name)
         if dtype is not None and dtype not in DTYPES:
             raise AdapterStateError(f"A and B cannot be {dtype}", hint="torch.float32, torch.bfloat16 or torch.float16")
-
-    def _one(self, name: str | None) -> str:
-        return self._register.one(name, self.active)
-
-    def _entry(self, name: str | None) -> Entry:
-        return self._register.entries[self._one(name)]

@@ -11,12 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.adapt.plan import Target, TargetPlan
+from loratune.adapt.entry import Entry
+from loratune.adapt.placement import Placement
+from loratune.adapt.plan import Target
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
 from loratune.lora import Directions, LoraLayer, LowRank, Seen, eva_factors, ranks_by_explained, scale_of
 
 Forward = Callable[[Any], Any]
+# The label of tokens that are not scored.
+_UNSCORED = -100
 # Which vectors of a batch count: bool, of the shape of its tokens; None where all do.
 Counts = Callable[[Any], Tensor | None]
 
@@ -41,11 +45,13 @@ def directions_of_inputs(
         for batch in batches:
             gathering.begin(counts(batch))
             forward(batch)
-    unseen = [path for path in layers if path not in gathering.leader]
+    found = {path: seen.directions() for path, seen in gathering.seen.items()}
+    unseen = [path for path in layers if path not in gathering.leader or not len(found[gathering.leader[path]].rows)]
     if unseen:
         more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
-        raise AdapterStateError(f"no batch reaches {unseen[0]}{more}", hint="give batches as the model is trained on")
-    found = {path: seen.directions() for path, seen in gathering.seen.items()}
+        raise AdapterStateError(
+            f"no batch gives {unseen[0]}{more} anything but zeros", hint="give batches as the model is trained on"
+        )
     return {path: found[gathering.leader[path]] for path in layers}
 
 
@@ -97,22 +103,34 @@ class _Gathering:
         return vectors if mask is None or mask.numel() != len(vectors) else vectors[mask.flatten().to(x.device)]
 
 
-def eva_start(
-    config: LoraConfig, plan: TargetPlan, found: Mapping[str, Directions]
-) -> tuple[LoraConfig, TargetPlan, dict[str, tuple[Tensor, Tensor]]]:
-    """The config and the plan with the ranks that the directions ask for, and A and B by path.
+def from_data(
+    entry: Entry, name: str, placement: Placement, batches: Iterable[Any], forward: Forward | None, counts: Counts
+) -> Entry:
+    """Give an adapter its start, and say what it is now: ranks follow what the directions explain, scales stay.
 
-    Scales stay what they were, so that alphas move with the ranks.
+    Raises:
+        AdapterStateError: another init, or it has been trained or started already; no batches; nothing is changed.
     """
+    low_ranks = placement.low_ranks(name)
+    if not entry.waits:
+        raise AdapterStateError(f"{name!r} needs no data to start from", hint="only init='eva' does, and once")
+    if any(bool(low_rank.B.any()) for low_rank in low_ranks.values()):
+        raise AdapterStateError(f"{name!r} has been trained already", hint="initialise before the first step")
+    widths = {target.path: int(target.r * entry.config.eva_rho) for target in entry.plan.targets}
+    layers = {path: placement.layers[path] for path in low_ranks}
+    model = placement.model
+    found = directions_of_inputs(model, layers, widths, batches, forward or forward_of(model), counts)
     ranks = ranks_by_explained(
-        {target.path: target.r for target in plan.targets},
+        {target.path: target.r for target in entry.plan.targets},
         {path: directions.explained for path, directions in found.items()},
-        config.eva_rho,
+        entry.config.eva_rho,
     )
-    targets = tuple(replace(target, r=ranks[target.path]) for target in plan.targets)
-    factors = {target.path: eva_factors(found[target.path], target.r, target.out_features) for target in targets}
-    changed = [target for target, before in zip(targets, plan.targets, strict=True) if target.r != before.r]
-    return _with_ranks(config, changed), replace(plan, targets=targets), factors
+    targets = tuple(replace(target, r=ranks[target.path]) for target in entry.plan.targets)
+    for target in targets:
+        _put(low_ranks[target.path], eva_factors(found[target.path], target.r, target.out_features))
+    changed = [target for target, before in zip(targets, entry.plan.targets, strict=True) if target.r != before.r]
+    config = _with_ranks(entry.config, changed)
+    return replace(entry, config=config, plan=replace(entry.plan, targets=targets), waits=False)
 
 
 def _with_ranks(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
@@ -126,10 +144,8 @@ def _with_ranks(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
     return cast(LoraConfig, config.replace(**changes))
 
 
-def put_start(low_rank: LowRank, A: Tensor, B: Tensor) -> None:
-    """Let the adapter's factors be these, in their own dtype and on their own device."""
-    for name, value in (("A", A), ("B", B)):
-        own = cast(nn.Parameter, getattr(low_rank, name))
+def _put(low_rank: LowRank, factors: tuple[Tensor, Tensor]) -> None:
+    for own, value in zip((low_rank.A, low_rank.B), factors, strict=True):
         own.data = value.to(own.device, own.dtype)
 
 
@@ -145,6 +161,11 @@ def forward_of(model: nn.Module) -> Forward:
 
 
 def real_tokens(batch: Any) -> Tensor | None:
-    """Those that the batch's own attention mask says are there."""
+    """Those that are there by the batch's attention mask and, where it has labels of tokens, are scored."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or (real is not None and real.shape != labels.shape):
+        return real
+    scored = labels != _UNSCORED
+    return scored if real is None else real & scored

@@ -99,7 +99,8 @@ def _exact(patterns: Mapping[str, float], paths: Sequence[str]) -> dict[str, flo
 
 def _counted_from_base(config: LoraConfig) -> LoraConfig:
     """An update that counts from a decomposition of W is written as a plain one: twice the rank, the same scale."""
-    if config.init_lora_weights == "loftq":  # whose update counts from the quantised base, as any other's
+    # The updates of these count from the base as it is, which is quantised for LoftQ.
+    if config.init_lora_weights in ("loftq", "eva"):
         return cast(LoraConfig, config.replace(init_lora_weights=True))
     if not config.decomposes:
         return config

@@ -21,7 +21,12 @@ ALL_LINEAR = "all-linear"
 # No low-rank terms, only biases or whole modules; the word that peft has for it.
 NO_TARGETS = "dummy-target-modules"
 # Starts by name; "pissa_niter_N" too, which approximates PiSSA's decomposition in N rounds.
-INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "swapped", "orthogonal", "pissa", "olora", "loftq", "eva")
+# PEFT's `eva_config`, with its defaults: how many times its own rank a layer may get; the rest has one value here.
+_EVA: dict[str, Any] = {
+    "rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False,
+    "adjust_scaling_factors": True,
+}  # fmt: skip
 # A pattern for the end of a path that starts at a dot.
 ANCHORED = r"(.*\.)?({})"
 # Beyond any use; larger ones overflow memory or fp32.
@@ -87,10 +92,11 @@ class LoraConfig(Settings):
         True,
         "start of A and B: true = A Kaiming uniform, gaussian = A from N(0, 1/r²), B zero in both; swapped = A zero; "
         "orthogonal; pissa, pissa_niter_N, olora = from the weight itself; loftq = from what quantising the base lost; "
-        "false = both random",
+        "eva = from what the layers are given in the first steps; false = both random",
         flag="init",
         group=_ADAPTER,
     )
+    eva_config: dict[str, Any] | None = setting(None, "of init eva: {'rho': 1} keeps every rank as it is", flag="")
     bias: Literal["none", "lora_only", "all"] = setting(
         "none", "biases that train too: those of adapted modules, or all of the model", group=_ADAPTER
     )
@@ -140,6 +146,11 @@ class LoraConfig(Settings):
         return first_match(self.alpha_pattern, path) or self.lora_alpha
 
     @property
+    def eva_rho(self) -> float:
+        """How many times its own rank a layer may get with init "eva"; 1 leaves ranks as they are."""
+        return float((self.eva_config or _EVA)["rho"])
+
+    @property
     def decomposes(self) -> bool:
         """Whether A and B start from a decomposition of the weight."""
         init = self.init_lora_weights
@@ -182,6 +193,11 @@ class LoraConfig(Settings):
     @classmethod
     def _init(cls, value: Any) -> Any:
         return known_init(value)
+
+    @field_validator("eva_config", mode="before")
+    @classmethod
+    def _eva(cls, value: Any) -> Any:
+        return known_eva(value)
 
     @field_validator("modules_to_save", "trainable_token_indices")
     @classmethod
@@ -241,6 +257,24 @@ def _token_indices(value: Any, where: str) -> tuple[int, ...]:
     if where and not tokens:
         raise ValueError(f"{where}names no token")
     return tokens
+
+
+def known_eva(value: Any) -> Any:
+    """`value` with what it leaves out, unless it asks for what is not here."""
+    if not isinstance(value, Mapping):
+        return value
+    unknown = [f"{key!r} is no setting of it{nearest(str(key), list(_EVA))}" for key in value if key not in _EVA]
+    fixed = [
+        f"{key}={given!r}: only {_EVA[key]!r} is implemented"
+        for key, given in value.items()
+        if key in _EVA and key != "rho" and given != _EVA[key]
+    ]
+    rho = value.get("rho", _EVA["rho"])
+    if isinstance(rho, bool) or not isinstance(rho, int | float) or not 1 <= rho <= _LARGEST_RANK:
+        fixed.append(f"rho={rho!r}: a number from 1")
+    if unknown or fixed:
+        raise ValueError("; ".join(unknown + fixed))
+    return {**_EVA, **value}
 
 
 def known_init(value: Any) -> Any:

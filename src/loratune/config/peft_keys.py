@@ -17,7 +17,6 @@ NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},

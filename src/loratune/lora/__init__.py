@@ -4,6 +4,7 @@ from loratune.lora.blocked import Blocked, blocks_help
 from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
+from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.lookup import LoraLookup
@@ -33,6 +34,7 @@ __all__ = [
     "Adapting",
     "Bank",
     "Blocked",
+    "Directions",
     "LoraConvolution",
     "LoraLayer",
     "LoraLookup",
@@ -42,6 +44,7 @@ __all__ = [
     "Recomputed",
     "Retraining",
     "Rows",
+    "Seen",
     "Stack",
     "Stacks",
     "Tensors",
@@ -61,6 +64,7 @@ __all__ = [
     "covered",
     "decomposed_factors",
     "end_retraining",
+    "eva_factors",
     "generator_for",
     "give_back",
     "has_own",
@@ -70,6 +74,7 @@ __all__ = [
     "names_by_parameter",
     "patched_forward",
     "put_on",
+    "ranks_by_explained",
     "release",
     "replace_in",
     "residual_factors",

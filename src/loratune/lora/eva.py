@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,9 +65,9 @@ def _leading(rows: Tensor, width: int) -> Tensor:
     """The first `width` rows of S Vᵀ, where `rows` = U S Vᵀ: from the smaller of its two products with itself."""
     if len(rows) <= rows.shape[1]:
         _, U = torch.linalg.eigh(rows @ rows.T)
-        return U.T.flip(0)[:width] @ rows
+        return cast(Tensor, U.T.flip(0)[:width] @ rows)
     squares, V = torch.linalg.eigh(rows.T @ rows)
-    return squares.flip(0)[:width, None].clamp_min(0).sqrt() * V.T.flip(0)[:width]
+    return cast(Tensor, squares.flip(0)[:width, None].clamp_min(0).sqrt() * V.T.flip(0)[:width])
 
 
 def ranks_by_explained(ranks: Mapping[str, int], explained: Mapping[str, Tensor], most: float) -> dict[str, int]:

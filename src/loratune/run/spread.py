@@ -111,5 +111,7 @@ def _undividable(model: Any, config: TrainConfig) -> Iterator[str]:
         yield "shard: a loaded model could not be given back whole: name its folder or hub id"
     if config.quant is not None:
         yield f"shard: weights in few bits cannot be divided (quant={config.quant!r})"
+    if config.init_lora_weights == "eva":
+        yield "shard: init='eva' gives the adapter other ranks than the plan, by which its parts are put together"
     if OPTIMIZERS[config.optimizer].of_bitsandbytes:
         yield f"shard: moments in few bits, or paged, cannot be divided (optimizer={config.optimizer!r})"

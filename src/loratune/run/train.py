@@ -32,6 +32,7 @@ from loratune.run.setup import Setup, plan_line, set_up
 from loratune.run.signals import stop_signals, terminated_like_interrupted
 from loratune.run.smaller import smaller_ranks
 from loratune.run.spread import spread_out
+from loratune.run.start import start_from_data
 from loratune.run.task import choose_head, next_command
 from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from loratune.training.checks import all_finite, same_everywhere
@@ -139,6 +140,7 @@ def _train(setup: Setup, folder: RunFolder, journal: Journal, *, resume: bool) -
     proof = Proof(setup)
     lora = attach(setup.model, setup.lora)
     try:
+        start_from_data(setup, lora, journal, resume=resume)
         proof.remember(lora)
         if decisions["recompute"] == "on":
             recompute_activations(setup.model)
