@@ -113,7 +113,11 @@ def test_the_card(tmp_path: Path) -> None:
     assert "Trained on sums." in body
     other = SavedAdapter(saved.config.replace(task_type="SEQ_CLS"), saved.factors)
     front = yaml.safe_load(card_of(other).split("---\n", 2)[1])
-    assert front == {"library_name": "peft", "tags": ["lora", "transformers"]}
+    assert front == {
+        "library_name": "peft",
+        "pipeline_tag": "text-classification",
+        "tags": ["lora", "transformers"],
+    }
 
 
 ABOUTS = ["Trained on sums.", "", "## Data\n\n- sums\n\nRank 3, alpha 1, and so on.\n\n```python\nimport sums\n```"]

@@ -62,7 +62,7 @@ def mixed(
     layer.eval()
     bank = bank_of([None, *low_ranks(layer)], dtype)
     assert bank is not None
-    rows = Rows(torch.tensor(index), {layer: bank}, tokens)
+    rows = Rows(torch.tensor(index), {layer: bank}, tokens=tokens)
     state.change(active=(), rows=rows)
     return layer, state, rows
 

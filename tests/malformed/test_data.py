@@ -27,7 +27,8 @@ def test_data(
 ) -> None:
     tokenizer, model = parts
     monkeypatch.setattr("loratune.run.look.load_tokenizer", lambda _: tokenizer)
-    monkeypatch.setattr("loratune.run.look.empty_model", lambda _: model)
+    monkeypatch.setattr("loratune.run.look.empty_model", lambda *_: model)
+    monkeypatch.setattr("loratune.run.task.config_of", lambda _: model.config)
     path = case.make(tmp_path)
     found = outcome(case, path, lambda data: look_at_data("model", str(data), val=0)["rows"])
     assert found == case.result

@@ -11,10 +11,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.engine import Sampling, generate
 from loratune.errors import LoratuneError, MissingExtraError, ModelError
-from loratune.model import load, load_base, stop_ids
+from loratune.model import load_base, stop_ids
 from tests.models import tiny
 
 
@@ -72,13 +73,13 @@ def refused(path: Path, kind: type[LoratuneError] = ModelError) -> str:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The GGUF files that are read from now on."""
     read: list[str] = []
-    real = load.AutoModelForCausalLM.from_pretrained
+    real = AutoModelForCausalLM.from_pretrained
 
     def watched(name: str, **settings: Any) -> Any:
         read.extend([settings["gguf_file"]] if "gguf_file" in settings else [])
         return real(name, **settings)
 
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", watched)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     return read
 
 
@@ -116,7 +117,7 @@ def test_interrupted_conversion_is_done_again(tmp_path: Path, cache: Path, monke
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(load.AutoTokenizer, "from_pretrained", fail)
+        patch.setattr(AutoTokenizer, "from_pretrained", fail)
         assert "no space left" in refused(path)
     assert list((cache / "gguf").iterdir()) == []
     assert load_base(str(path), dtype="fp32", device="cpu").source == "gguf"

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune.adapt import Adapters
 from loratune.adapter import Factors
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import AdapterFileError, CheckError, DataError, LoratuneError
 from loratune.lora import LowRank
 from loratune.run import open_run
@@ -31,7 +32,7 @@ Quick = Callable[..., Any]
 Counted = Callable[..., None]
 Patch = pytest.MonkeyPatch
 TRAIN = importlib.import_module("loratune.run.train")  # importlib: the package's name for it is the function
-PREPARE, PROOF = "loratune.run.prepare", "loratune.run.proof"
+PROOF = "loratune.run.proof"
 
 
 def after_attach(patch: Patch, spoil: Callable[[Adapters], Any]) -> None:
@@ -66,14 +67,13 @@ def one(lora: Adapters) -> LowRank:
 
 def masks(patch: Patch, change: Callable[[tuple[bool, ...]], tuple[bool, ...]]) -> None:
     """Render the rows with other loss masks."""
-    module = importlib.import_module(PREPARE)
-    render = module.render
+    task = DATA_TASKS["CAUSAL_LM"]
 
     def changed(*args: Any, **more: Any) -> Any:
-        corpus = render(*args, **more)
+        corpus = task.render(*args, **more)
         return replace(corpus, rows=tuple(replace(row, supervised=change(row.supervised)) for row in corpus.rows))
 
-    patch.setattr(module, "render", changed)
+    patch.setitem(DATA_TASKS, "CAUSAL_LM", replace(task, render=changed))
 
 
 def without_the_last(mask: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -297,7 +297,7 @@ def too_large_for_fp16(patch: Patch) -> tuple[str, ...]:
 # The function that raises → how it is made to.
 READ_BACK: dict[str, Callable[[Patch], tuple[str, ...]]] = {
     "_gguf": another_gguf,
-    "_require": another_adapter,
+    "export": another_adapter,
     "compare_model": another_model,
     "tensors": too_large_for_fp16,
 }

@@ -23,7 +23,7 @@ from loratune.model.fingerprint import fingerprint
 from loratune.model.hub import KINDS, fetched
 from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
-from loratune.model.task import LANGUAGE_MODEL, Head, fresh_modules, inside, refuse_loaded
+from loratune.model.task import LANGUAGE_MODEL, Head, fresh_modules, inside, is_loaded, refuse_loaded
 from loratune.quant import known_by, quantize, quantized_format, refuse_format
 
 _log = logging.getLogger("loratune")
@@ -128,11 +128,9 @@ def find_base(
     head: Head = LANGUAGE_MODEL,
 ) -> Base:
     """The base that `model` names, or is."""
-    if isinstance(model, PreTrainedModel):
+    if is_loaded(model):
         _refuse_changing(model, dtype, device, quant)
         return base_of(model, tokenizer, head)
-    if not isinstance(model, str | os.PathLike):
-        raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
     options: dict[str, Any] = {"quant": quant, "keep_originals": keep_originals, "head": head}
     return load_base(os.fspath(model), dtype=dtype, device=device, **options)
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from loratune.config.tasks import CAUSAL_LM, HEADS_OF_TASK, is_head, task_of_class
-from loratune.errors import ConfigError
+from loratune.errors import ConfigError, ModelError
 
 # The class that a base is loaded with.
 _AUTO: Mapping[str, Any] = {
@@ -133,4 +133,13 @@ def refuse_loaded(model: PreTrainedModel, head: Head) -> None:
 
 
 def is_loaded(model: Any) -> bool:
-    return not isinstance(model, str | os.PathLike)
+    """Whether it is a model, and not the name of one.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if isinstance(model, str | os.PathLike):
+        return False
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"a {type(model).__name__} is no model", hint="name one, or load it with transformers")
+    return True
