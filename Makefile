@@ -6,7 +6,7 @@
 #   make test        lint, types and every test that needs no accelerator and is not marked `full`
 #   make test-full   all tests, also those in llama.cpp, which it builds once; the results go to docs/test-full.txt and docs/reliability.md
 #   make coverage    make test, with the lines and branches of src/ that ran; the result goes to docs/reliability.md
-#   make mutants     changes in the code that tests must notice (about an hour on two cores); the result goes there too
+#   make mutants     changes in the code that tests must notice (hours; broken off, it goes on); the result goes there too
 #   make clean       remove .venv and the tools' caches
 
 PYTHON ?= python3
@@ -74,8 +74,8 @@ coverage: $(STAMP)
 
 mutants: $(STAMP)
 	@$(PIP) install -c constraints.txt -e '.[mutants]'
-	@# It writes the changes into a copy of the tree, mutants/, and would then start a pytest for each of them.
-	@rm -rf mutants && $(BIN)/python -c 'from tests.mutate import write; write()'
+	@# mutmut writes the changes into a copy of the tree, mutants/; what was tried there already is not tried again.
+	@$(BIN)/python -c 'from tests.mutate import write; write()'
 	@cd mutants && PYTHONPATH=src:. OMP_NUM_THREADS=1 ../$(BIN)/python -m pytest -p tests.mutate -p no:cacheprovider -q $(MUTANTS)
 	@$(BIN)/python -m tests.reach mutants mutants
 

@@ -46,16 +46,25 @@ def _share(summary: Mapping[str, Any]) -> float:
 
 
 def mutants_text(outcomes: Mapping[str, Counter[str]], day: dt.date) -> str:
-    """A table by file; the share is of those that ended, and a mutant that no test reaches counts as surviving."""
+    """A table by file of those that were tried; one that no test reaches counts as not noticed."""
     total = sum(outcomes.values(), Counter())
     rows = [*sorted(outcomes.items()), ("all", total)]
-    table = [f"| {name} | {found.total()} | {_noticed(found):.0f} % | {_left(found)} |" for name, found in rows]
-    head = f"Planted on {day}: {total.total():,} changes, {_noticed(total):.1f} % noticed."
+    table = [
+        f"| {name} | {_tried(found)} | {_noticed(found):.0f} % | {_left(found)} |"
+        for name, found in rows
+        if _tried(found)
+    ]
+    drawn = f" of {total.total():,}, drawn at random," if total["untried"] else ""
+    head = f"Planted on {day}: {_tried(total):,} changes{drawn or ','} {_noticed(total):.1f} % noticed."
     return "\n".join([head, "", "| file | changes | noticed | not noticed |", "|---|---:|---:|---:|", *table])
 
 
+def _tried(found: Counter[str]) -> int:
+    return found.total() - found["untried"]
+
+
 def _noticed(found: Counter[str]) -> float:
-    return 100 * (1 - _left(found) / found.total())
+    return 100 * (1 - _left(found) / _tried(found))
 
 
 def _left(found: Counter[str]) -> int:
@@ -63,7 +72,7 @@ def _left(found: Counter[str]) -> int:
 
 
 def outcomes_in(folder: Path) -> dict[str, Counter[str]]:
-    """How mutants ended, by the file they are in; all must have been tried."""
+    """How mutants ended, by the file they are in."""
     found: dict[str, Counter[str]] = {}
     for path in sorted(folder.rglob("*.py.meta")):
         codes = json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
@@ -74,10 +83,12 @@ def outcomes_in(folder: Path) -> dict[str, Counter[str]]:
 
 
 def _outcome(mutant: str, code: int | None) -> str:
+    if code is None:
+        return "untried"
     for name, codes in (("killed", _KILLED), ("survived", _SURVIVED), ("unreached", _UNREACHED), ("late", _TIMED_OUT)):
         if code in codes:
             return name
-    raise SystemExit(f"{mutant} ended with {code}: run mutmut again")
+    raise SystemExit(f"{mutant} ended with {code}, which mutmut does not know")
 
 
 def survivors_in(folder: Path) -> Iterator[str]:
