@@ -148,3 +148,26 @@ def test_rows_that_begin_alike_stay_in_one_part() -> None:
 
 def longer(row: Rendered, by: int) -> Rendered:
     return dataclasses.replace(row, ids=row.ids + (by,) * by, supervised=row.supervised + (True,) * by)
+
+
+@QUICK
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20), st.booleans())
+def test_micro_batches_hold_what_the_limit_says(lengths: list[int], limit: int, packed: bool) -> None:
+    """Every row once, no group over the limit but a row alone, and none that the next row had room in."""
+    groups = micro_batches(lengths, limit, packed=packed)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+
+    def cost(group: list[int]) -> int:
+        own = [lengths[i] for i in group]
+        return sum(own) if packed else max(own) * len(own)
+
+    assert all(cost(group) <= limit or len(group) == 1 for group in groups)
+    assert all(cost([*group, then[0]]) > limit for group, then in pairwise(groups))
+
+
+@pytest.mark.parametrize(("layout", "rows_each"), [(Layout.PACKED, [4]), (Layout.PADDED, [1, 3]), (Layout.TREE, [4])])
+def test_a_limit_that_is_met_is_kept(layout: Layout, rows_each: list[int]) -> None:
+    """One long row and three short ones with nothing in common: with pads they are twice as many tokens."""
+    rows = rows_of(30, 8, 8, 8, seed=5)
+    found = batches(rows, layout, limit=sum(row.needed for row in rows), pad_id=PAD)
+    assert [batch.examples for batch in found] == rows_each
