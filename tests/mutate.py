@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -40,8 +41,10 @@ class _Beside:
 
 def write() -> None:
     """A copy of the tree in `mutants/`, with every change in it; where it is there, it is gone on with."""
-    if Path("mutants").exists():
+    done = Path("mutants", "written")
+    if done.exists():
         return
+    shutil.rmtree("mutants", ignore_errors=True)
     from mutmut.__main__ import create_mutants
     from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir
 
@@ -49,6 +52,7 @@ def write() -> None:
     copy_src_dir()
     copy_also_copy_files()
     create_mutants(_JOBS)
+    done.touch()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -50,13 +50,15 @@ def mutants_text(outcomes: Mapping[str, Counter[str]], day: dt.date) -> str:
     total = sum(outcomes.values(), Counter())
     rows = [*sorted(outcomes.items()), ("all", total)]
     table = [
-        f"| {name} | {_tried(found)} | {_noticed(found):.0f} % | {_left(found)} |"
+        f"| {name} | {_tried(found)} | {_noticed(found):.0f} % | {found['late']} | {_left(found)} |"
         for name, found in rows
         if _tried(found)
     ]
     drawn = f" of {total.total():,}, drawn at random," if total["untried"] else ""
     head = f"Planted on {day}: {_tried(total):,} changes{drawn or ','} {_noticed(total):.1f} % noticed."
-    return "\n".join([head, "", "| file | changes | noticed | not noticed |", "|---|---:|---:|---:|", *table])
+    return "\n".join(
+        [head, "", "| file | changes | noticed | of these by time | not noticed |", "|---|---:|---:|---:|---:|", *table]
+    )
 
 
 def _tried(found: Counter[str]) -> int:

@@ -90,10 +90,20 @@ def _vectors(model: nn.Module, batch: MatchBatch, rows: slice) -> Tensor:
 def _written(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of what an encoder-decoder writes, at the decoder's positions that have a target."""
     assert isinstance(batch, TranslatedBatch)
-    before: Any = model.prepare_decoder_input_ids_from_labels  # every family begins with a token of its own
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    logits: Tensor = model(**inputs, decoder_input_ids=before(labels=batch.labels), use_cache=False).logits
+    logits: Tensor = model(**inputs, decoder_input_ids=_before(model, batch.labels), use_cache=False).logits
     return logits.flatten(0, -2)[batch.scored]
+
+
+def _before(model: Any, labels: Tensor | None) -> Tensor:
+    """What the decoder is given to write `labels`: they moved by one, behind the token that the family begins with."""
+    assert labels is not None
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        found: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return found
+    begin = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    moved = torch.cat([begin, labels[:, :-1]], 1)
+    return moved.masked_fill(moved < 0, model.config.pad_token_id)
 
 
 # What is chosen among, by the kind of batch.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import loratune as lt
 from loratune.errors import AdapterStateError, ConfigError, TargetError
 from tests.adapt.model import picture
+from tests.families.zoo import built
 from tests.models import VOCABULARY, tiny
 
 IDS = torch.arange(3 * 8).view(3, 8) * 17 % VOCABULARY
@@ -203,3 +204,53 @@ def test_pefts_own_start_from_data_is_read(tmp_path: Path) -> None:
     lora = lt.attach(ours, tmp_path)
     torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
     lora.save(tmp_path / "again")
+
+
+def test_one_that_waits_does_not_train_in_any_loop() -> None:
+    """Whoever takes the model's parameters finds none, and what it would be without its start is not merged."""
+    model = tiny("llama")
+    lora = lt.attach(model, lt.LoraConfig(**EVA))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for verb in (lora.merge, lambda: lora.unfreeze("default")):
+        with pytest.raises(AdapterStateError, match="which it has not seen"):
+            verb()
+    lora.initialise(BATCHES)
+    assert len([p for p in model.parameters() if p.requires_grad]) == len(lora.parameters()) > 0
+
+
+def test_a_layer_of_larger_rank_sees_as_many_directions() -> None:
+    """v is given what q is given, which looks for both."""
+    config = lt.LoraConfig(
+        **{**EVA, "target_modules": ["q_proj", "v_proj"]}, rank_pattern={"v_proj": 12}, eva_config={"rho": 1}
+    )
+    lora = lt.attach(tiny("llama"), config)
+    lora.initialise(BATCHES)
+    assert {path.rpartition(".")[2]: low_rank.r for path, low_rank in lora.factors().items()} == {
+        "q_proj": 4,
+        "v_proj": 12,
+    }
+
+
+def test_less_is_spanned_than_the_rank_asks_for() -> None:
+    lora = lt.attach(tiny("llama"), lt.LoraConfig(**{**EVA, "r": 8}, eva_config={"rho": 1}))
+    lora.initialise([{"input_ids": IDS[:1, :3]}])
+    path = "model.layers.0.self_attn.q_proj"
+    assert lora.factors()[path].r == 3
+    assert f"{path}: rank 8 → 3: what it is given spans no more" in lora.plan().notes
+
+
+@pytest.mark.parametrize("fault", ["nothing counts", "infinity"])
+def test_what_shows_no_directions(fault: str) -> None:
+    model = tiny("llama")
+    lora = lt.attach(model, lt.LoraConfig(**EVA))
+    if fault == "infinity":
+        model.model.embed_tokens.weight.data[5] = torch.inf
+    batch = {"input_ids": torch.full((1, 4), 5)}
+    labels = {"labels": torch.full((1, 4), -100)} if fault == "nothing counts" else {}
+    with pytest.raises(AdapterStateError, match="NaN or infinity" if fault == "infinity" else "anything but zeros"):
+        lora.initialise([{**batch, **labels}])
+
+
+def test_not_for_two_texts() -> None:
+    with pytest.raises(TargetError, match="init='eva' is for models of one text"):
+        lt.attach(built("t5"), lt.LoraConfig(**EVA))

@@ -57,7 +57,7 @@ def test_mutants_by_file(tried: Path) -> None:
     assert outcomes == {"lora/dropout.py": Counter(killed=1, survived=1, unreached=1, late=1)}
     text = reach.mutants_text(outcomes, DAY)
     assert text.startswith("Planted on 2026-11-26: 4 changes, 50.0 % noticed.")
-    assert "\n| lora/dropout.py | 4 | 50 % | 2 |\n| all | 4 | 50 % | 2 |" in text
+    assert "\n| lora/dropout.py | 4 | 50 % | 1 | 2 |\n| all | 4 | 50 % | 1 | 2 |" in text
 
 
 def test_survivors_are_explained(tried: Path) -> None:

@@ -20,6 +20,7 @@ import loratune as lt
 from loratune.adapter import adapter_folder, read_adapter
 from loratune.errors import AdapterFileError, ModelError
 from loratune.model.hub import fetched
+from loratune.run import open_run
 from tests.hub import Hub, loratune
 
 NAME = "someone/base"
@@ -203,3 +204,23 @@ def test_an_adapter_that_breaks_off(hub: Hub, base: str, tmp_path: Path) -> None
         adapter_folder("someone/adapter")
     hub.cut_after = None
     assert read_adapter(adapter_folder("someone/adapter")).factors
+
+
+def test_a_command_on_an_adapter_that_breaks_off(hub: Hub, base: str, tmp_path: Path) -> None:
+    """It is no model of that name, and what the adapter needs is not guessed from the base alone."""
+    lora = lt.attach(AutoModelForCausalLM.from_pretrained(base), lt.LoraConfig(r=64, target_modules="all-linear"))
+    lora.save(tmp_path / "adapter")
+    hub.models["someone/adapter"] = tmp_path / "adapter"
+    hub.cut_after = 20_000
+    with pytest.raises(AdapterFileError, match="someone/adapter: the download broke off"):
+        open_run("someone/adapter", base=base)
+
+
+def test_files_of_tokenizers_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    """Those of Marian, PhoBERT and ProphetNet have names of their own."""
+    more = tmp_path / "more"
+    shutil.copytree(hub.models[NAME], more)
+    for own in ("source.spm", "vocab.txt", "bpe.codes", "prophetnet.tokenizer", "spiece.model", "merges.txt"):
+        (more / own).write_text("words")
+    hub.models[NAME] = more
+    assert {path.name for path in fetched(NAME, weights=True).iterdir()} == {path.name for path in more.iterdir()}

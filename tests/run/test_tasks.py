@@ -16,16 +16,22 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    LlamaForSequenceClassification,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
 )
 
 from loratune.cli import main
-from loratune.data.labelled import label_names, render_labelled
+from loratune.data.example import Place
+from loratune.data.labelled import Labelled, label_names, render_labelled
 from loratune.data.pack import Layout, batches
 from loratune.data.read import read
 from loratune.data.tasks import DATA_TASKS
+from loratune.data.translated import Translated
 from loratune.engine import Sampling
 from loratune.errors import ConfigError, DataError, LoratuneError, ModelError
 from loratune.loss import logits_of, summed_loss
+from loratune.model import Head, base_of, load_base
 from loratune.run.answer import evaluate, generate
 from loratune.run.conversation import Conversation
 from loratune.run.events import Said, StepDone
@@ -33,7 +39,7 @@ from loratune.run.export import export
 from loratune.run.merge import merge
 from loratune.run.opened import open_run
 from loratune.run.train import Run, train
-from tests.models import encoder, moods, saved_encoder, saved_t5, tiny, write_jsonl
+from tests.models import encoder, moods, saved, saved_encoder, saved_t5, tiny, write_jsonl
 from tests.tiny import tiny_tokenizer
 
 LEARN: dict[str, Any] = {
@@ -261,7 +267,15 @@ def test_too_long_rows_are_cut_or_dropped_as_asked(told: Run) -> None:
     assert evaluate(opened, rows, overlong="truncate")["rows"] == 4
 
 
-@pytest.mark.parametrize(("labels", "names"), [((10, 9, "9"), ("9", "10")), (("b", "a", 1), ("1", "a", "b"))])
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ((10, 9, "9"), ("9", "10")),
+        (("b", "a", 1), ("1", "a", "b")),
+        (("--1", "1"), ("--1", "1")),
+        (("01", "1", -3), ("-3", "01", "1")),
+    ],
+)
 def test_numbers_keep_their_order(labels: tuple[Any, ...], names: tuple[str, ...]) -> None:
     rows = [{"text": "x", "label": label} for label in labels]
     assert label_names(read(rows, shapes=DATA_TASKS["SEQ_CLS"].shapes).examples) == names
@@ -379,3 +393,52 @@ def test_other_tasks_of_an_encoder(
     inputs = opened.base.tokenizer(["fine dog stop"], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(opened.base.model(**inputs)[0], theirs.eval()(**inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_head_of_a_base_in_few_bits_stays_whole(family: str, bert: str, tmp_path: Path) -> None:
+    """It trains whole, which codes cannot."""
+    base = bert if family == "encoder" else str(saved(tmp_path / "llama"))
+    settings = {**LEARN, "max_steps": 2, "task_type": "SEQ_CLS", "quant": "int8"}
+    run = train(base, moods(24), out=str(tmp_path / "run"), **settings)
+    assert run.record["base"]["quant"] == "int8"
+    whole = {part["name"].partition(".")[0] for part in run.record["adapter"]["replaced"]}
+    assert whole == {"classifier" if family == "encoder" else "score"}
+
+
+def test_pads_are_those_that_the_model_knows(tmp_path: Path) -> None:
+    """A decoder looks for the last token that is no pad of its config: another one would be read as text."""
+    model = tiny("llama", pad_token_id=7)
+    base = base_of(LlamaForSequenceClassification(model.config).eval(), tiny_tokenizer(), Head("SEQ_CLS", ("a", "b")))
+    assert base.tokenizer.pad_token_id != base.pad_id == 7
+    short = Labelled((9, 10, 11), (), Place("rows", 1), truncated=False, targets=(0,))
+    long = Labelled(tuple(range(9, 17)), (), Place("rows", 2), truncated=False, targets=(1,))
+    with torch.no_grad():
+        (together,) = batches([short, long], Layout.PADDED, limit=99, pad_id=base.pad_id)
+        (alone,) = batches([short], Layout.PADDED, limit=99, pad_id=base.pad_id)
+        found, expected = logits_of(base.model, together), logits_of(base.model, alone)
+    torch.testing.assert_close(found[1:], expected)  # the longest comes first
+
+
+def test_a_pad_is_named_that_no_text_holds(tmp_path: Path) -> None:
+    """Without one the end of a text, and not token 0, which is a "!" in some vocabularies."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    folder = saved(tmp_path / "llama", tokenizer=tokenizer, pad_token_id=None)
+    base = load_base(str(folder), dtype="fp32", device="cpu", head=Head("SEQ_CLS", ("a", "b")))
+    assert base.pad_id == base.model.config.pad_token_id == tokenizer.eos_token_id != 0
+
+
+def test_families_that_make_no_decoder_inputs(tmp_path: Path) -> None:
+    """M2M100, and NLLB with it, leaves the shift to the loss."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 1, "pad_token_id": 2}
+    config = M2M100Config(vocab_size=60, **sizes, **heads, dropout=0.0)
+    model = M2M100ForConditionalGeneration(config).eval()
+    assert not hasattr(model, "prepare_decoder_input_ids_from_labels")
+    ids, written = (9, 10, 11, 20, 21, 22), (False,) * 3 + (True,) * 3
+    row = Translated(ids, written, Place("rows", 1), truncated=False, border=3)
+    (batch,) = batches([row], Layout.PADDED, limit=99, pad_id=2)
+    labels = torch.tensor([[20, 21, 22]])
+    expected = model(input_ids=torch.tensor([[9, 10, 11]]), labels=labels).loss * 3
+    assert float(summed_loss(model, batch)) == pytest.approx(float(expected), rel=1e-5)

@@ -42,6 +42,13 @@ def form_problems(form: Form, config: LoraConfig, r: int, *, of_file: bool) -> I
         yield f"init={init!r}: its weight keeps {form.groups} groups apart, and factors from it would not"
 
 
+def model_problems(model: nn.Module, config: LoraConfig, *, of_file: bool) -> Iterator[str]:
+    """Settings that nothing of this model can have."""
+    two_texts = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    if config.init_lora_weights == "eva" and two_texts and not of_file:
+        yield "init='eva' is for models of one text: which tokens of two are there, no layer could tell"
+
+
 def form_notes(module: nn.Module, form: Form, config: LoraConfig) -> Iterator[str]:
     """What is different at a layer of this form, as sentences."""
     if form.use == "lookup" and config.lora_dropout:

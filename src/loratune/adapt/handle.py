@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune.adapt.build import Modules, Parts, fresh_parts, saved_parts
-from loratune.adapt.entry import Entry, as_value, tokenizer_files
+from loratune.adapt.entry import Entry, as_value, refuse_waiting, tokenizer_files
 from loratune.adapt.fit import check_fit
 from loratune.adapt.fold import fold, unfold
 from loratune.adapt.heads import with_task
@@ -62,7 +62,7 @@ class Adapters(Inventory):
         parts = fresh_parts(modules, config, target_plan, ordinal=ordinal, dtype=dtype)
         waits = config.init_lora_weights == "eva"
         entry = Entry(config, target_plan, self._base_name(), ordinal=ordinal, waits=waits)
-        self._put(name, entry, parts, modules, trainable=True)
+        self._put(name, entry, parts, modules, trainable=not waits)
 
     def initialise(
         self, batches: Iterable[Any], name: str | None = None, *,
@@ -85,6 +85,7 @@ class Adapters(Inventory):
         with self._only():  # as the base computes
             entry = from_data(self._register.entries[name], name, self._placement, batches, forward, counts)
         self._register.put(name, entry)
+        self._require_grad(name, True)
 
     def load(
         self,
@@ -191,6 +192,7 @@ class Adapters(Inventory):
         self._require_grad(name, False)
 
     def unfreeze(self, name: str) -> None:
+        refuse_waiting(name, self._register.entries[self._register.known(name)])
         self._require_grad(name, True)
 
     def rename(self, old: str, new: str) -> None:
@@ -259,6 +261,8 @@ class Adapters(Inventory):
             raise AdapterStateError("a merge would outlive this block", hint="merge after disabled() or rows()")
         if not self._state.active:
             raise AdapterStateError("no adapter is active, so there is nothing to merge", hint="activate one first")
+        for name in self._state.active:
+            refuse_waiting(name, self._register.entries[name])
         active, gone = self._state.active, {}
         if not keep_base:
             gone = {name: self._base_hash(self.plan(name)) for name in self.names}  # while the base is there

@@ -19,6 +19,8 @@ from loratune.errors import AdapterStateError
 from loratune.lora import Directions, LoraLayer, LowRank, Seen, eva_factors, ranks_by_explained, scale_of
 
 Forward = Callable[[Any], Any]
+# How many inputs are remembered to see who shares them.
+_REMEMBERED = 4
 # The label of tokens that are not scored.
 _UNSCORED = -100
 # Which vectors of a batch count: bool, of the shape of its tokens; None where all do.
@@ -28,7 +30,7 @@ Counts = Callable[[Any], Tensor | None]
 def directions_of_inputs(
     model: nn.Module,
     layers: Mapping[str, LoraLayer],
-    widths: Mapping[str, int],
+    width: int,
     batches: Iterable[Any],
     forward: Forward,
     counts: Counts,
@@ -40,7 +42,7 @@ def directions_of_inputs(
     """
     from loratune.model.modes import evaluating  # with transformers, which attaching does without
 
-    gathering = _Gathering(widths)
+    gathering = _Gathering(width)
     with torch.no_grad(), evaluating(model), gathering.listening(layers):
         for batch in batches:
             gathering.begin(counts(batch))
@@ -58,8 +60,8 @@ def directions_of_inputs(
 class _Gathering:
     """`leader`: of each layer the first one that is given the same tensors, which looks for all of them."""
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
-        self.widths = widths
+    def __init__(self, width: int) -> None:
+        self.width = width
         self.seen: dict[str, Seen] = {}
         self.leader: dict[str, str] = {}
         self._given: list[tuple[Tensor, str]] = []
@@ -70,19 +72,20 @@ class _Gathering:
 
     @contextmanager
     def listening(self, layers: Mapping[str, LoraLayer]) -> Iterator[None]:
-        hooks = [layer.register_forward_pre_hook(self._hook(path)) for path, layer in layers.items()]
+        hooks = [layer.register_forward_pre_hook(self._hook(path), with_kwargs=True) for path, layer in layers.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
             first = next((leader for tensor, leader in self._given if tensor is x), path)
             if first == path:
-                self._given.append((x, path))
+                # Layers that share an input follow each other; older ones would hold the whole pass in memory.
+                self._given = [*self._given[-_REMEMBERED:], (x, path)]
             leader = self.leader.setdefault(path, first)
             if leader not in (first, path):
                 # They parted: from here on it would see what its leader has not.
@@ -91,8 +94,10 @@ class _Gathering:
                     hint="init='eva' needs a model whose layers are called alike in every pass",
                 )
             if leader == path:
-                width = max(self.widths[path], 1)
-                self.seen.setdefault(path, Seen(width)).add(self._counted(x))
+                vectors = self._counted(x)
+                if not bool(vectors.isfinite().all()):
+                    raise AdapterStateError(f"{path} is given NaN or infinity", hint="look at the base, or its dtype")
+                self.seen.setdefault(path, Seen(self.width)).add(vectors)
 
         return look
 
@@ -116,10 +121,11 @@ def from_data(
         raise AdapterStateError(f"{name!r} needs no data to start from", hint="only init='eva' does, and once")
     if any(bool(low_rank.B.any()) for low_rank in low_ranks.values()):
         raise AdapterStateError(f"{name!r} has been trained already", hint="initialise before the first step")
-    widths = {target.path: int(target.r * entry.config.eva_rho) for target in entry.plan.targets}
+    # One for all: who looks for others must see as many directions as any of them may want.
+    width = max(int(target.r * entry.config.eva_rho) for target in entry.plan.targets)
     layers = {path: placement.layers[path] for path in low_ranks}
     model = placement.model
-    found = directions_of_inputs(model, layers, widths, batches, forward or forward_of(model), counts)
+    found = directions_of_inputs(model, layers, width, batches, forward or forward_of(model), counts)
     ranks = ranks_by_explained(
         {target.path: target.r for target in entry.plan.targets},
         {path: directions.explained for path, directions in found.items()},
@@ -130,7 +136,13 @@ def from_data(
         _put(low_ranks[target.path], eva_factors(found[target.path], target.r, target.out_features))
     changed = [target for target, before in zip(targets, entry.plan.targets, strict=True) if target.r != before.r]
     config = _with_ranks(entry.config, changed)
-    return replace(entry, config=config, plan=replace(entry.plan, targets=targets), waits=False)
+    notes = [
+        f"{target.path}: rank {target.r} → {len(found[target.path].rows)}: what it is given spans no more"
+        for target in entry.plan.targets
+        if len(found[target.path].rows) < target.r
+    ]
+    plan = replace(entry.plan, targets=targets, notes=(*entry.plan.notes, *notes))
+    return replace(entry, config=config, plan=plan, waits=False)
 
 
 def _with_ranks(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:

@@ -9,7 +9,7 @@ from itertools import chain, pairwise
 
 from torch import nn
 
-from loratune.adapt.forms import form_notes, form_problems
+from loratune.adapt.forms import form_notes, form_problems, model_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
@@ -182,6 +182,7 @@ class _Planner:
         }
 
     def plan(self) -> TargetPlan:
+        self.problems += model_problems(self.model, self.config, of_file=self.of_file)
         chosen = self._in_layers(self._without_excluded(self._named()))
         self._check_patterns(chosen)
         targets = [self._target(path) for path in chosen]

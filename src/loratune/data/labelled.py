@@ -6,6 +6,7 @@ labels. A label is its name: 3 and "3" are the same one, whatever file it came f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from loratune.data.tokens import Encoder, Tokenizer
 from loratune.errors import DataError, nearest
 
 _BATCH = 512
+_NUMBER = re.compile(r"-?[0-9]+")
 _SHOWN = 8
 # One number for each label: what a head chooses among.
 Labels = tuple[str, ...]
@@ -101,8 +103,8 @@ def label_names(examples: Iterable[Example]) -> Labels:
     if len(names) < 2:
         problem = f"all rows have the label {next(iter(names), '')!r}: there is nothing to tell apart"
         raise DataError(problem, hint="give rows of at least two classes")
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
+    if all(_NUMBER.fullmatch(name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 

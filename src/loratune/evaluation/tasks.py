@@ -107,7 +107,9 @@ def _nearest(model: nn.Module, rows: Sequence[Matched], asking: Asking) -> list[
     for number, vector in enumerate(first):
         near = second @ vector
         # Texts that several rows have count once, and a row's own is the same wherever it stands.
-        better = {rows[i].match for i in (near > near[number]).nonzero()[:, 0].tolist()} - {rows[number].match}
+        # As near as its own is before it: a model that tells nothing apart finds nothing. Neither does one of NaN.
+        before = ~(near < near[number])
+        better = {rows[i].match for i in before.nonzero()[:, 0].tolist()} - {rows[number].match}
         found.append((int(near.argmax()), 1 + len(better)))
     return found
 

@@ -47,14 +47,16 @@ class Seen:
 
     def add(self, vectors: Tensor) -> None:
         """Take in `vectors` (n, features)."""
-        for part in vectors.detach().split(max(self.width, _AT_ONCE)):
-            new = part.double()
+        for part in vectors.detach().split(max(self.width, _AT_ONCE)) if len(vectors) else ():
+            # fp64 is not on every device.
+            new = (part.cpu() if part.device.type == "mps" else part).double()
             self._energy += float(new.square().sum())
             self._kept = _leading(new if self._kept is None else torch.cat([self._kept, new]), self.width)
 
     def directions(self) -> Directions:
         """The leading ones in fp32; fewer than `width` where less was seen."""
-        assert self._kept is not None, "nothing was seen"
+        if self._kept is None or not len(self._kept):
+            return Directions(torch.empty(0, 0), torch.empty(0))
         lengths = self._kept.norm(dim=1)
         there = lengths > _NEGLIGIBLE * lengths.max()
         rows, lengths = self._kept[there], lengths[there]
@@ -71,7 +73,9 @@ def _leading(rows: Tensor, width: int) -> Tensor:
 
 
 def ranks_by_explained(ranks: Mapping[str, int], explained: Mapping[str, Tensor], most: float) -> dict[str, int]:
-    """Another rank for each layer, their sum the same: the directions of all layers that explain most, first.
+    """Another rank for each layer: the directions of all layers that explain most, first.
+
+    Their sum stays the same as far as there are directions.
 
     Args:
         ranks: before. most: how many times its own rank a layer may get.

@@ -15,7 +15,8 @@ from loratune.hub import snapshot
 
 KINDS = "a model is a hub id, a folder or a .gguf file"
 # Configs, tokenizers and templates; in folders of the repository stand other formats and other models.
-_SMALL, _WITHOUT = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"], ["*/*.json", "*/*.txt", "*/*.model"]
+_TOKENIZERS = ["*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.tokenizer"]
+_SMALL, _WITHOUT = ["*.json", "*.jinja", *_TOKENIZERS], ["*/*.json", *(f"*/{one}" for one in _TOKENIZERS)]
 # Some repositories hold the same weights once more under other names.
 _SAFE, _PICKLED = "model*.safetensors", "pytorch_model*.bin"
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from loratune.config.tasks import is_head
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import locked, new_folder
 from loratune.model.allocator import give_freed_memory_back
@@ -54,8 +55,11 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """What padding holds; masked by position, so any id would do."""
-        pad = self.tokenizer.pad_token_id
+        """What padding holds; masked by position, so that any id would do but for a decoder with a head.
+
+        That looks for a row's last token which is not its config's pad.
+        """
+        pad = self.model.config.pad_token_id if self.head.labels else self.tokenizer.pad_token_id
         return int(pad) if pad is not None else 0
 
 
@@ -96,7 +100,8 @@ def load_base(
     _name_pad(model, tokenizer, head)
     known = fingerprint((path, tensor) for path, tensor in model.named_parameters() if not inside(path, fresh))
     if quant is not None:
-        quantize(model, quant, device=where, keep_originals=keep_originals)
+        heads = [path for path in model._modules if is_head(path, head.task)]
+        quantize(model, quant, device=where, keep_originals=keep_originals, without=(*fresh, *heads))
         _let_go(model)
     move: Any = model.to
     move(where).eval().requires_grad_(False)
@@ -106,7 +111,9 @@ def load_base(
 def _name_pad(model: PreTrainedModel, tokenizer: Any, head: Head) -> None:
     """A decoder with a head looks for each row's last token that is no pad, so that its config has to name the pad."""
     if head.labels and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        # Where there is none, the end of a text, which no row has within: some vocabularies' 0 is a common token.
+        given = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        model.config.pad_token_id = next(token for token in given if token is not None)
 
 
 def _let_go(model: PreTrainedModel) -> None:

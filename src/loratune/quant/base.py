@@ -15,9 +15,21 @@ from loratune.quant.sample import Sample
 from loratune.quant.weight import DenseWeight, dense_weight
 
 
-def quantize(model: nn.Module, format: str, *, device: torch.device | None = None, keep_originals: bool = False) -> int:
-    """Keep a model's linear layers in few bits, as `loratune.adapt.quantize` says; nothing may stand on them."""
-    found = list(_dense_layers(model))
+def quantize(
+    model: nn.Module,
+    format: str,
+    *,
+    device: torch.device | None = None,
+    keep_originals: bool = False,
+    without: Iterable[str] = (),
+) -> int:
+    """Keep a model's linear layers in few bits, as `loratune.adapt.quantize` says; nothing may stand on them.
+
+    Args:
+        without: paths of modules that stay as they are, with all that is in them: those that will train whole.
+    """
+    left = {id(module) for path in without for module in model.get_submodule(path).modules()}
+    found = [layer for layer in _dense_layers(model) if id(layer[2]) not in left]
     refuse_format(format, (device or next((weight.device for *_, weight in found), torch.device("cpu"))).type)
     if not found:
         raise ConfigError(f"quant={format!r}: this model has no linear layers to quantise", hint="leave it out")

@@ -97,7 +97,9 @@ def _folder_of(run: str) -> Path:
     """The folder of a run or adapter; what is none stays what it was and may be a model."""
     try:
         return adapter_folder(run)
-    except AdapterFileError:
+    except AdapterFileError as error:
+        if error.__cause__ is not None:  # it is there, and its download broke off
+            raise
         return Path(run)
 
 

@@ -14,7 +14,17 @@ from loratune.data.example import Corpus
 from loratune.data.read import read
 from loratune.data.tasks import DATA_TASKS, OPEN, task_of_shape
 from loratune.errors import ConfigError, ModelError
-from loratune.model import LANGUAGE_MODEL, Head, config_of, inside, is_loaded, names_of, task_of_loaded, usual_task
+from loratune.model import (
+    FEATURES,
+    LANGUAGE_MODEL,
+    Head,
+    config_of,
+    inside,
+    is_loaded,
+    names_of,
+    task_of_loaded,
+    usual_task,
+)
 from loratune.run.prepare import Rows
 
 
@@ -61,6 +71,8 @@ def _labels(task: str, corpus: Corpus, model: Any) -> tuple[str, ...]:
 def _refuse_meaningless(task: str, config: TrainConfig) -> None:
     names = [name for name in DATA_TASKS[task].meaningless if name in config.model_fields_set and getattr(config, name)]
     problems = [f"{name}={getattr(config, name)!r} says nothing for {task}: it is about next tokens" for name in names]
+    if config.init_lora_weights == "eva" and task == FEATURES:
+        problems.append("init='eva' would count pads: the texts of pairs go through the model in passes of their own")
     if problems:
         raise ConfigError(problems, hint="leave them out")
 
