@@ -269,3 +269,9 @@ def test_hooks_of_the_trunk_hear_of_one_pass(monkeypatch: pytest.MonkeyPatch) ->
     summed_loss(model, batch)
     assert heard == [1]
     assert vars(model.model).keys() == before
+
+
+def test_a_loss_in_fp64_is_summed_in_it() -> None:
+    batch = make_batch(rows_of(9, 5), packed=False, pad_id=PAD)
+    assert summed_loss(exact("llama"), batch).dtype == torch.float64
+    assert summed_loss(tiny("llama").bfloat16(), batch).dtype == torch.float32

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import loratune as lt
 from loratune.adapter import Factors, SavedAdapter, card_of, read_adapter, write_adapter
+from loratune.adapter.keys import surplus_keys
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL
 from loratune.errors import AdapterFileError, AdapterStateError, TargetError
 from tests.adapter.cases import CASES, FROM_A_START, base_of, logits, ours
@@ -417,3 +418,13 @@ def test_a_killed_write_is_finished_before_reading(good: Path, folder: Path) -> 
         (folder / name).write_bytes(b"old")
     lt.attach(base_of("plain"), folder)
     assert files_of(folder) == files_of(good)
+
+
+def test_only_a_copy_of_what_is_there_is_surplus() -> None:
+    """peft writes modules that train whole twice or three times in some releases; a lone one says something."""
+    prefix, weight = "base_model.model.score.", torch.ones(2, 3)
+    original, inner = f"{prefix}original_module.weight", f"{prefix}modules_to_save.weight"
+    assert surplus_keys({original: weight}) == ()
+    assert surplus_keys({inner: weight}) == ()
+    assert surplus_keys({original: weight + 1, inner: weight, f"{prefix}weight": weight}) == (original, inner)
+    assert surplus_keys({inner: weight + 1, f"{prefix}weight": weight}) == ()
