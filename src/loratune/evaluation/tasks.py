@@ -129,6 +129,17 @@ def _own_text(row: TwoTexts, asking: Asking) -> str:
     return asking.decode(row.match)
 
 
+# Whatever a model's own settings ask for: a summariser's forbid short texts and repeats.
+_LIKELIEST: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "repetition_penalty": 1.0,
+}
+
+
 @torch.no_grad()
 def _written(model: Any, rows: Sequence[Translated], asking: Asking) -> list[Said]:
     """The likeliest tokens one after the other, up to the end of the text that the model writes."""
@@ -139,7 +150,7 @@ def _written(model: Any, rows: Sequence[Translated], asking: Asking) -> list[Sai
         for some in _together(rows, asking.limit):
             batch = stack_translated(some, pad_id=asking.pad_id).to(asking.device)
             inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            made = model.generate(**inputs, max_new_tokens=most, do_sample=False, num_beams=1)
+            made = model.generate(**inputs, max_new_tokens=most, **_LIKELIEST)
             found += [_ended(ids, ends) for ids in made[:, 1:].tolist()]  # after the token that it begins with
     return found
 
