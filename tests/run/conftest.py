@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import loratune.run  # noqa: F401 - what `plain_and_fast` patches must be there
 from tests.models import additions, saved, write_jsonl
@@ -55,3 +56,16 @@ def finished(base: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> 
     from loratune.run import train
 
     return train(base, data, out=str(tmp_path_factory.mktemp("runs") / "done"), **QUICK).path
+
+
+def opened_and_changing(run: Any, tokens: list[int]) -> tuple[Any, Any]:
+    """A run's model and adapter from its folder, which changes what the model makes of these tokens."""
+    from loratune.run import open_run
+
+    opened = open_run(str(run.path))
+    assert opened.lora is not None
+    ids = torch.tensor([tokens])
+    with opened.lora.disabled():
+        base = opened.base.model(ids).logits
+    assert not torch.equal(opened.base.model(ids).logits, base)
+    return opened.base.model, opened.lora

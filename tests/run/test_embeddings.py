@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from loratune.errors import AdapterFileError, RunInterrupted
 from loratune.run import export
-from loratune.run.opened import open_run
 from tests.models import saved
+from tests.run.conftest import opened_and_changing
 from tests.run.test_resume import adapter_bytes, stop_at
 
 Quick = Callable[..., Any]
@@ -33,12 +32,7 @@ def test_its_checks_hold(quick: Quick, tmp_path: Path, case: str) -> None:
     assert [check for check in run.record["checks"] if not check["passed"]] == []
     shown = {module["name"]: module for module in run.record["adapter"]["modules"]}
     assert shown["embed_tokens"]["each"] == 4 * (400 + 32) + (32 if case == "dora" else 0)
-    opened = open_run(str(run.path))
-    assert opened.lora is not None
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with opened.lora.disabled():
-        base = opened.base.model(ids).logits
-    assert not torch.equal(opened.base.model(ids).logits, base)
+    opened_and_changing(run, [5, 6, 7, 8])
 
 
 @pytest.mark.parametrize(("family", "quant"), [("llama", None), ("gemma3", "int8")])
@@ -48,14 +42,9 @@ def test_rows_of_tokens_alone(quick: Quick, tmp_path: Path, family: str, quant: 
     run = quick(tmp_path / "run", model=base, trainable_token_indices=tokens, quant=quant)
     assert [check for check in run.record["checks"] if not check["passed"]] == []
     assert {"name": "embed_tokens, 4 rows", "count": 1, "parameters": 4 * 32} in run.record["adapter"]["replaced"]
-    opened = open_run(str(run.path))
-    assert opened.lora is not None
-    ids = torch.tensor([[1, 16, 17, 18]])
-    with opened.lora.disabled():
-        base_logits = opened.base.model(ids).logits
-    assert not torch.equal(opened.base.model(ids).logits, base_logits)
-    (rows,) = [own for name, own in opened.lora.replaced().items() if "embed_tokens" in name]
-    assert (rows != opened.base.model.get_input_embeddings()._parameters["weight"][list(tokens)]).any()
+    model, lora = opened_and_changing(run, [1, 16, 17, 18])
+    (rows,) = [own for name, own in lora.replaced().items() if "embed_tokens" in name]
+    assert (rows != model.get_input_embeddings()._parameters["weight"][list(tokens)]).any()
 
 
 @pytest.mark.full

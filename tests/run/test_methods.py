@@ -18,6 +18,7 @@ from loratune.run.look import look_at_plan
 from loratune.run.merge import merge
 from loratune.run.opened import open_run
 from tests.models import saved
+from tests.run.conftest import opened_and_changing
 from tests.run.test_resume import adapter_bytes, stop_at
 
 Quick = Callable[..., Any]
@@ -35,12 +36,7 @@ def test_one_word(quick: Quick, tmp_path: Path, method: str) -> None:
     assert run.record["state"] == "finished"
     assert all(check["passed"] for check in run.record["checks"])
     assert losses(run)[-1] < losses(run)[0]
-    opened = open_run(str(run.path))
-    assert opened.lora is not None
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with opened.lora.disabled():
-        base = opened.base.model(ids).logits
-    assert not torch.equal(opened.base.model(ids).logits, base)
+    opened_and_changing(run, [5, 6, 7, 8])
 
 
 def test_bitfit(quick: Quick, tmp_path: Path) -> None:
