@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Moe
 import loratune as lt
 from loratune.adapt import TargetPlan
 from loratune.adapt import plan as plan_targets
-from loratune.adapt.plan import Target
+from loratune.adapt.target import Target
 from loratune.config import NO_TARGETS
 from loratune.data.batch import make_batch
 from loratune.estimation import (

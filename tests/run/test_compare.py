@@ -186,7 +186,7 @@ def test_a_rate_that_diverges_is_no_failure(
         return {"val_loss": loss, "seconds": 1.0, "curve": points, **sizes}
 
     monkeypatch.setattr(MODULE, "contend", contend)
-    monkeypatch.setattr(MODULE, "learning_rate", lambda _: (5e-3, ""))
+    monkeypatch.setattr(MODULE, "learning_rate", lambda *_: (5e-3, ""))
     found = run(base, data, tmp_path / "c", methods=("lora", "dora"), seeds=1, answers=0)
     tried = found.found["methods"]["lora"]["search"]["tried"]
     assert [one["val_loss"] is None for one in tried] == [False, False, False, True]

@@ -9,8 +9,10 @@ from loratune.adapt.attach import adapters, attach
 from loratune.adapt.bits import dequantize, quantize
 from loratune.adapt.handle import Adapters
 from loratune.adapt.mixing import Mixed
-from loratune.adapt.plan import Target, TargetPlan, plan
+from loratune.adapt.plan import TargetPlan, plan
+from loratune.adapt.presets import preset_of
 from loratune.adapt.summary import Count, by_kind, by_replaced, share_line
+from loratune.adapt.target import Target
 
 __all__ = [
     "Adapters",
@@ -24,6 +26,7 @@ __all__ = [
     "by_replaced",
     "dequantize",
     "plan",
+    "preset_of",
     "quantize",
     "share_line",
 ]

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loratune.adapt.plan import Target, TargetPlan
+from loratune.adapt.plan import TargetPlan
+from loratune.adapt.target import Target
+from loratune.adapt.vectors import fresh_vectors, saved_vectors
 from loratune.adapter import Factors, SavedAdapter
 from loratune.config import LoraConfig
+from loratune.config.methods import LORA
 from loratune.errors import AdapterStateError
 from loratune.lora import (
     LowRank,
     OwnRows,
+    Term,
     decomposed_factors,
     generator_for,
     initial_factors,
@@ -35,7 +39,7 @@ class Parts:
     Tied ones are one parameter; rows of a table stand at each module that shares it.
     """
 
-    low_ranks: dict[str, LowRank]
+    low_ranks: dict[str, Term]
     replaced: dict[str, dict[str, Tensor]]
     rows: dict[str, OwnRows]
 
@@ -45,8 +49,10 @@ def fresh_parts(
 ) -> Parts:
     """A new adapter: A and B drawn from torch's seed, the ordinal and their path; replaced tensors copied."""
     seed = torch.initial_seed()
-    low_ranks = {}
-    for target in plan.targets:
+    low_ranks: dict[str, Term] = {}
+    if config.peft_type != LORA:
+        low_ranks = fresh_vectors(modules, config, plan, ordinal=ordinal, dtype=dtype)
+    for target in plan.targets if config.peft_type == LORA else ():
         weight = _weight(modules, target.path)
         if (config.decomposes or config.use_dora) and not bool(weight.dense().isfinite().all()):
             raise AdapterStateError(f"{target.path}: its weight holds NaN or infinity", hint="nothing was adapted")
@@ -70,8 +76,10 @@ def saved_parts(
     One that peft started from a decomposition counts from it, on a base that peft had changed: the decomposition is
     done again, and the update counted from there on the untouched base.
     """
-    low_ranks = {}
-    for target in plan.targets:
+    low_ranks: dict[str, Term] = {}
+    if saved.config.peft_type != LORA:
+        low_ranks = saved_vectors(modules, saved, plan, dtype=dtype, trainable=trainable)
+    for target in plan.targets if saved.config.peft_type == LORA else ():
         weight = _weight(modules, target.path)
         start = None
         if saved.config.decomposes:

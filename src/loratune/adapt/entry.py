@@ -16,6 +16,7 @@ from loratune.adapt.written import written
 from loratune.adapter import Factors, Origin, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
+from loratune.lora import Rescaling, Vera
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,30 @@ def refuse_waiting(name: str, entry: Entry) -> None:
 def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> SavedAdapter:
     """One adapter as a value that shares the live tensors; its targets are written out by name."""
     refuse_waiting(name, entry)
-    factors = {}
+    factors, vectors = {}, {}
+    projections = None
     lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
-    for path, low_rank in placement.low_ranks(name).items():
-        A, B = low_rank.factors()
-        bias, magnitude = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
+    shapes = {target.path: target.shapes[0] for target in entry.plan.targets}
+    for path, term in placement.terms(name).items():
+        if isinstance(term, Rescaling):
+            vectors[path] = {"l": term.l.detach().view(shapes[path])}
+            continue
+        if isinstance(term, Vera):
+            vectors[path] = {"d": term.d.detach(), "b": term.b.detach()}
+            projections = term.projections.A, term.projections.B
+            continue
+        A, B = term.factors()
+        bias, magnitude = (None if t is None else t.detach() for t in (term.bias, term.magnitude))
         factors[path] = Factors(A.detach(), B.detach(), bias, magnitude, path in lookups)
     replaced = {
         full: _no_finer(parameter.detach(), placement.base_tensor(full).dtype)
         for full, parameter in placement.replaced(name).items()
     }
     config = written(placement.model, entry.config, entry.plan)
-    return SavedAdapter(config, factors, replaced, entry.base, entry.revision, origin, entry.unknown, about=entry.about)
+    return SavedAdapter(
+        config, factors, replaced, entry.base, entry.revision, origin, entry.unknown,
+        about=entry.about, vectors=vectors, projections=projections if config.save_projection else None,
+    )  # fmt: skip
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

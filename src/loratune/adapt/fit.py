@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from loratune.adapt.plan import Target, TargetPlan
+from loratune.adapt.plan import TargetPlan
+from loratune.adapt.target import Target
 from loratune.adapter import Factors, SavedAdapter
 from loratune.errors import AdapterFileError
 from loratune.lora import names_by_parameter
@@ -25,12 +26,14 @@ def check_fit(
         AdapterFileError: with one line for each tensor that is missing, too many, or of another shape.
     """
     targets = {target.path: target for target in target_plan.targets}
-    problems = [f"no tensors for {name}, which its config targets" for name in targets if name not in saved.factors]
-    for name, factors in saved.factors.items():
-        if name in targets:
-            problems += _of_target(targets[name], factors, saved)
-        else:
+    problems = [f"no tensors for {name}, which its config targets" for name in targets if name not in saved.modules]
+    for name in saved.modules:
+        if name not in targets:
             problems.append(f"tensors for {name}, which this model lacks or the config does not target")
+        elif name in saved.factors:
+            problems += _of_target(targets[name], saved.factors[name], saved)
+        else:
+            problems += _of_vectors(targets[name], saved)
     problems += _of_replaced(model, target_plan, saved)
     problems += _of_copies(model, target_plan, saved, any_base)
     if saved.config.decomposes and str(saved.config.init_lora_weights).startswith("pissa_niter"):
@@ -64,6 +67,16 @@ def _of_target(target: Target, factors: Factors, saved: SavedAdapter) -> Iterato
         there = getattr(factors, name) is not None
         if there != asked:
             yield f"{target.path}: {'a' if there else 'no'} {name}, and the config says {key}={asked}"
+
+
+def _of_vectors(target: Target, saved: SavedAdapter) -> Iterator[str]:
+    vectors = saved.vectors[target.path]
+    for (name, tensor), shape in zip(vectors.items(), target.shapes, strict=True):
+        if tuple(tensor.shape) != shape:
+            yield f"{target.path}: {name} {tuple(tensor.shape)}, expected {shape}"
+    if saved.projections is not None and target.in_features > saved.projections[0].shape[1]:
+        columns = saved.projections[0].shape[1]
+        yield f"{target.path}: the projection A has {columns} columns, and the module {target.in_features} inputs"
 
 
 def _of_copies(model: nn.Module, target_plan: TargetPlan, saved: SavedAdapter, any_base: bool) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import LoraLayer, LowRank, OwnRows, base_modules, names_by_parameter
+from loratune.lora import LoraLayer, LowRank, OwnRows, Term, base_modules, names_by_parameter
 from loratune.quant import DenseWeight, QuantizedWeight, rounded_once
 
 _log = logging.getLogger("loratune")
@@ -121,24 +121,25 @@ def _merged(
     for path, rows in _tables(placement, names).items():
         merged[f"{path}.weight"] = _with_rows(f"{path}.weight", placement, rows)
     for path, layer in placement.layers.items():
-        low_ranks = [cast(LowRank, layer.lora[name]) for name in names if name in layer.lora]
+        terms = [cast(Term, layer.lora[name]) for name in names if name in layer.lora]
         groups = weight_of(layer).form.groups
-        if low_ranks and groups > 1:
+        if groups > 1 and any(isinstance(term, LowRank) for term in terms):
             problems[f"{path}.weight"] = f"its {groups} groups are apart in the weight, and the update sees all inputs"
-        elif low_ranks:
-            merged[f"{path}.weight"] = _weight(path, layer, low_ranks, own.get(f"{path}.weight"), dtype, missed)
-        biased = [low_rank for low_rank in low_ranks if low_rank.bias is not None]
-        if biased and layer._parameters["bias"] is None:
+        elif terms:
+            merged[f"{path}.weight"] = _weight(path, layer, terms, own.get(f"{path}.weight"), dtype, missed)
+        biased = any(isinstance(term, LowRank) and term.bias is not None for term in terms)
+        bias = layer._parameters.get("bias")
+        if biased and bias is None:
             problems[f"{path}.bias"] = "the adapter has a bias behind B, and this module has none to add it to"
-        elif biased:
-            merged[f"{path}.bias"] = _bias(path, layer, biased, own.get(f"{path}.bias"), dtype)
+        elif bias is not None and any(term.bias_delta(bias) is not None for term in terms):
+            merged[f"{path}.bias"] = _bias(path, layer, terms, own.get(f"{path}.bias"), dtype)
     return merged, problems
 
 
 def _weight(
     path: str,
     layer: LoraLayer,
-    low_ranks: Sequence[LowRank],
+    terms: Sequence[Term],
     own: Tensor | None,
     dtype: torch.dtype,
     missed: dict[str, float],
@@ -146,9 +147,9 @@ def _weight(
     def values() -> Mapping[str, Tensor]:
         weight = weight_of(layer)
         dense = weight.dense(dtype)
-        delta = low_ranks[0].delta(dense)
-        for low_rank in low_ranks[1:]:
-            delta = delta + low_rank.delta(dense)
+        delta = terms[0].delta(dense)
+        for term in terms[1:]:
+            delta = delta + term.delta(dense)
         if own is not None:  # another adapter's, in the place of the base's: only dense ones are trained whole
             mine = replace(cast(DenseWeight, weight), parameter=nn.Parameter(own.detach().to(dtype)))
             return {f"{path}.weight": rounded_once(mine.plus(delta)["weight"], weight.dtype)}
@@ -161,13 +162,14 @@ def _weight(
 
 
 def _bias(
-    path: str, layer: LoraLayer, biased: Sequence[LowRank], own: Tensor | None, dtype: torch.dtype
+    path: str, layer: LoraLayer, terms: Sequence[Term], own: Tensor | None, dtype: torch.dtype
 ) -> Callable[[], Mapping[str, Tensor]]:
     def values() -> Mapping[str, Tensor]:
         base = cast(Tensor, layer._parameters["bias"])
-        total = (base if own is None else own).detach().to(dtype)
-        for low_rank in biased:
-            total = total + cast(Tensor, low_rank.bias).detach().to(dtype) * low_rank.scale
+        exact = base.detach().to(dtype)
+        total = exact if own is None else own.detach().to(dtype)
+        for delta in (term.bias_delta(exact) for term in terms):
+            total = total if delta is None else total + delta
         return {f"{path}.bias": rounded_once(total, base.dtype)}
 
     return values

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from loratune.config import LoraConfig
+from loratune.config.methods import IA3, LORA
 from loratune.lora import LoraConvolution, LoraLayer, LoraLookup
 from loratune.quant import Form
 
@@ -24,6 +25,11 @@ def form_problems(form: Form, config: LoraConfig, r: int, *, of_file: bool) -> I
         of_file: the config describes an adapter that is there, so that only what it counts from matters of its init.
     """
     init = config.init_lora_weights
+    if config.peft_type != LORA:
+        taken = ("product", "convolution") if config.peft_type == IA3 else ("product",)
+        if form.use not in taken:
+            yield f"peft_type={config.peft_type!r} is for linear layers{' and convolutions' * (len(taken) > 1)}"
+        return
     if form.use == "lookup":
         if config.lora_bias:
             yield "lora_bias=True is for layers that multiply, not for an Embedding"
@@ -53,7 +59,7 @@ def form_notes(module: nn.Module, form: Form, config: LoraConfig) -> Iterator[st
     """What is different at a layer of this form, as sentences."""
     if form.use == "lookup" and config.lora_dropout:
         yield f"lora_dropout={config.lora_dropout:g} drops nothing of an Embedding, whose inputs are numbers of rows"
-    if form.groups > 1:
+    if form.groups > 1 and config.peft_type == LORA:
         yield f"it has {form.groups} groups, so that its update, which sees all inputs, cannot be merged"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         other = [f"dilation={module.dilation}"] if any(step != 1 for step in module.dilation) else []

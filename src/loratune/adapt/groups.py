@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from loratune.errors import ConfigError
-from loratune.lora import LowRank
+from loratune.lora import LowRank, Term
 
 
 def param_groups(
-    low_ranks: Iterable[LowRank], parameters: Sequence[nn.Parameter], lr: float, b_ratio: float, weight_decay: float
+    terms: Iterable[Term], parameters: Sequence[nn.Parameter], lr: float, b_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """`parameters` in groups by rate and decay; B of the low-rank terms learns at `b_ratio` · lr."""
+    """`parameters` in groups by rate and decay; what stands behind the inner features (B) learns at `b_ratio` · lr."""
     problems = [
         f"{name}={value!r} is not a positive number"
         for name, value in (("lr", lr), ("lora_plus_ratio", b_ratio))
@@ -25,7 +25,8 @@ def param_groups(
         problems.append(f"weight_decay={weight_decay!r} is not a number from 0")
     if problems:
         raise ConfigError(problems, hint="lr=2e-4, lora_plus_ratio=16 and weight_decay=0.01 are usual")
-    behind_b = {id(p) for low_rank in low_ranks for p in (low_rank.B, low_rank.bias) if p is not None}
+    low_ranks = [term for term in terms if isinstance(term, LowRank)]
+    behind_b = {id(p) for low_rank in low_ranks for p in (low_rank.outer, low_rank.bias) if p is not None}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         rate = lr * b_ratio if id(parameter) in behind_b else lr

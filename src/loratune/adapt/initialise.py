@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loratune.adapt.entry import Entry
 from loratune.adapt.placement import Placement
-from loratune.adapt.plan import Target
+from loratune.adapt.target import Target
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
 from loratune.lora import Directions, LoraLayer, LowRank, Seen, eva_factors, ranks_by_explained, scale_of
@@ -116,7 +116,7 @@ def from_data(
     Raises:
         AdapterStateError: another init, or it has been trained or started already; no batches; nothing is changed.
     """
-    low_ranks = placement.low_ranks(name)
+    low_ranks = {path: cast(LowRank, term) for path, term in placement.terms(name).items()}
     if not entry.waits:
         raise AdapterStateError(f"{name!r} needs no data to start from", hint="only init='eva' does, and once")
     if any(bool(low_rank.B.any()) for low_rank in low_ranks.values()):

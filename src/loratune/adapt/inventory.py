@@ -14,7 +14,7 @@ from loratune.adapt.plan import TargetPlan
 from loratune.adapt.register import Register
 from loratune.adapt.summary import Count, count_of, summary_of
 from loratune.config import LoraConfig
-from loratune.lora import AdapterState, LowRank, adapter_prefixes, base_parameters
+from loratune.lora import AdapterState, LowRank, Term, adapter_prefixes, base_parameters
 
 
 class Inventory:
@@ -52,9 +52,13 @@ class Inventory:
         """The target plan an adapter was made by."""
         return self._entry(name).plan
 
+    def terms(self, name: str | None = None) -> dict[str, Term]:
+        """Module path → what the adapter adds there, of whatever method; the live modules, not copies."""
+        return self._placement.terms(self._one(name))
+
     def factors(self, name: str | None = None) -> dict[str, LowRank]:
-        """Module path → the adapter's A, B and scale there; the live modules, not copies."""
-        return self._placement.low_ranks(self._one(name))
+        """Of `terms` those that are low-rank: A, B and scale; of VeRA d and b, and the factors they make."""
+        return {path: term for path, term in self.terms(name).items() if isinstance(term, LowRank)}
 
     def replaced(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """Full name of a base tensor → the adapter's own in its place (biases, modules trained whole)."""
@@ -74,9 +78,9 @@ class Inventory:
 
         Weight decay is for A, B and whole matrices; vectors (biases, magnitudes, norms) have none.
         """
-        low_ranks = [low_rank for name in self.names for low_rank in self._placement.low_ranks(name).values()]
+        terms = [term for name in self.names for term in self._placement.terms(name).values()]
         return param_groups(
-            low_ranks, self.parameters(), lr, 1.0 if lora_plus_ratio is None else lora_plus_ratio, weight_decay
+            terms, self.parameters(), lr, 1.0 if lora_plus_ratio is None else lora_plus_ratio, weight_decay
         )
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loratune.adapt.entry import Entry
 from loratune.adapt.placement import Placement, weight_of
+from loratune.config.methods import IA3
 from loratune.errors import AdapterStateError
 from loratune.lora import AdapterState, Bank, LoraLayer, LowRank, Rows, Stack, Stacks, TokenRows, bank_of
 
@@ -140,6 +141,8 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_t
     for name, entry in used.items() if kinds > 1 else ():
         if entry.config.use_dora:
             problems.append(f"{name!r} is a DoRA adapter, which cannot share a batch with others")
+        if entry.config.peft_type == IA3:
+            problems.append(f"{name!r} is an (IA)³ adapter, which cannot share a batch with others")
         own = entry.plan.replaced if by_token else entry.plan.whole
         if own:
             problems.append(f"{name!r} has its own {next(own[0].full_names())}, for all rows")

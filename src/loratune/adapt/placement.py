@@ -14,10 +14,10 @@ from loratune.errors import AdapterStateError
 from loratune.lora import (
     AdapterState,
     LoraLayer,
-    LowRank,
     OwnRows,
     Recomputed,
     Tensors,
+    Term,
     adapt_in_place,
     base_modules,
     bind_recomputation,
@@ -126,9 +126,9 @@ class Placement:
                 unbind_recomputation(module)
         self.layers, self.replacing, self.retraining = {}, {}, {}
 
-    def low_ranks(self, name: str) -> dict[str, LowRank]:
-        """One adapter's low-rank terms by module path."""
-        return {path: cast(LowRank, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
+    def terms(self, name: str) -> dict[str, Term]:
+        """What one adapter adds to layers, by module path."""
+        return {path: cast(Term, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
 
     def own_rows(self, name: str) -> dict[str, OwnRows]:
         """One adapter's rows by the path of their table; modules that share it come with the same ones."""
@@ -155,8 +155,8 @@ class Placement:
         }
 
     def parameters(self, name: str) -> Iterator[nn.Parameter]:
-        for low_rank in self.low_ranks(name).values():
-            yield from low_rank.parameters()
+        for term in self.terms(name).values():
+            yield from term.parameters()
         yield from dict.fromkeys(self.replaced(name).values())  # tied ones once
 
     def gone(self, names: Sequence[str]) -> dict[str, str]:

@@ -11,11 +11,13 @@ from torch import nn
 
 from loratune.adapt.forms import form_notes, form_problems, model_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
-from loratune.adapt.presets import TARGETS
+from loratune.adapt.presets import preset_of
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
+from loratune.adapt.target import Target
 from loratune.adapt.token_rows import ReplacedRows, plan_token_rows
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
 from loratune.config.lora import fully_matches, name_matches, pattern_matches
+from loratune.config.methods import IA3, LORA, VERA
 from loratune.errors import TargetError, nearest
 from loratune.lora import (
     LoraLayer,
@@ -28,8 +30,6 @@ from loratune.lora import (
     scale_of,
 )
 from loratune.quant import (
-    PRODUCT,
-    Form,
     QuantizedLinear,
     adaptable,
     frozen_weight,
@@ -42,44 +42,6 @@ from loratune.quant import (
 _SHOWN_NAMES = 40
 # Under this name `torch.compile`'s wrapper holds what it was given.
 _COMPILED = "_orig_mod"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
-
-    `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude. `form` says
-    what its weight is applied to; an embedding has a column for each row that it looks up.
-    """
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    r: int
-    scale: float
-    vectors: int = 0
-    form: Form = PRODUCT
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A and of B."""
-        return self.form.factors(self.r, self.in_features, self.out_features)
-
-    @property
-    def parameters(self) -> int:
-        return sum(map(math.prod, self.shapes)) + self.vectors * self.out_features
-
-    @property
-    def multiplied(self) -> int:
-        """Parameters that each token is multiplied by; one column is looked up in an embedding's A."""
-        A, _ = self.shapes
-        return self.parameters - (math.prod(A) if self.form.use == "lookup" else 0)
-
-    @property
-    def frozen(self) -> int:
-        """Elements of the weight that stays frozen."""
-        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +136,8 @@ class _Planner:
         self.model = model
         self.problems: list[str] = []
         self.notes: list[str] = []
+        # Of (IA)³: paths whose inputs are rescaled.
+        self.inputs: frozenset[str] = frozenset()
         self.modules = {path: module for path, module in base_modules(model) if path}
         self.linears = {
             path: module
@@ -185,6 +149,7 @@ class _Planner:
         self.problems += model_problems(self.model, self.config, of_file=self.of_file)
         chosen = self._in_layers(self._without_excluded(self._named()))
         self._check_patterns(chosen)
+        self.inputs = self._rescaled_inputs(chosen)
         targets = [self._target(path) for path in chosen]
         self._check_fan(targets)
         saved = self._saved(self.problems, self.notes)
@@ -216,17 +181,13 @@ class _Planner:
         module, config = self.modules[path], self.config
         weight = adaptable(module)
         assert weight is not None
-        r, least = config.rank_of(path), min(weight.in_features, weight.out_features)
+        r = config.rank_of(path)
         self.problems += [f"{path}: {why}" for why in form_problems(weight.form, config, r, of_file=self.of_file)]
         self.notes += [f"{path}: {what}" for what in form_notes(module, weight.form, config)]
         if weight.form.use == "lookup":
             self._note_tied(path)
-        if r > least and config.decomposes:
-            self.problems.append(f"{path}: its weight has no {r} directions for init={config.init_lora_weights!r}")
-        elif r > least:
-            self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
-        if r % 2 and config.init_lora_weights == "orthogonal":
-            self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
+        if config.peft_type == LORA:
+            self._check_rank(path, r, min(weight.in_features, weight.out_features))
         if config.init_lora_weights == "loftq" and not self.of_file and not _keeps_original(module):
             self.problems.append(f"{path}: init='loftq' starts from what quantising the base lost, which is not known")
         if (why_not := why_unreadable(module)) is not None:
@@ -235,9 +196,36 @@ class _Planner:
             self.problems.append(f"{path}: it has an attribute called 'lora' already, where the adapter would stand")
         if patched_forward(module):
             self.problems.append(f"{path}: its forward is replaced on the instance, which would hide the adapter")
+        sizes = path, weight.kind, weight.in_features, weight.out_features
+        if config.peft_type == IA3:
+            return Target(*sizes, 0, 1.0, form=weight.form, method=IA3, on_input=path in self.inputs)
+        if config.peft_type == VERA:
+            return Target(*sizes, r, 1.0, form=weight.form, method=VERA)
         scale = scale_of(r, config.alpha_of(path), config.use_rslora)
-        vectors = int(config.lora_bias) + int(config.use_dora)
-        return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale, vectors, weight.form)
+        return Target(*sizes, r, scale, int(config.lora_bias) + int(config.use_dora), weight.form)
+
+    def _check_rank(self, path: str, r: int, least: int) -> None:
+        init = self.config.init_lora_weights
+        if r > least and self.config.decomposes:
+            self.problems.append(f"{path}: its weight has no {r} directions for init={init!r}")
+        elif r > least:
+            self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
+        if r % 2 and init == "orthogonal":
+            self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
+
+    def _rescaled_inputs(self, chosen: Sequence[str]) -> frozenset[str]:
+        """Of the targets those that the config calls feed-forward ones; as peft, those of the preset without a word."""
+        wanted = self.config.feedforward_modules
+        if self.config.peft_type != IA3:
+            return frozenset()
+        if wanted is None:
+            names = preset_of(self._family(), IA3)[1]
+            return frozenset(path for path in chosen if any(name_matches(name, path) for name in names))
+        matched = set(self._matching(wanted, "feedforward_modules")) if wanted else set()
+        beyond = sorted(matched.difference(chosen))
+        if beyond and not self.of_file:
+            self.problems.append(f"feedforward_modules: {beyond[0]} is no target")
+        return frozenset(matched.intersection(chosen))
 
     def _note_tied(self, path: str) -> None:
         """An embedding's update is not the head's that shares its table."""
@@ -278,12 +266,16 @@ class _Planner:
         return module if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
     def _preset(self) -> tuple[str, ...] | None:
-        family = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
-        if family in TARGETS:
-            self.notes.append(f"targets of the {family} preset: {', '.join(TARGETS[family])}")
-            return TARGETS[family]
+        family = self._family()
+        targets, _ = preset_of(family, self.config.peft_type)
+        if targets:
+            self.notes.append(f"targets of the {family} preset: {', '.join(targets)}")
+            return targets
         self.problems.append(f"no preset of targets for {family}: name target_modules")
         return None
+
+    def _family(self) -> str:
+        return getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
 
     def _left_alone(self) -> set[str]:
         """Paths that all-linear leaves alone: the output head, new heads, and what trains whole anyway."""

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from loratune.adapt.entry import Entry
+from loratune.config.methods import IA3, LORA
 from loratune.errors import AdapterStateError, nearest
 
 # Of a module, a part of the names in `state_dict`, and of a folder.
 _NAME = re.compile(r"[^./\\\x00]+")
+
+# What two kinds of adapter do to a whole weight, so that it has to be the base's.
+_WHAT = {LORA: "DoRA, which brings the base's rows to a length", IA3: "(IA)³, which rescales what the base gives"}
 
 
 class Register:
@@ -102,11 +106,12 @@ class Register:
             if owner.setdefault(full, name) != name
         ]
         stretched = [
-            f"{name!r} is DoRA, which brings the base's rows to a length, and {owner[full]!r} has its own {full}"
+            f"{name!r} is {_WHAT[self.entries[name].config.peft_type]}, and {owner[full]!r} has its own {full}"
             for name in names
-            if self.entries[name].config.use_dora
+            if self.entries[name].config.use_dora or self.entries[name].config.peft_type == IA3
             for target in self.entries[name].plan.targets
-            if (full := f"{target.path}.weight") in owner
+            for full in (f"{target.path}.weight", f"{target.path}.bias")
+            if full in owner and (full.endswith("weight") or target.method == IA3)
         ]
         return both + stretched + self._row_clashes(names)
 

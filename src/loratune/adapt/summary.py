@@ -29,11 +29,14 @@ def count_of(model: nn.Module) -> Count:
     return Count(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + in_bits)
 
 
-def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[int, int]]:
-    """(last name, in, out, r) → (modules, trainable parameters in all of them), in the model's order."""
-    rows: dict[tuple[str, int, int, int], tuple[int, int]] = {}
+def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int | str], tuple[int, int]]:
+    """(last name, in, out, what) → (modules, trainable parameters in all of them), in the model's order.
+
+    `what` is the rank; of (IA)³ what is rescaled.
+    """
+    rows: dict[tuple[str, int, int, int | str], tuple[int, int]] = {}
     for target in target_plan.targets:
-        key = (target.path.rpartition(".")[2], target.in_features, target.out_features, target.r)
+        key = (target.path.rpartition(".")[2], target.in_features, target.out_features, target.what)
         modules, parameters = rows.get(key, (0, 0))
         rows[key] = (modules + 1, parameters + target.parameters)
     return rows
@@ -63,7 +66,8 @@ def summary_of(count: Count, plans: Mapping[str, TargetPlan], active: Sequence[s
         lines.append(f"{name} ({state}): {target_plan.trainable:,} in {len(target_plan.targets)} modules{beside}")
         for (short, inner, outer, r), (modules, parameters) in by_kind(target_plan).items():
             each = parameters // modules
-            lines.append(f"  {short:<16} {modules:>4} × ({outer} × {inner}), r={r}: {each:,} each, {parameters:,}")
+            what = f"r={r}" if isinstance(r, int) else r
+            lines.append(f"  {short:<16} {modules:>4} × ({outer} × {inner}), {what}: {each:,} each, {parameters:,}")
         for full, (tensors, parameters) in by_replaced(target_plan).items():
             lines.append(f"  {full:<16} {tensors:>4} × its own: {parameters:,}")
     return "\n".join(lines)

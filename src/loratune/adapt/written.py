@@ -13,11 +13,14 @@ from torch import nn
 from loratune.adapt.plan import TargetPlan, plan_as_written, short_name
 from loratune.config import ALL_LINEAR, LoraConfig
 from loratune.config.lora import first_match, name_matches
+from loratune.config.methods import CHOOSING, IA3, LORA, VERA, written_names
 from loratune.lora import base_modules
 
 
 def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> LoraConfig:
     """The config that names the plan's modules, ranks and scales in a way that every reader understands alike."""
+    if config.peft_type != LORA:
+        return _of_other_method(model, config, target_plan)
     values: dict[str, Any] = {
         "target_modules": _names(model, config, target_plan),
         # peft finds the layout itself too, but warns where the file says otherwise.
@@ -28,6 +31,42 @@ def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> Lo
         **_patterns(model, config, target_plan),
     }
     return _counted_from_base(cast(LoraConfig, config.replace(**values)))
+
+
+def _of_other_method(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> LoraConfig:
+    """What chooses among names and has no place in the method's file is written out: the names say which modules."""
+    values: dict[str, Any] = {name: None for name in CHOOSING if name not in written_names(config.peft_type)}
+    values["fan_in_fan_out"] = any(target.kind == "Conv1D" for target in target_plan.targets)
+    values["modules_to_save"] = _saved(model, config, target_plan)
+    if config.peft_type == VERA:
+        values["layers_pattern"] = _lists(model, config, target_plan)
+    plain = cast(LoraConfig, config.replace(**values))
+    names = _names(model, plain, target_plan)
+    inputs = _inputs(names, target_plan)
+    found = plan_as_written(model, _naming(plain, names, inputs))
+    if inputs is None or found.targets != target_plan.targets:
+        names = tuple(sorted(target.path for target in target_plan.targets))
+        inputs = tuple(sorted(target.path for target in target_plan.targets if target.on_input))
+    return _naming(plain, names, inputs)
+
+
+def _naming(config: LoraConfig, names: str | tuple[str, ...], inputs: tuple[str, ...] | None) -> LoraConfig:
+    beside = {"feedforward_modules": inputs} if config.peft_type == IA3 else {}
+    return cast(LoraConfig, config.replace(target_modules=names, **beside))
+
+
+def _inputs(names: str | tuple[str, ...], target_plan: TargetPlan) -> tuple[str, ...] | None:
+    """Of the names those of targets whose inputs are rescaled; None where they cannot tell these from the others.
+
+    peft wants them among the names, and compares ends of paths without regard to dots.
+    """
+    on_input = {target.path: target.on_input for target in target_plan.targets}
+    if isinstance(names, str):
+        return None if any(on_input.values()) else ()
+    telling = {name: {of for path, of in on_input.items() if path.endswith(name)} for name in names}
+    found = tuple(name for name, kinds in telling.items() if kinds == {True})
+    covered = {path for path in on_input if any(path.endswith(name) for name in found)}
+    return found if covered == {path for path, of in on_input.items() if of} else None
 
 
 def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str | tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import safetensors
 import safetensors.torch
@@ -22,7 +22,9 @@ from torch import Tensor
 from loratune.adapter.card import about_of
 from loratune.adapter.keys import DTYPES, copied_tables, from_keys, name_in_base, surplus_keys, to_keys
 from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.vectors import Read, read_vectors
 from loratune.config import NO_TARGETS, LoraConfig
+from loratune.config.methods import LORA, Method, from_file, to_file
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.config.tasks import HEADS_OF_TASK
 from loratune.errors import AdapterFileError, ConfigError, Refusals
@@ -75,19 +77,25 @@ def read_adapter(folder: Path, *, finite: bool = True) -> SavedAdapter:
     assert described is not None
     assert contents is not None
     assert origin is not None
-    factors, replaced, surplus, copies = contents
+    factors, replaced, surplus, copies, vectors, projections = contents
     config, base, revision, unknown = described
     about = _read_about(folder / CARD_FILE)
-    return SavedAdapter(config, factors, replaced, base, revision, origin, unknown, surplus, about, copies)
+    return SavedAdapter(
+        config, factors, replaced, base, revision, origin, unknown, surplus, about, copies, vectors, projections
+    )  # fmt: skip
 
 
 class _Contents(NamedTuple):
-    """Of a tensor file: factors, tensors in place of the base's, keys that mean nothing, and copies of the base's."""
+    """Of a tensor file: factors, tensors in place of the base's, keys that mean nothing, copies of the base's, and what
+    other methods have instead of factors.
+    """
 
     factors: dict[str, Factors]
     replaced: dict[str, Tensor]
     surplus: tuple[str, ...]
     copies: dict[str, Tensor]
+    vectors: dict[str, dict[str, Tensor]]
+    projections: tuple[Tensor, Tensor] | None
 
 
 def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Contents:
@@ -100,14 +108,18 @@ def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Cont
     copies = copied_tables(tensors, replaces=whole)
     surplus = (*copies, *surplus_keys(tensors))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
-    factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
+    read = Read({}, None, tensors)
+    if config is not None and config.peft_type != LORA:
+        read = read_vectors(tensors, config.peft_type, projected=config.save_projection, problems=problems)
+    factors, replaced = from_keys(read.others, replaces=replaces, problems=problems)
     expected = config is None or config.target_modules != NO_TARGETS
-    if not factors and not problems and (expected or not replaced):
+    if not factors and not read.vectors and not problems and (expected or not replaced):
         problems.append(f"it holds no {'low-rank ' if expected else ''}tensors")
     if problems:
         hint = "the file is damaged, or holds another kind of adapter"
         raise AdapterFileError([f"{path}: {problem}" for problem in problems], hint=hint)
-    return _Contents(factors, replaced, surplus, {name_in_base(key): tensor for key, tensor in copies.items()})
+    of_base = {name_in_base(key): tensor for key, tensor in copies.items()}
+    return _Contents(factors, replaced, surplus, of_base, read.vectors, read.projections)
 
 
 class Described(NamedTuple):
@@ -151,18 +163,21 @@ def _refuse_no_adapter(folder: Path) -> None:
 
 
 def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
-    """The content of `adapter_config.json`: every key that peft 0.21.2 writes, in inference mode."""
-    values: dict[str, Any] = {**NEUTRAL, **adapter.config.model_dump(mode="json"), **adapter.unknown}
-    alpha = adapter.config.lora_alpha
-    if adapter.config.init_lora_weights == "swapped":
-        values["init_lora_weights"] = True  # peft has no such start, and a reader never starts it
-    # peft declares alpha as a whole number; vLLM's and llama.cpp's readers take it as written.
-    values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(values[key], list):
+    """The content of `adapter_config.json`: every key that peft 0.21.2 writes for its method, in inference mode."""
+    method = adapter.config.peft_type
+    values = to_file(method, adapter.config.model_dump(mode="json"))
+    if method == LORA:
+        values = {**NEUTRAL, **values}
+        if adapter.config.init_lora_weights == "swapped":
+            values["init_lora_weights"] = True  # peft has no such start, and a reader never starts it
+        # peft declares alpha as a whole number; vLLM's and llama.cpp's readers take it as written.
+        alpha = adapter.config.lora_alpha
+        values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    values |= adapter.unknown
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
+        if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     values.update(
-        peft_type="LORA",
         peft_version=FORMAT_VERSION,
         inference_mode=True,
         auto_mapping=None,
@@ -176,14 +191,19 @@ def config_from_json(raw: Mapping[str, Any], where: str) -> tuple[LoraConfig, di
     """The adapter's settings and the keys that are unknown here.
 
     Raises:
-        AdapterFileError: not a LoRA, or a key asks for what is not implemented.
+        AdapterFileError: a method that is not implemented, or a key asks for what is not.
     """
-    if raw.get("peft_type") != "LORA":
-        raise AdapterFileError(f"{where}: peft_type is {raw.get('peft_type')!r}, only 'LORA' can be read")
-    known = {*LoraConfig.names(), *NEUTRAL, *DESCRIPTIVE}
-    unknown = {key: value for key, value in raw.items() if key not in known}
-    values = {key: value for key, value in raw.items() if key in known}
+    method = raw.get("peft_type")
+    if method not in get_args(Method):
+        listed = ", ".join(map(repr, get_args(Method)))
+        raise AdapterFileError(f"{where}: peft_type is {method!r}, only {listed} can be read")
     try:
+        if method != LORA:
+            values, beyond = from_file(raw)
+            return LoraConfig(**values), {key: value for key, value in beyond.items() if key not in DESCRIPTIVE}
+        known = {*to_file(LORA, dict.fromkeys(LoraConfig.names())), *NEUTRAL, *DESCRIPTIVE}
+        unknown = {key: value for key, value in raw.items() if key not in known}
+        values = {key: value for key, value in raw.items() if key in known}
         return LoraConfig(**{**_PEFT_DEFAULTS, **values}), unknown
     except ConfigError as error:
         raise AdapterFileError([f"{where}: {problem}" for problem in error.problems]) from None

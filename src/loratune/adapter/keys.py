@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loratune.adapter.value import Factors, SavedAdapter
+from loratune.adapter.vectors import keys_of_vectors
 
 # What an adapter can be computed with.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -36,10 +37,10 @@ def to_keys(adapter: SavedAdapter) -> dict[str, Tensor]:
         _PREFIX + path + _suffixes(factors.looked_up)[name]: _as_written(name, tensor, factors)
         for path, factors in adapter.factors.items()
         for name, tensor in factors.tensors()
-    }
+    } | keys_of_vectors(adapter)
     for full, tensor in adapter.replaced.items():
         path, _, name = full.rpartition(".")
-        key = f"{path}.{_WRAPPED}{name}" if path in adapter.factors else full
+        key = f"{path}.{_WRAPPED}{name}" if path in adapter.modules else full
         tensors[_PREFIX + key] = tensor
     return tensors
 

@@ -68,6 +68,9 @@ class SavedAdapter:
 
     Attributes:
         factors: module path → A, B and what stands beside them.
+        vectors: of another method than LoRA, module path → what trains there, by name: VeRA's "d" (r,) and "b" (out,),
+            (IA)³'s "l" in the shape of its file.
+        projections: VeRA's A (r, widest in) and B (widest out, r), where they are kept.
         replaced: name of a base tensor ("score.weight", "layers.0.q_proj.bias") → what stands in its place.
         base: the name or path of the base it was trained on, where known.
         origin: which base and tokenizer these were.
@@ -78,7 +81,7 @@ class SavedAdapter:
     """
 
     config: LoraConfig
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Factors] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     base: str | None = None
     revision: str | None = None
@@ -87,6 +90,13 @@ class SavedAdapter:
     surplus: tuple[str, ...] = ()
     about: str = ""
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    projections: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules that it updates."""
+        return (*self.factors, *self.vectors)
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""
@@ -97,4 +107,9 @@ class SavedAdapter:
         for path, factors in self.factors.items():
             for name, tensor in factors.tensors():
                 yield f"{path}: {name}", tensor
+        for path, vectors in self.vectors.items():
+            for name, tensor in vectors.items():
+                yield f"{path}: {name}", tensor
+        for name, tensor in zip("AB", self.projections or (), strict=False):
+            yield f"the projection {name}", tensor
         yield from self.replaced.items()

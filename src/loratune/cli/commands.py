@@ -5,6 +5,7 @@ Rooms that need torch are imported inside the commands, so that `--help` answers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -244,12 +245,17 @@ def doctor(as_json: Json = False) -> None:
 # -- what several commands print ---------------------------------------------------------------------------------
 
 
+def _size(module: Mapping[str, Any]) -> Any:
+    """The rank; of (IA)³ what is rescaled."""
+    return module["r"] if "r" in module else module["rescaled"]
+
+
 def _show_plan(model: str, data: str | None, settings: dict[str, Any], *, as_json: bool) -> None:
     from loratune.run.look import look_at_plan
 
     found = look_at_plan(model, data, **settings)
     modules = [
-        [m["name"], m["count"], f"{m['out']} × {m['in']}", m["r"], f"{m['each']:,}", f"{m['parameters']:,}"]
+        [m["name"], m["count"], f"{m['out']} × {m['in']}", _size(m), f"{m['each']:,}", f"{m['parameters']:,}"]
         for m in found["adapter"]["modules"]
     ]
     modules += [

@@ -142,8 +142,8 @@ def _refuse_unseen_head(model: Any) -> None:
     head = find() if callable(find) else None
     handle = adapters(model)
     for name in handle.active:
-        for path, low_rank in handle.factors(name).items():
-            tensors = [tensor for tensor in low_rank.parameters() if tensor.requires_grad]
+        for path, term in handle.terms(name).items():
+            tensors = [tensor for tensor in term.parameters() if tensor.requires_grad]
             if handle.model.get_submodule(path) is head and tensors and all(t.grad is None for t in tensors):
                 raise AdapterStateError(
                     f"no gradient reached adapter {name!r} in {path}: this trainer reads the weight alone",

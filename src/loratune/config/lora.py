@@ -10,8 +10,9 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import regex
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
+from loratune.config.methods import CALLED, LORA, VERA, VERA_RANK, Method, unfit
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL, asks_for_something
 from loratune.config.setting import Settings, setting
 from loratune.config.tasks import TaskType
@@ -51,6 +52,10 @@ class LoraConfig(Settings):
         ConfigError: with one line for each problem, and the nearest valid spelling of an unknown name.
     """
 
+    peft_type: Method = setting(
+        LORA, "the method: LORA; VERA = frozen random A and B shared by all layers, of which two vectors train "
+        "(arXiv:2310.11454); IA3 = a trained factor for each feature (arXiv:2205.05638)", flag="",
+    )  # fmt: skip
     r: int = setting(
         8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER,
         ge=1, le=_LARGEST_RANK,
@@ -97,6 +102,14 @@ class LoraConfig(Settings):
         group=_ADAPTER,
     )
     eva_config: dict[str, Any] | None = setting(None, "of init eva: {'rho': 1} keeps every rank as it is", flag="")
+    d_initial: float = setting(0.1, "of VERA: where the vector between A and B starts", flag="", gt=0)
+    projection_prng_key: int = setting(0, "of VERA: the seed of A and B", flag="", ge=0, lt=2**63)
+    save_projection: bool = setting(True, "of VERA: whether A and B stand in the file, beside their seed", flag="")
+    feedforward_modules: str | tuple[str, ...] | None = setting(
+        None,
+        "of IA3: targets whose inputs are rescaled, not their outputs; those of the family's preset when not given",
+        flag="",
+    )
     bias: Literal["none", "lora_only", "all"] = setting(
         "none", "biases that train too: those of adapted modules, or all of the model", group=_ADAPTER
     )
@@ -127,6 +140,9 @@ class LoraConfig(Settings):
         problems += [f"{key}={values[key]!r}: not implemented, only {NEUTRAL[key]!r} is" for key in asked]
         kept = {key: value for key, value in values.items() if key not in NEUTRAL and key not in DESCRIPTIVE}
         found = super().prepare(kept, problems)
+        problems += unfit(found, {name: field.default for name, field in cls.model_fields.items()})
+        if found.get("peft_type") == VERA:
+            found.setdefault("r", VERA_RANK)
         if found.get("lora_bias") is True:
             # As in peft: what a bias behind B would mean is defined for the plain update only.
             if found.get("use_dora") is True:
@@ -146,6 +162,13 @@ class LoraConfig(Settings):
         return first_match(self.alpha_pattern, path) or self.lora_alpha
 
     @property
+    def described(self) -> str:
+        """The method and its size in a few words."""
+        if self.peft_type == LORA:
+            return f"r={self.r} α={self.lora_alpha:g}"
+        return f"{CALLED[self.peft_type]} r={self.r}" if self.peft_type == VERA else CALLED[self.peft_type]
+
+    @property
     def eva_rho(self) -> float:
         """How many times its own rank a layer may get with init "eva"; 1 leaves ranks as they are."""
         return float((self.eva_config or _EVA)["rho"])
@@ -156,7 +179,7 @@ class LoraConfig(Settings):
         init = self.init_lora_weights
         return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
 
-    @field_validator("target_modules", "exclude_modules", "modules_to_save", mode="before")
+    @field_validator("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, str) else _strings(value)
@@ -204,12 +227,12 @@ class LoraConfig(Settings):
     def _nothing_to_save(cls, value: Any) -> Any:
         return value or None
 
-    @field_validator("target_modules", "exclude_modules")
+    @field_validator("target_modules", "exclude_modules", "feedforward_modules")
     @classmethod
-    def _regex_compiles(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    def _regex_compiles(cls, value: str | tuple[str, ...] | None, info: ValidationInfo) -> str | tuple[str, ...] | None:
         if isinstance(value, str) and value != ALL_LINEAR:
             _compile(value)
-        if value in ((), ""):
+        if value in ((), "") and info.field_name != "feedforward_modules":
             raise ValueError("names nothing")
         return value
 

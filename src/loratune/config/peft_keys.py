@@ -11,7 +11,7 @@ from typing import Any
 FORMAT_VERSION = "0.21.2"
 
 # Facts about the file rather than settings of the adapter.
-DESCRIPTIVE = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision")
+DESCRIPTIVE = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
 NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,

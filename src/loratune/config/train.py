@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from loratune.config.lora import ALL_LINEAR, NO_TARGETS, LoraConfig, known_init, known_tokens
+from loratune.config.methods import IA3, LORA, VERA, Method, unfit
 from loratune.config.setting import Settings, like, setting
 
 _RUN, _DATA, _ADAPTER, _OPTIMISATION, _MACHINE = "Run", "Data", "Adapter", "Optimisation", "Machine"
@@ -19,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "qlora": {"quant": "nf4"},
+    "vera": {"peft_type": VERA},
+    "ia3": {"peft_type": IA3},
     "full": {"target_modules": NO_TARGETS, "ensure_weight_tying": True},
     "bitfit": {"target_modules": NO_TARGETS, "bias": "all"},
 }
@@ -26,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 _OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
                  "lora_plus_ratio")  # fmt: skip
 _TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
-_METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "full", "bitfit"]
+_METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "vera", "ia3", "full", "bitfit"]
 
 
 class TrainConfig(Settings):
@@ -75,9 +78,11 @@ class TrainConfig(Settings):
     )
 
     method: _METHOD = setting(
-        "lora", "preset of what is trained: low-rank adapters of some kind, biases (bitfit), or all of it (full)",
+        "lora", "preset of what is trained: low-rank adapters of some kind, vectors beside frozen factors (vera) or at "
+        "features (ia3), biases (bitfit), or all of it (full)",
         group=_ADAPTER,
     )  # fmt: skip
+    peft_type: Method = like(LoraConfig, "peft_type", LORA)
     task_type: _TASK | None = like(LoraConfig, "task_type", None)
     r: int | None = like(LoraConfig, "r", None)
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
@@ -175,6 +180,8 @@ class TrainConfig(Settings):
                 )
             found[name] = implied
         problems += _unfit(found)
+        defaults = {name: field.default for name, field in LoraConfig.model_fields.items()}
+        problems += unfit({name: value for name, value in found.items() if value is not None}, defaults)
         if found.get("group_prefixes") is True and found.get("share_prefixes") is False:
             problems.append("group_prefixes=True contradicts share_prefixes=False: only shared prefixes gain by groups")
         return found
@@ -188,6 +195,8 @@ def _unfit(found: dict[str, Any]) -> Iterator[str]:
         yield from (
             f"{name}={found[name]!r} is for low-rank adapters, and method={method!r} has none" for name in given
         )
+    if method == "ia3" and found.get("lora_plus_ratio") is not None:
+        yield f"lora_plus_ratio={found['lora_plus_ratio']!r} is for a B behind an A, and method='ia3' has one vector"
     if method == "full" and found.get("quant") is not None:
         yield f"quant={found['quant']!r}: method='full' trains every weight, and a quantised one cannot be trained"
     if method == "full" and found.get("modules_to_save") is not None:

@@ -6,10 +6,11 @@ from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
 from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
-from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
+from loratune.lora.layer import LoraLayer, Term, adapt_in_place, release, selecting, together
 from loratune.lora.lookup import LoraLookup
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
+from loratune.lora.rescaled import Rescaling
 from loratune.lora.retrained import OwnRows, Retraining, end_retraining, retrain_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
 from loratune.lora.state import AdapterState, View
@@ -28,6 +29,7 @@ from loratune.lora.swap import (
     take_off,
     wears,
 )
+from loratune.lora.vera import Projections, Vera, random_projections
 
 __all__ = [
     "AdapterState",
@@ -41,15 +43,19 @@ __all__ = [
     "LowRank",
     "Mixin",
     "OwnRows",
+    "Projections",
     "Recomputed",
+    "Rescaling",
     "Retraining",
     "Rows",
     "Seen",
     "Stack",
     "Stacks",
     "Tensors",
+    "Term",
     "TokenCounter",
     "TokenRows",
+    "Vera",
     "View",
     "adapt_in_place",
     "adapter_prefixes",
@@ -74,6 +80,7 @@ __all__ = [
     "names_by_parameter",
     "patched_forward",
     "put_on",
+    "random_projections",
     "ranks_by_explained",
     "release",
     "replace_in",

@@ -73,6 +73,15 @@ class LowRank(nn.Module):
     def r(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def inner(self) -> nn.Parameter:
+        """What an input meets first of the two that train."""
+        return self.A
+
+    @property
+    def outer(self) -> nn.Parameter:
+        return self.B
+
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of which the update is s · B A, in their own dtype unless told.
 
@@ -127,6 +136,10 @@ class LowRank(nn.Module):
             norm = (base + cross + own).maximum(known_to).sqrt()
             norm = norm.where(norm > 0, 1.0)  # a row of zeros has no direction; its length stays zero too
         return self.magnitude.to(norm.dtype) / norm
+
+    def bias_delta(self, bias: Tensor) -> Tensor | None:
+        """What is added to the layer's own bias (out_features,), detached, in its dtype; None where nothing is."""
+        return None if self.bias is None else self.bias.detach().to(bias.dtype) * self.scale
 
     def extra_repr(self) -> str:
         r, inner = self.A.flatten(1).shape

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from loratune.lora.dropout import TokenCounter, drop
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Linear, Projection, Weight, lora_linears
+from loratune.lora.rescaled import Rescaling, summed
 from loratune.lora.rows import Rows, TokenRows
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import Adapting, base_of, put_on, take_off
+from loratune.lora.vera import Vera, VeraProjection, of_same_input, vera_linears
+
+# What an adapter adds to one layer.
+Term = LowRank | Rescaling
 
 
 class LoraLayer(Adapting):
@@ -36,18 +41,36 @@ class LoraLayer(Adapting):
         view = self.lora_state.view
         alone = self._alone(x, view)
         if alone is not None:
-            (found,) = lora_linears(x, [self._projection(alone)], self._dropping(alone, view.counter))
+            (found,) = _linears(x, [self], [alone], self._dropping(alone, view.counter))
             return self._shifted(found, alone)
+        active = [self.lora[name] for name in view.active if name in self.lora]
+        if active and all(isinstance(term, Rescaling) and term.on_input for term in active):
+            return cast(Tensor, super().forward(self._rescaled(x, cast("list[Rescaling]", active)), *args, **kwargs))
         y: Tensor = super().forward(x, *args, **kwargs)
         if view.rows is not None:
             return self._mixed(x, y, view.rows)
         base = y
-        for name in view.active:
-            if name in self.lora:
-                low_rank = cast(LowRank, self.lora[name])
-                update = self._update(x, low_rank, view.counter, y)
-                y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
+        for term in active:
+            if isinstance(term, Rescaling):
+                y = self._changed(term, x, base, y)
+                continue
+            low_rank = cast(LowRank, term)
+            update = self._update(x, low_rank, view.counter, y)
+            y = y + (update if low_rank.magnitude is None else self._stretched(low_rank, base, update))
         return y
+
+    def _rescaled(self, x: Tensor, terms: Sequence[Rescaling]) -> Tensor:
+        """x + Σ (l - 1) ⊙ x, rounded once."""
+        return torch.addcmul(x, x, self._by_feature(summed(terms, x.dtype)))
+
+    def _changed(self, term: Rescaling, x: Tensor, base: Tensor, y: Tensor) -> Tensor:
+        """y with what one adapter adds to the base's output."""
+        factor = self._by_feature(summed([term], x.dtype if term.on_input else base.dtype))
+        if not term.on_input:
+            return torch.addcmul(y, base, factor)
+        y = y + super().forward(x * factor)
+        bias = cast("Tensor | None", getattr(self, "bias", None))
+        return y if bias is None else y - self._by_feature(bias.to(y.dtype))
 
     def _update(self, x: Tensor, low_rank: LowRank, counter: TokenCounter | None, y: Tensor) -> Tensor:
         """s · (B A x + bias), in the dtype of the output y so far."""
@@ -69,7 +92,9 @@ class LoraLayer(Adapting):
         active = [name for name in view.active if name in self.lora]
         if len(active) != 1 or _transformed(x) or view.rows is not None or not self._affine():
             return None
-        low_rank = cast(LowRank, self.lora[active[0]])
+        low_rank = self.lora[active[0]]
+        if not isinstance(low_rank, LowRank):
+            return None
         # A mask from a generator is another one each time, so that it cannot be drawn again in the backward pass.
         drawn = self.training and low_rank.dropout > 0 and view.counter is None
         return None if drawn or low_rank.magnitude is not None else low_rank
@@ -80,6 +105,10 @@ class LoraLayer(Adapting):
     def _projection(self, low_rank: LowRank) -> Projection:
         bias = cast("Tensor | None", self.bias)
         return Projection(super().forward, self.lora_weight(self), bias, *low_rank.factors(), low_rank.scale)
+
+    def _vera(self, vera: Vera) -> VeraProjection:
+        bias = cast("Tensor | None", self.bias)
+        return VeraProjection(super().forward, self.lora_weight(self), bias, vera.d, vera.b, vera.frozen()[1])
 
     @staticmethod
     def _shifted(y: Tensor, low_rank: LowRank) -> Tensor:
@@ -127,8 +156,19 @@ def together(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     # Each layer drops an input of its own, so that there is no common one.
     if any(layer.training and low_rank.dropout > 0 for layer, low_rank in zip(layers, found, strict=True)):
         return [module(x) for module in modules]
-    ys = lora_linears(x, [layer._projection(low_rank) for layer, low_rank in zip(layers, found, strict=True)])
+    ys = _linears(x, layers, found)
     return [layer._shifted(y, low_rank) for layer, y, low_rank in zip(layers, ys, found, strict=True)]
+
+
+def _linears(
+    x: Tensor, layers: Sequence[LoraLayer], low_ranks: Sequence[LowRank], dropped: Linear | None = None
+) -> tuple[Tensor, ...]:
+    """What layers with one adapter each give for the same x, but for the biases behind B."""
+    pairs = list(zip(layers, low_ranks, strict=True))
+    if of_same_input(low_ranks):
+        veras = [(layer, cast(Vera, low_rank)) for layer, low_rank in pairs]
+        return vera_linears(x, veras[0][1].frozen()[0], [layer._vera(own) for layer, own in veras], dropped)
+    return lora_linears(x, [layer._projection(low_rank) for layer, low_rank in pairs], dropped)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Projection(NamedTuple):
     scale: float
 
 
-class _Frozen(NamedTuple):
+class Frozen(NamedTuple):
     """What the backward pass needs of a projection beside the tensors that autograd keeps."""
 
     weight: Weight
@@ -139,7 +139,7 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ys, A, Bs, h = _computed(x, projections, dropped)
         ctx.save_for_backward(x, A, *(p.A for p in projections), *(p.B for p in projections), *Bs, *h)
-        ctx.frozen = [_Frozen(p.weight, p.weight.version, p.scale) for p in projections]
+        ctx.frozen = [Frozen(p.weight, p.weight.version, p.scale) for p in projections]
         ctx.dropped = dropped
         return ys
 
@@ -148,17 +148,14 @@ class _LoraLinears(torch.autograd.Function):
         x, A, *kept = ctx.saved_tensors
         number = len(ctx.frozen)
         As, Bs, rounded_Bs, h = (kept[begin : begin + number] for begin in range(0, 4 * number, number))
-        if any(base.weight.version != base.version for base in ctx.frozen):
-            raise AdapterStateError(
-                "a weight changed between a forward pass and its backward pass", hint="merge and load between steps"
-            )
+        refuse_changed(ctx.frozen)
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
         by_projection = [torch.mm(gy, B) for gy, B in zip(flat, rounded_Bs, strict=True)]
         gh = by_projection[0] if number == 1 else torch.cat(by_projection, 1)
         _scaled(gh, [len(own) for own in As], [base.scale for base in ctx.frozen])
-        gx = _of_input(ctx, x, A, flat, gh) if ctx.needs_input_grad[0] else None
+        gx = of_input(ctx.frozen, ctx.dropped, x.shape, A, flat, gh) if ctx.needs_input_grad[0] else None
         gA: Sequence[Tensor | None] = [None] * number
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
@@ -174,16 +171,26 @@ class _LoraLinears(torch.autograd.Function):
         return gx, None, None, *found
 
 
-def _of_input(ctx: Any, x: Tensor, A: Tensor, grads: Sequence[Tensor], gh: Tensor) -> Tensor:
-    """Σ Wᵀ gy + Aᵀ gh, in x's shape."""
-    weights = (base.weight.lent(gh.dtype) for base in ctx.frozen)  # one after the other
+def refuse_changed(frozen: Sequence[Frozen]) -> None:
+    """Raise where a weight is not what it was in the forward pass."""
+    if any(base.weight.version != base.version for base in frozen):
+        raise AdapterStateError(
+            "a weight changed between a forward pass and its backward pass", hint="merge and load between steps"
+        )
+
+
+def of_input(
+    frozen: Sequence[Frozen], dropped: Linear | None, shape: torch.Size, A: Tensor, grads: Sequence[Tensor], gh: Tensor
+) -> Tensor:
+    """The gradient of x, Σ Wᵀ gy + Aᵀ gh, in its shape; gy are (tokens, out), gh (tokens, r)."""
+    weights = (base.weight.lent(gh.dtype) for base in frozen)  # one after the other
     gx = torch.mm(grads[0], next(weights))
     for gy, weight in zip(grads[1:], weights, strict=True):
         gx.addmm_(gy, weight)
-    if ctx.dropped is None:
-        return gx.addmm_(gh, A).view(x.shape)
-    update: Tensor = ctx.dropped(torch.mm(gh, A).view(x.shape))
-    return update.add_(gx.view(x.shape))
+    if dropped is None:
+        return gx.addmm_(gh, A).view(shape)
+    update: Tensor = dropped(torch.mm(gh, A).view(shape))
+    return update.add_(gx.view(shape))
 
 
 def _differentiable(

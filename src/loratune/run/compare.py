@@ -209,8 +209,7 @@ def _searched(plan: _Plan, method: str, config: TrainConfig, say: Say) -> dict[s
     """The best of a few learning rates after a third of the steps, and what finding it cost."""
     if config.lr is not None:
         return {"lr": config.lr, "tried": [], "seconds": 0.0}
-    usual, _ = learning_rate(Shape.of(empty_model(plan.model)).hidden)
-    usual = usual / 10 if method == "full" else usual
+    usual, _ = learning_rate(Shape.of(empty_model(plan.model)).hidden, method)
     parts = split(plan.train, min(_SEARCH_ROWS, max(2, len(plan.train) // 10)), config.seed + 1)
     rows = _corpus_of(plan.train, parts.train), _corpus_of(plan.train, parts.val)
     steps = max(4, plan.steps // _SEARCH_STEPS)

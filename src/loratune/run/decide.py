@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratune.adapt import preset_of
 from loratune.config import LoraConfig, TrainConfig
+from loratune.config.methods import IA3, VERA, VERA_RANK
 from loratune.config.tasks import CAUSAL_LM
 from loratune.data.fit import Fit
 from loratune.data.pack import Layout
@@ -19,6 +21,8 @@ GIVEN, DEFAULT = "given", "default"
 
 _RANK_FLOOR, _RANK_CEILING = 16, 256
 _SMALL_DATA = 500_000
+# How many times full fine-tuning's rate a method learns at; ten where nothing else is said.
+_RATES = {"full": 1, "vera": 100, "ia3": 100}
 
 
 @dataclass
@@ -97,9 +101,21 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
     if not parameters_per_rank:
         _decide_rate(decisions, hidden)
         return
-    r = _decide_rank(decisions, fit.supervised_tokens, parameters_per_rank)
-    decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
-    decisions.decide("lora_alpha", 2 * r, "twice the rank")
+    method = decisions["peft_type"]
+    if method == IA3:
+        _decide_rate(decisions, hidden)
+        return
+    if method == VERA:
+        decisions.decide("r", VERA_RANK, "a rank of VeRA's costs one number a layer")
+    else:
+        r = _decide_rank(decisions, fit.supervised_tokens, parameters_per_rank)
+        decisions.decide("use_rslora", False, "alpha / r keeps the update's size when the rank changes")
+        decisions.decide("lora_alpha", 2 * r, "twice the rank")
+    _decide_dropout(decisions, fit, steps_per_epoch)
+    _decide_rate(decisions, hidden)
+
+
+def _decide_dropout(decisions: Decisions, fit: Fit, steps_per_epoch: int) -> None:
     several = decisions["max_steps"] > steps_per_epoch
     if not DATA_TASKS[decisions.task].counted:
         decisions.decide("lora_dropout", 0.0, "masks are those of the encoder's tokens, and the decoder has others")
@@ -108,7 +124,6 @@ def decide_training(decisions: Decisions, fit: Fit, hidden: int, parameters_per_
         decisions.decide("lora_dropout", 0.05, why)
     else:
         decisions.decide("lora_dropout", 0.0, "no row is seen twice" if not several else "much data")
-    _decide_rate(decisions, hidden)
 
 
 def decide_optimizer(decisions: Decisions, device_type: str) -> OptimizerKind:
@@ -126,13 +141,27 @@ def lora_config(decisions: Decisions) -> LoraConfig:
     return LoraConfig(**{name: decisions[name] for name in names})
 
 
-def learning_rate(hidden: int) -> tuple[float, str]:
-    """10 × 5e-5 × (2000 / hidden)^0.78: LoRA's rate is about ten times full fine-tuning's and falls with the width.
+def decide_targets(decisions: Decisions, family: str | None) -> None:
+    """(IA)³ rescales what its authors did, where a family is known; elsewhere the outputs of all linear layers."""
+    if decisions["peft_type"] != IA3 or decisions.reasons["target_modules"] == GIVEN or not family:
+        return
+    targets, _ = preset_of(family, IA3)
+    if targets:
+        why = "keys, values and what the feed-forward block's last product is given (arXiv:2205.05638)"
+        decisions.decide("target_modules", targets, why)
+
+
+def learning_rate(hidden: int, method: str = "lora") -> tuple[float, str]:
+    """The rate of a method as `--method` has it, and how it was found.
+
+    10 × 5e-5 × (2000 / hidden)^0.78: LoRA's rate is about ten times full fine-tuning's and falls with the width.
 
     The fit over Llama and Qwen models of Schulman and Thinking Machines Lab, "LoRA Without Regret" (2025).
     """
-    rate = 5e-5 * 10 * (2000 / hidden) ** 0.78
-    return float(f"{rate:.2g}"), f"10 × 5e-5 × (2000 / {hidden})^0.78, from the model's width"
+    factor = _RATES.get(method, 10)
+    rate = factor * 5e-5 * (2000 / hidden) ** 0.78
+    shown = "" if factor == 1 else f"{factor:g} × "
+    return float(f"{rate:.2g}"), f"{shown}5e-5 × (2000 / {hidden})^0.78, from the model's width"
 
 
 def decide_steps(decisions: Decisions, rows: int) -> int:
@@ -162,9 +191,7 @@ def _decide_rate(decisions: Decisions, hidden: int) -> None:
         return
     if decisions["optimizer"] == "sgd":
         raise ConfigError(f"lr: no rate is known for {decisions['optimizer']}", hint="give one with --lr")
-    rate, why = learning_rate(hidden)
-    if decisions["method"] == "full":
-        rate, why = float(f"{rate / 10:.2g}"), why.removeprefix("10 × ")
+    rate, why = learning_rate(hidden, decisions["method"])
     if decisions.values.get("use_rslora"):
         rate = float(f"{rate / math.sqrt(decisions['r']):.2g}")
         why += ", divided by √r because rsLoRA scales by α/√r"

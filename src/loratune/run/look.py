@@ -9,11 +9,12 @@ from typing import Any
 from loratune.adapt import TargetPlan, share_line
 from loratune.adapt import plan as plan_targets
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig, TrainConfig
+from loratune.config.methods import LORA
 from loratune.data.fit import show_mask
 from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
 from loratune.model import LANGUAGE_MODEL, context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
 from loratune.quant import refuse_format
-from loratune.run.decide import Decisions, decide_optimizer, describe, lora_config
+from loratune.run.decide import Decisions, decide_optimizer, decide_targets, describe, lora_config
 from loratune.run.prepare import Prepared, Rows, data_line, prepare
 from loratune.run.record import adapter_facts, data_facts
 from loratune.run.setup import all_of, decide_adapter, decide_task
@@ -101,7 +102,7 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
 
 
 def _which(lora: LoraConfig, config: TrainConfig) -> str:
-    return config.method if lora.target_modules == NO_TARGETS else f"r={lora.r} α={lora.lora_alpha:g}"
+    return config.method if lora.target_modules == NO_TARGETS else lora.described
 
 
 def _plain(memory: MemoryEstimate) -> dict[str, int]:
@@ -125,8 +126,10 @@ def _lora_without_data(config: TrainConfig, model: Any) -> LoraConfig:
         if config.method == "full":
             decisions.decide("modules_to_save", all_of(model), "all of the model")
         return lora_config(decisions)
-    r = decisions.decide("r", 8, "no data to decide by")
-    decisions.decide("lora_alpha", 2 * r, "twice the rank")
+    decide_targets(decisions, getattr(model.config, "model_type", None))
+    if config.peft_type == LORA:
+        r = decisions.decide("r", 8, "no data to decide by")
+        decisions.decide("lora_alpha", 2 * r, "twice the rank")
     return lora_config(decisions)
 
 

@@ -51,7 +51,7 @@ class Proof:
             found.append(checks.end_of_turn_supervised(self.setup.prepared.rows, frozenset(stops)))
         if decisions["checks"] == "full":
             # Whether the adapter can learn at all, not whether the run's own rate is a good one.
-            rate, _ = learning_rate(self.model.config.get_text_config().hidden_size)
+            rate, _ = learning_rate(self.model.config.get_text_config().hidden_size, decisions["method"])
             short = sorted(self.setup.prepared.rows, key=lambda row: row.needed)[:_OVERFIT_ROWS]
             found.append(checks.one_batch_overfits(self.model, lora, self._batch(short), rate))
         return found

@@ -143,8 +143,9 @@ def _number(word: str) -> float:
 
 def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
     modules = [
-        {"name": name, "count": n, "in": inner, "out": outer, "r": r, "each": parameters // n, "parameters": parameters}
-        for (name, inner, outer, r), (n, parameters) in by_kind(plan).items()
+        {"name": name, "count": n, "in": inner, "out": outer, "each": parameters // n, "parameters": parameters}
+        | ({"r": what} if isinstance(what, int) else {"rescaled": what})
+        for (name, inner, outer, what), (n, parameters) in by_kind(plan).items()
     ]
     return {
         "trainable": plan.trainable,

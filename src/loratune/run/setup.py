@@ -12,6 +12,7 @@ import torch
 
 from loratune.adapt import TargetPlan, plan, share_line
 from loratune.config import ALL_LINEAR, LoraConfig, TrainConfig
+from loratune.config.methods import LORA
 from loratune.config.tasks import is_head
 from loratune.data.batch import computed
 from loratune.data.order import Order, bundle_size, groups_of
@@ -43,7 +44,7 @@ from loratune.model import (
     why_not_packed,
 )
 from loratune.quant import frozen_weight
-from loratune.run.decide import Decisions, decide_optimizer, decide_training, lora_config
+from loratune.run.decide import Decisions, decide_optimizer, decide_targets, decide_training, lora_config
 from loratune.run.prepare import Prepared, Rows, prepare
 from loratune.run.spread import Spread
 from loratune.training.processes import Processes
@@ -54,7 +55,7 @@ _POOLED = re.compile(r"(^|\.)pooler\.")
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
 _WHICH_MODULES = (
     "task_type", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "ensure_weight_tying",
-    "bias", "trainable_token_indices",
+    "bias", "trainable_token_indices", "peft_type",
 )  # fmt: skip
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -125,11 +126,11 @@ def decide_adapter(model: Any, decisions: Decisions, prepared: Prepared, shape: 
     """Rank, scale and rate from the data and the targets' widths, then the plan of what is adapted."""
     if decisions["method"] == "full":
         decisions.values["modules_to_save"], decisions.reasons["modules_to_save"] = all_of(model), "all of the model"
-    probe = LoraConfig(
-        r=1,
-        **{name: decisions.values[name] for name in _WHICH_MODULES if name in decisions.values},
-    )
-    one = plan(model, probe)
+    decide_targets(decisions, getattr(model.config, "model_type", None))
+    which = {name: decisions.values[name] for name in _WHICH_MODULES if name in decisions.values}
+    if decisions["peft_type"] == LORA:
+        which["r"] = 1
+    one = plan(model, LoraConfig(**which))
     one.check()
     decide_training(decisions, prepared.fit, shape.hidden, sum(target.parameters for target in one.targets))
     config = lora_config(decisions)
@@ -170,7 +171,7 @@ def plan_line(setup: Setup) -> str:
         shared += f", {d.shared_at_random:.0%} without groups"
     head = setup.base.head
     task = "" if head == LANGUAGE_MODEL else f"{head.task} ({head.reason}) · "
-    what = f"r={d['r']} α={d['lora_alpha']:g} on {len(targets.targets)} modules" if targets.targets else d["method"]
+    what = f"{setup.lora.described} on {len(targets.targets)} modules" if targets.targets else d["method"]
     return (
         f"{task}{what} · "
         f"{share_line(targets.trainable, targets.total)} · lr {d['lr']:g} · {d['max_steps']} steps · {minutes} · "

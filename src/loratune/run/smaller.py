@@ -7,6 +7,7 @@ from typing import Any
 
 from loratune.adapt import Adapters
 from loratune.adapter import combine
+from loratune.config.methods import LORA
 
 # A rank is enough where the held-out loss is higher by no more than this share of it.
 ENOUGH = 0.02
@@ -24,7 +25,8 @@ def smaller_ranks(lora: Adapters, evaluate: Callable[[], float], *, base: float,
     """
     (name,) = lora.active
     low_ranks = lora.factors(name).values()
-    plain = not lora.replaced(name) and all(low_rank.magnitude is None for low_rank in low_ranks)
+    plain = lora.config(name).peft_type == LORA and not lora.replaced(name)
+    plain = plain and all(low_rank.magnitude is None for low_rank in low_ranks)
     if not low_ranks or not plain or not tuned < base:
         return None
     enough = rank = max(low_rank.r for low_rank in low_ranks)

@@ -23,9 +23,10 @@ from loratune.adapt import Adapters
 from loratune.data.batch import Batch
 from loratune.data.render import Rendered
 from loratune.errors import AdapterStateError, CheckError
+from loratune.lora import LowRank, Rescaling
 from loratune.loss import logits_of, summed_loss
 from loratune.model import evaluating
-from loratune.quant import FORMATS, QuantizedLinear, adaptable, lost, quantized_format
+from loratune.quant import FORMATS, FrozenWeight, QuantizedLinear, adaptable, lost, quantized_format
 from loratune.training.processes import Processes
 
 OVERFIT_STEPS = 30
@@ -34,6 +35,8 @@ _OVERFIT_RATIO = 0.5
 _OVERFIT_LEAST = 0.9
 _OVERFIT_FLOOR = 0.1
 _MERGE_ROWS = 64
+# What of each method must have moved.
+_OUTER = {"LORA": "B", "VERA": "b", "IA3": "l"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def gradients_only_in_adapter(model: nn.Module, lora: Adapters, batch: Batch) ->
     strangers = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in allowed]
     idle = [
         path
-        for path, low_rank in lora.factors().items()
-        if any(p.grad is None for p in low_rank.parameters()) or not _any_gradient(low_rank.A, low_rank.B)
+        for path, term in lora.terms().items()
+        if any(p.grad is None for p in term.parameters()) or not _any_gradient(term.inner, term.outer)
     ]
     idle += [name for name, parameter in lora.replaced().items() if parameter.grad is None]
     model.zero_grad()
@@ -149,9 +152,9 @@ def must_move(lora: Adapters) -> dict[str, Tensor]:
     swapped = lora.config().init_lora_weights == "swapped"
     looked_up = {target.path for target in lora.plan().targets if target.form.use == "lookup"}  # whose A starts at zero
     tensors: dict[str, Tensor] = {}
-    for path, low_rank in lora.factors().items():
-        tensors[path] = low_rank.A if swapped or path in looked_up else low_rank.B
-        beside = {"bias": low_rank.bias, "magnitude": low_rank.magnitude}
+    for path, term in lora.terms().items():
+        tensors[path] = term.inner if swapped or path in looked_up else term.outer
+        beside = {"bias": term.bias, "magnitude": term.magnitude} if isinstance(term, LowRank) else {}
         tensors |= {f"{path}.{name}": tensor for name, tensor in beside.items() if tensor is not None}
     return tensors | lora.replaced()
 
@@ -159,18 +162,19 @@ def must_move(lora: Adapters) -> dict[str, Tensor]:
 def every_update_moved(lora: Adapters, start: Mapping[str, Tensor]) -> Check:
     """Every tensor of `must_move` differs from what it was before the first step."""
     still = [name for name, tensor in must_move(lora).items() if torch.equal(tensor.detach(), start[name])]
-    letter = "A" if lora.config().init_lora_weights == "swapped" else "B"
-    factors = lora.factors()
-    moved = f"{sum(path not in still for path in factors)}/{len(factors)} {letter} moved"
-    if len(start) > len(factors):
+    config = lora.config()
+    letter = "A" if config.init_lora_weights == "swapped" else _OUTER[config.peft_type]
+    terms = lora.terms()
+    moved = f"{sum(path not in still for path in terms)}/{len(terms)} {letter} moved"
+    if len(start) > len(terms):
         moved += (
-            f", {sum(name not in still for name in start if name not in factors)} of {len(start) - len(factors)} others"
+            f", {sum(name not in still for name in start if name not in terms)} of {len(start) - len(terms)} others"
         )
     return Check("every B moved", "after", not still, moved + (f"; not {', '.join(still[:3])}" if still else ""))
 
 
 def all_finite(lora: Adapters) -> Check:
-    tensors = {path: list(low_rank.parameters()) for path, low_rank in lora.factors().items()}
+    tensors = {path: list(term.parameters()) for path, term in lora.terms().items()}
     tensors |= {name: [parameter] for name, parameter in lora.replaced().items()}
     bad = [name for name, parts in tensors.items() if not all(bool(t.isfinite().all()) for t in parts)]
     return Check("finite", "after", not bad, ", ".join(bad[:3]) or "no NaN, no infinity")
@@ -236,22 +240,29 @@ def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
 
 
 def _active_paths(lora: Adapters) -> list[str]:
-    return list(dict.fromkeys(path for name in lora.active for path in lora.factors(name)))
+    return list(dict.fromkeys(path for name in lora.active for path in lora.terms(name)))
 
 
 def _rows(model: nn.Module, path: str) -> Tensor:
     """Up to 64 evenly spaced output rows (rows, in) of a module's weight, in fp64 on the CPU."""
+    return _sampled(_weight_at(model, path).dense()).cpu().double()
+
+
+def _weight_at(model: nn.Module, path: str) -> FrozenWeight:
     weight = adaptable(model.get_submodule(path))
     assert weight is not None
-    return _sampled(weight.dense()).cpu().double()
+    return weight
 
 
 def _merged_rows(model: nn.Module, lora: Adapters, path: str) -> Tensor:
     """What these rows must be after a merge: formed from the factors, not by the code that merges."""
     rows = base = _rows(model, path)
     for name in lora.active:
-        low_rank = lora.factors(name).get(path)
-        if low_rank is not None:
+        low_rank = lora.terms(name).get(path)
+        if isinstance(low_rank, Rescaling):
+            outputs = len(_weight_at(model, path).dense())
+            rows = rows + _rescaled_rows(base, low_rank, outputs)
+        elif low_rank is not None:
             A, B = (factor.detach().cpu().double() for factor in low_rank.matrices())
             update = low_rank.scale * _sampled(B) @ A
             if low_rank.magnitude is not None:
@@ -260,6 +271,16 @@ def _merged_rows(model: nn.Module, lora: Adapters, path: str) -> Tensor:
                 update = (_sampled(low_rank.magnitude.detach().cpu().double()) / length)[:, None] * adapted - base
             rows = rows + update
     return rows
+
+
+def _rescaled_rows(base: Tensor, term: Rescaling, outputs: int) -> Tensor:
+    """What (IA)³ adds to sampled rows: each times what its output's factor, or those of its inputs, is more than 1."""
+    change = term.l.detach().cpu().double() - 1
+    if not term.on_input:
+        return base * _sampled(change)[:, None]
+    by_group = change.view(term.groups, -1)
+    group = _sampled(torch.arange(outputs)) // (outputs // term.groups)
+    return base * by_group[group].repeat_interleave(base.shape[1] // by_group.shape[1], 1)
 
 
 def _sampled(by_output: Tensor) -> Tensor:

@@ -35,9 +35,11 @@ class PeftWarning(UserWarning):
 
 
 class PeftType(enum.StrEnum):
-    """The one method of PEFT's that is here."""
+    """PEFT's methods that are here."""
 
     LORA = "LORA"
+    VERA = "VERA"
+    IA3 = "IA3"
 
 
 class LoraConfig(OurLoraConfig):
@@ -83,10 +85,6 @@ class LoraConfig(OurLoraConfig):
     @property
     def inference_mode(self) -> bool:
         return bool(self._facts.get("inference_mode", False))
-
-    @property
-    def peft_type(self) -> PeftType:
-        return PeftType.LORA
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -215,7 +215,7 @@ class PeftModel(nn.Module):
             self.get_layer_status(),
             base_model_type=type(self.get_base_model()).__name__,
             adapter_model_type=type(self.base_model).__name__,
-            peft_types={name: config.peft_type.value for name, config in self.peft_config.items()},
+            peft_types={name: config.peft_type for name, config in self.peft_config.items()},
             trainable_params=trainable,
             total_params=total,
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from loratune.adapt import Adapters
-from loratune.adapter import to_keys
+from loratune.adapter import Factors, to_keys
 from loratune.errors import AdapterFileError, AdapterStateError, MergedError, ModelError
+from loratune.lora import LowRank, Rescaling
 
 
 def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
@@ -23,11 +24,15 @@ def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
 def live_state(handle: Adapters, name: str) -> dict[str, Tensor]:
     """The live parameters themselves."""
     saved = handle.saved(name)
-    factors = {
-        path: saved.factors[path]._replace(A=each.A, B=each.B, bias=each.bias, magnitude=each.magnitude)
-        for path, each in handle.factors(name).items()
-    }
-    return to_keys(replace(saved, factors=factors, replaced=handle.replaced(name)))
+    factors: dict[str, Factors] = {}
+    vectors: dict[str, dict[str, Tensor]] = {}
+    for path, term in handle.terms(name).items():
+        if path in saved.vectors:
+            own = {"l": term.l} if isinstance(term, Rescaling) else {"d": term.inner, "b": term.outer}
+            vectors[path] = {name: tensor.view_as(saved.vectors[path][name]) for name, tensor in own.items()}
+        elif isinstance(term, LowRank):
+            factors[path] = saved.factors[path]._replace(A=term.A, B=term.B, bias=term.bias, magnitude=term.magnitude)
+    return to_keys(replace(saved, factors=factors, vectors=vectors, replaced=handle.replaced(name)))
 
 
 def write_state(handle: Adapters, name: str, tensors: Mapping[str, Tensor], *, strict: bool = False) -> Any:

@@ -136,8 +136,8 @@ def _tensors(handle: Adapters, path: str, *, whole: bool) -> dict[str, list[nn.P
         if whole:
             own = [p for full, p in handle.replaced(name).items() if full.startswith(path + ".")]
         else:
-            low_rank = handle.factors(name).get(path)
-            own = [] if low_rank is None else list(low_rank.parameters())
+            term = handle.terms(name).get(path)
+            own = [] if term is None else list(term.parameters())
         if own:
             found[name] = own
     return found

@@ -1,0 +1,193 @@
+"""y = W x + b ⊙ B (d ⊙ (A x)): A and B are random, frozen and the same for all layers; the vectors d and b train.
+
+Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation" (arXiv:2310.11454), section 3.1, equation 2. It is a
+low-rank update of the factors diag(d) A and diag(b) B, and whatever knows those knows it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loratune.lora.equation import LowRank
+from loratune.lora.linear import Frozen, Linear, Weight, of_input, refuse_changed
+
+
+class Projections(nn.Module):
+    """A (r, widest in) and B (widest out, r) of one adapter, of which a layer has the first columns and rows."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+
+
+def random_projections(r: int, in_features: int, out_features: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) in fp32, Kaiming uniform (variance 2 / columns), as peft 0.21.2 draws them."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+
+    def drawn(rows: int, columns: int) -> Tensor:
+        bound = math.sqrt(6 / columns)
+        return torch.empty(rows, columns, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    A = drawn(r, in_features)
+    return A, drawn(out_features, r)
+
+
+class Vera(LowRank):
+    """One layer's vectors.
+
+    Attributes:
+        d: (r,), between A and B. b: (out_features,), behind B.
+        projections: the A and B of all layers.
+    """
+
+    d: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, d: Tensor, b: Tensor, projections: Projections, in_features: int, dropout: float = 0.0) -> None:
+        nn.Module.__init__(self)
+        self._parameters.update(d=nn.Parameter(d), b=nn.Parameter(b), bias=None, magnitude=None)
+        self._buffers.update(A0=None, B0=None)
+        self.projections = projections
+        self.in_features = in_features
+        self.scale = 1.0
+        self.dropout = dropout
+
+    @property
+    def r(self) -> int:
+        return len(self.d)
+
+    @property
+    def inner(self) -> nn.Parameter:
+        return self.d
+
+    @property
+    def outer(self) -> nn.Parameter:
+        return self.b
+
+    def frozen(self) -> tuple[Tensor, Tensor]:
+        """This layer's A (r, in_features) and B (out_features, r), as they were drawn."""
+        return self.projections.A[:, : self.in_features], self.projections.B[: len(self.b)]
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """diag(d) A and diag(b) B, in the vectors' dtype unless told."""
+        A, B = self.frozen()
+        d, b = (self.d, self.b) if dtype is None else (self.d.to(dtype), self.b.to(dtype))
+        return A.to(d.dtype) * d[:, None], B.to(b.dtype) * b[:, None]
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, in={self.in_features}, out={len(self.b)}, dropout={self.dropout:g}"
+
+
+class VeraProjection(NamedTuple):
+    """base(x) + b ⊙ B (d ⊙ (A x)), of which A is another's too; as `Projection`."""
+
+    base: Linear
+    weight: Weight
+    bias: Tensor | None
+    d: Tensor
+    b: Tensor
+    B: Tensor
+
+
+def of_same_input(low_ranks: Sequence[LowRank]) -> bool:
+    """Whether all are VeRA's with one A, so that A x is the same for all of them."""
+    first = low_ranks[0]
+    return isinstance(first, Vera) and all(
+        isinstance(other, Vera) and (other.projections, other.in_features, other.r)
+        == (first.projections, first.in_features, first.r)
+        for other in low_ranks
+    )  # fmt: skip
+
+
+def vera_linears(
+    x: Tensor, A: Tensor, projections: Sequence[VeraProjection], dropped: Linear | None = None
+) -> tuple[Tensor, ...]:
+    """What each projection gives for x (..., in_features), in x's dtype; A x is computed once.
+
+    Of the frozen factors nothing is kept for the backward pass, nor of x: only A x, (tokens, r), is.
+
+    Raises:
+        AdapterStateError: in the backward pass, if a weight has changed since.
+    """
+    tensors = [tensor for p in projections for tensor in (p.d, p.b, p.bias)]
+    found: tuple[Tensor, ...] = _VeraLinears.apply(x, A, projections, dropped, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _VeraLinears(torch.autograd.Function):
+    """Takes d, b and the bias of each projection one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, projections: Sequence[VeraProjection], dropped: Linear | None, *_: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        seen = x if dropped is None else dropped(x)
+        h = torch.mm(seen.reshape(-1, x.shape[-1]), A.to(x.dtype).T)
+        ys = []
+        for p in projections:
+            y = p.base(x)
+            y.view(-1, y.shape[-1]).addmm_(h * p.d.to(h.dtype), _behind(p.b, p.B, h.dtype).T)
+            ys.append(y)
+        # A graph of the backward pass starts at x.
+        ctx.save_for_backward(x, h, A, *(t for p in projections for t in (p.d, p.b, p.B)))
+        ctx.frozen = [Frozen(p.weight, p.weight.version, 1.0) for p in projections]
+        ctx.dropped = dropped
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, *kept = ctx.saved_tensors
+        refuse_changed(ctx.frozen)
+        if torch.is_grad_enabled():  # somebody wants the gradient's gradient
+            return _differentiable(ctx, x, A, kept, grads)
+        flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
+        gh = torch.zeros_like(h)
+        found: list[Tensor | None] = []
+        for i, gy in enumerate(flat):
+            d, b, B = kept[3 * i : 3 * i + 3]
+            wants_d, wants_b, wants_bias = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
+            g = torch.mm(gy, _behind(b, B, h.dtype))
+            found.append((h * g).sum(0, dtype=d.dtype) if wants_d else None)
+            scaled = h * d.to(h.dtype)
+            found.append((B * torch.mm(gy.T, scaled)).sum(1).to(b.dtype) if wants_b else None)
+            found.append(gy.sum(0) if wants_bias else None)
+            gh.addcmul_(g, d.to(h.dtype))
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = of_input(ctx.frozen, ctx.dropped, x.shape, A.to(h.dtype), flat, gh)
+        return gx, None, None, None, *found
+
+
+def _behind(b: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """diag(b) B, rounded once."""
+    return (B * b[:, None]).to(dtype)
+
+
+def _differentiable(
+    ctx: Any, x: Tensor, A: Tensor, kept: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by operations that have gradients themselves."""
+    dropped = ctx.dropped or (lambda t: t)
+    h = F.linear(dropped(x), A.to(x.dtype)).flatten(0, -2)
+    gx: Tensor | None = None
+    found: list[Tensor | None] = []
+    for i, (base, gy) in enumerate(zip(ctx.frozen, grads, strict=True)):
+        d, b, B = kept[3 * i : 3 * i + 3]
+        flat = gy.reshape(-1, gy.shape[-1])
+        g = flat @ _behind(b, B, x.dtype)
+        part = gy @ base.weight.dense(gy.dtype) + dropped(((g * d.to(g.dtype)) @ A.to(g.dtype)).view(x.shape))
+        gx = part if gx is None else gx + part
+        found += [(h * g).sum(0).to(d.dtype), (B * (flat.T @ (h * d.to(h.dtype)))).sum(1).to(b.dtype), flat.sum(0)]
+    return tuple(
+        g if wanted else None for g, wanted in zip((gx, None, None, None, *found), ctx.needs_input_grad, strict=True)
+    )
