@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Frozen, Linear, Weight, of_input, refuse_changed
@@ -114,7 +114,8 @@ def vera_linears(
 ) -> tuple[Tensor, ...]:
     """What each projection gives for x (..., in_features), in x's dtype; A x is computed once.
 
-    Of the frozen factors nothing is kept for the backward pass, nor of x: only A x, (tokens, r), is.
+    Of the frozen factors nothing is kept for the backward pass, nor of x: only A x, (tokens, r), is. So there is no
+    gradient of the gradient.
 
     Raises:
         AdapterStateError: in the backward pass, if a weight has changed since.
@@ -138,18 +139,16 @@ class _VeraLinears(torch.autograd.Function):
             y = p.base(x)
             y.view(-1, y.shape[-1]).addmm_(h * p.d.to(h.dtype), _behind(p.b, p.B, h.dtype).T)
             ys.append(y)
-        # A graph of the backward pass starts at x.
-        ctx.save_for_backward(x, h, A, *(t for p in projections for t in (p.d, p.b, p.B)))
+        ctx.save_for_backward(h, A, *(t for p in projections for t in (p.d, p.b, p.B)))
         ctx.frozen = [Frozen(p.weight, p.weight.version, 1.0) for p in projections]
-        ctx.dropped = dropped
+        ctx.dropped, ctx.shape = dropped, x.shape
         return tuple(ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, *kept = ctx.saved_tensors
+        h, A, *kept = ctx.saved_tensors
         refuse_changed(ctx.frozen)
-        if torch.is_grad_enabled():  # somebody wants the gradient's gradient
-            return _differentiable(ctx, x, A, kept, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
         gh = torch.zeros_like(h)
         found: list[Tensor | None] = []
@@ -164,30 +163,10 @@ class _VeraLinears(torch.autograd.Function):
             gh.addcmul_(g, d.to(h.dtype))
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = of_input(ctx.frozen, ctx.dropped, x.shape, A.to(h.dtype), flat, gh)
+            gx = of_input(ctx.frozen, ctx.dropped, ctx.shape, A.to(h.dtype), flat, gh)
         return gx, None, None, None, *found
 
 
 def _behind(b: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """diag(b) B, rounded once."""
     return (B * b[:, None]).to(dtype)
-
-
-def _differentiable(
-    ctx: Any, x: Tensor, A: Tensor, kept: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The same gradients by operations that have gradients themselves."""
-    dropped = ctx.dropped or (lambda t: t)
-    h = F.linear(dropped(x), A.to(x.dtype)).flatten(0, -2)
-    gx: Tensor | None = None
-    found: list[Tensor | None] = []
-    for i, (base, gy) in enumerate(zip(ctx.frozen, grads, strict=True)):
-        d, b, B = kept[3 * i : 3 * i + 3]
-        flat = gy.reshape(-1, gy.shape[-1])
-        g = flat @ _behind(b, B, x.dtype)
-        part = gy @ base.weight.dense(gy.dtype) + dropped(((g * d.to(g.dtype)) @ A.to(g.dtype)).view(x.shape))
-        gx = part if gx is None else gx + part
-        found += [(h * g).sum(0).to(d.dtype), (B * (flat.T @ (h * d.to(h.dtype)))).sum(1).to(b.dtype), flat.sum(0)]
-    return tuple(
-        g if wanted else None for g, wanted in zip((gx, None, None, None, *found), ctx.needs_input_grad, strict=True)
-    )
