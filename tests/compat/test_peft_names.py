@@ -42,7 +42,7 @@ def test_every_name_of_peft_works_or_says_what_is_there_instead(name: str) -> No
     ("name", "instead"),
     [
         ("LoftQConfig", "'pissa'"),
-        ("IA3Config", "LoRA alone is here"),
+        ("OFTConfig", "LoRA, VeRA and IA3 are here"),
         ("PeftMixedModel", "add_weighted_adapter"),
         ("PrefixTuningConfig", "not PrefixTuning"),
         ("LoraConfg", "did you mean 'LoraConfig'"),

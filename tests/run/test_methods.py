@@ -22,7 +22,9 @@ from tests.run.conftest import opened_and_changing
 from tests.run.test_resume import adapter_bytes, stop_at
 
 Quick = Callable[..., Any]
-METHODS = ["lora", "rslora", "dora", "pissa", "qlora", "full"]
+METHODS = ["lora", "rslora", "dora", "pissa", "qlora", "vera", "ia3", "full"]
+# Without a rank that could be given.
+RANKLESS = ("ia3", "full")
 
 
 def losses(run: Any) -> list[float]:
@@ -32,7 +34,7 @@ def losses(run: Any) -> list[float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_word(quick: Quick, tmp_path: Path, method: str) -> None:
-    run = quick(tmp_path / method, method=method, max_steps=12, **({} if method != "full" else {"r": None}))
+    run = quick(tmp_path / method, method=method, max_steps=12, **({"r": None} if method in RANKLESS else {}))
     assert run.record["state"] == "finished"
     assert all(check["passed"] for check in run.record["checks"])
     assert losses(run)[-1] < losses(run)[0]

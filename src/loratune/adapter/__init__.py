@@ -10,6 +10,7 @@ from loratune.adapter.keys import DTYPES, to_keys
 from loratune.adapter.plain import Plain, plain, same_update
 from loratune.adapter.spectrum import Inspection, effective_rank, inspect, singular_values
 from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.vectors import as_lora
 
 __all__ = [
     "DTYPES",
@@ -21,6 +22,7 @@ __all__ = [
     "Plain",
     "SavedAdapter",
     "adapter_folder",
+    "as_lora",
     "card_of",
     "combine",
     "config_to_json",

@@ -242,7 +242,7 @@ def _misfits(adapters: Sequence[SavedAdapter], called: Sequence[str]) -> list[tu
     found = []
     for name, adapter in zip(called, adapters, strict=True):
         if not adapter.factors:
-            found.append((f"{name} holds no low-rank tensors", ""))
+            found.append((f"{name} holds no low-rank tensors{adapter.instead}", ""))
         dora = [path for path, factors in adapter.factors.items() if factors.magnitude is not None]
         if dora:
             why = f"{name} is a DoRA adapter ({len(dora)} modules): its update is not scale · B A alone"

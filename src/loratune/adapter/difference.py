@@ -124,6 +124,9 @@ def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
     for word, adapter in (("the first adapter", a), ("the second adapter", b)):
         bad = [name for name, tensor in adapter.named_tensors() if not tensor.isfinite().all()]
         problems += [f"{word}: {name} holds NaN or infinity" for name in bad]
+        if adapter.vectors:
+            problems.append(f"{word} holds no low-rank tensors{adapter.instead}")
+            hint = "compare what the two models answer"
         if adapter.config.decomposes:
             problems.append(f"{word} starts from {adapter.config.init_lora_weights!r}: it counts from a changed base")
             hint = "attach it to its base and save it, which writes a plain adapter"

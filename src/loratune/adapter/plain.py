@@ -13,6 +13,7 @@ from torch import Tensor
 from loratune.adapter.spectrum import singular_values
 from loratune.adapter.value import Factors, SavedAdapter
 from loratune.config import LoraConfig
+from loratune.config.methods import CALLED
 from loratune.errors import AdapterFileError
 
 
@@ -70,7 +71,9 @@ def _beyond(adapter: SavedAdapter, reader: str) -> Iterator[str]:
     stretched = [path for path, factors in adapter.factors.items() if factors.magnitude is not None]
     biased = [path for path, factors in adapter.factors.items() if factors.bias is not None]
     unlike = [path for path, factors in adapter.factors.items() if factors.looked_up or factors.A.ndim > 2]
-    if not adapter.factors:
+    if adapter.vectors:
+        yield f"{reader} knows no {CALLED[adapter.config.peft_type]}"
+    elif not adapter.factors:
         yield f"it has no low-rank terms, and {reader} takes nothing else"
     if stretched:
         yield f"{reader} knows no DoRA: {stretched[0]}{_more(stretched)}"
@@ -88,8 +91,16 @@ def _more(names: list[str]) -> str:
 
 
 def same_update(one: SavedAdapter, other: SavedAdapter) -> float:
-    """The largest relative difference of two adapters' scaled updates, module by module, in fp64."""
+    """The largest relative difference of two adapters' scaled updates, module by module, in fp64.
+
+    What is no low-rank update (vectors, tensors in the base's place) counts as it is.
+    """
     worst = 0.0
+    others = dict(other.named_tensors())
+    for name, tensor in one.named_tensors():
+        if name.partition(": ")[0] not in one.factors:
+            size, apart = float(tensor.double().norm()), float((tensor.double() - others[name].double()).norm())
+            worst = max(worst, apart / size if size else apart)
     for path, factors in one.factors.items():
         A, B = _scaled(factors, one.scale(path))
         C, D = _scaled(other.factors[path], other.scale(path))

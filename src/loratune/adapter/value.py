@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loratune.config import LoraConfig
+from loratune.config.methods import CALLED
 from loratune.lora import as_matrices, scale_of
 
 
@@ -97,6 +98,11 @@ class SavedAdapter:
     def modules(self) -> tuple[str, ...]:
         """Paths of the modules that it updates."""
         return (*self.factors, *self.vectors)
+
+    @property
+    def instead(self) -> str:
+        """What it holds in the place of low-rank tensors, as the end of a sentence."""
+        return f", but {CALLED[self.config.peft_type]}'s vectors" if self.vectors else ""
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""

@@ -1,14 +1,18 @@
-"""Tensors of VeRA and (IA)³ under the names of peft 0.21.2's files."""
+"""VeRA and (IA)³ under the names of peft 0.21.2's files, and as low-rank factors where they are such."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from loratune.adapter.value import SavedAdapter
-from loratune.config.methods import IA3, VERA
+from loratune.adapter.value import Factors, SavedAdapter
+from loratune.config import LoraConfig
+from loratune.config.methods import CALLED, IA3, VERA
+from loratune.errors import AdapterFileError
+from loratune.lora import random_projections
 
 _PREFIX = "base_model.model."
 # What trains at a module, by its name here.
@@ -83,3 +87,40 @@ def _projections(
         if "b" in found and len(found["b"].flatten()) > len(B):
             problems.append(f"{path}: b {tuple(found['b'].shape)} does not fit into B {tuple(B.shape)}")
     return A, B
+
+
+def as_lora(adapter: SavedAdapter, widths: Mapping[str, int]) -> SavedAdapter:
+    """VeRA's update as low-rank factors, diag(d) A and diag(b) B, rounded once: what readers of LoRA take.
+
+    Args:
+        widths: how many inputs each of its modules has, which its file does not say.
+
+    Raises:
+        AdapterFileError: an adapter of another method.
+    """
+    config = adapter.config
+    if config.peft_type != VERA:
+        raise AdapterFileError(
+            f"{CALLED[config.peft_type]} has no A and B", hint="`loratune merge` it into its base, and use that"
+        )
+    A, B = adapter.projections or random_projections(
+        config.r,
+        max(widths[path] for path in adapter.vectors),
+        max(len(vectors["b"]) for vectors in adapter.vectors.values()),
+        config.projection_prng_key,
+    )
+    factors = {}
+    for path, vectors in adapter.vectors.items():
+        d, b = vectors["d"], vectors["b"]
+        inner = d.double()[:, None] * A[:, : widths[path]].double()
+        outer = b.double()[:, None] * B[: len(b)].double()
+        factors[path] = Factors(inner.to(d.dtype), outer.to(b.dtype))
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules=tuple(sorted(factors)),
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+    )
+    return replace(adapter, config=plain, factors=factors, vectors={}, projections=None, unknown={})

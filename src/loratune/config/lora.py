@@ -54,7 +54,7 @@ class LoraConfig(Settings):
 
     peft_type: Method = setting(
         LORA, "the method: LORA; VERA = frozen random A and B shared by all layers, of which two vectors train "
-        "(arXiv:2310.11454); IA3 = a trained factor for each feature (arXiv:2205.05638)", flag="",
+        "(arXiv:2310.11454); IA3 = a trained factor for each feature (arXiv:2205.05638)", group=_ADAPTER,
     )  # fmt: skip
     r: int = setting(
         8, "rank of the update: ΔW = scale · B A with A (r, in) and B (out, r)", flag="rank", group=_ADAPTER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from loratune.errors import ConfigError
@@ -52,13 +52,18 @@ def unfit(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[st
         yield f"init_lora_weights={init!r}: of {CALLED[method]} it is True or False"
 
 
+def settings_of(method: str, names: Iterable[str]) -> list[str]:
+    """Of the names of all settings those that the method has."""
+    return [name for name in names if (name in _NAMES[method] if method != LORA else name not in _OF_OTHERS)]
+
+
 def to_file(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under the names of a file of this method; LoRA's are those that they have here."""
     if method == LORA:
-        return {name: value for name, value in values.items() if name not in _OF_OTHERS}
-    found = {written: values[name] for name, written in _NAMES[method].items()}
-    if method == VERA:
-        found["bias"] = _ONLY.get(found["bias"], found["bias"])
+        return {name: values[name] for name in settings_of(LORA, values)}
+    found = {written: values[name] for name, written in _NAMES[method].items() if name in values}
+    if found.get("bias") in _ONLY:
+        found["bias"] = _ONLY[found["bias"]]
     return found
 
 
@@ -75,7 +80,8 @@ def from_file(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         words = {written: word for word, written in _ONLY.items()}
         if values.get("bias") in _ONLY:
             raise ConfigError(f"bias={values['bias']!r}: VeRA's files say {_ONLY[values['bias']]!r}")
-        values["bias"] = words.get(values.get("bias", "none"), values.get("bias", "none"))
+        if "bias" in values:
+            values["bias"] = words.get(values["bias"], values["bias"])
     return values, {key: value for key, value in raw.items() if key not in names}
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loratune.adapt import plan
 from loratune.adapter import (
     Plain,
     SavedAdapter,
     adapter_folder,
+    as_lora,
     card_of,
     gguf_tensors,
     plain,
@@ -25,6 +27,7 @@ from loratune.adapter import (
     write_adapter,
     write_gguf,
 )
+from loratune.config.methods import VERA
 from loratune.errors import CheckError, ConfigError, ModelError, nearest
 from loratune.files import new_folder
 from loratune.gguf import GgufModel, compare_model, refuse_family, shape_of, vocabulary_of, write_model
@@ -85,19 +88,32 @@ def export(
         saved = replace(saved, base=base)
     if to != "peft":
         require_language_model(saved_head(None, saved), f"export --to {to}", "--to peft")
+    notes: list[str] = []
+    if to != "peft" and saved.config.peft_type == VERA:
+        saved = as_lora(saved, _widths(saved))
+        notes.append("VeRA's vectors are multiplied into A and B, which are LoRA's then")
     if to == "gguf":
-        return _gguf(saved, plain(saved, "llama.cpp"), target)
+        found = plain(saved, "llama.cpp")
+        return _gguf(saved, found._replace(notes=(*notes, *found.notes)), target)
     found = plain(saved, "vLLM") if to == "vllm" else Plain(saved, ())
     with new_folder(target) as folder:
         write_adapter(folder, found.adapter, card=card_of(found.adapter))
         away = same_update(saved, read_adapter(folder))
         if not away <= _NEAR:
             raise CheckError(f"what was read back is {away:.1%} from the adapter", hint="nothing was written")
-    notes = list(found.notes)
+    notes += found.notes
     r = found.adapter.config.r
     if to == "vllm" and r > _VLLM_RANK:
         notes.append(f"vllm serve … --max-lora-rank {r}: its default is {_VLLM_RANK}")
     return {"out": str(target), "to": to, "notes": notes, "verified": f"read back, updates {away:.0e} apart"}
+
+
+def _widths(saved: SavedAdapter) -> dict[str, int]:
+    """How many inputs the modules of an adapter have."""
+    if not saved.base:
+        raise ModelError("the adapter does not say which base it was trained on", hint="name it with --base")
+    targets = {target.path: target.in_features for target in plan(empty_model(saved.base), saved.config).targets}
+    return {path: targets.get(path, 0) for path in saved.vectors}
 
 
 def _gguf(saved: SavedAdapter, found: Plain, target: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from loratune.adapter import Inspection, SavedAdapter, adapter_folder, config_to_json, read_adapter
 from loratune.adapter import inspect as look_into
 from loratune.config import LoraConfig
+from loratune.config.methods import CALLED
 from loratune.run.folder import RunFolder
 
 
@@ -53,7 +54,11 @@ def show(run: str) -> dict[str, Any]:
     return {
         "path": str(folder),
         "base": saved.base,
-        "config": {k: v for k, v in config.items() if k in LoraConfig.names() and v not in (None, False, [], {})},
+        "config": {
+            k: v
+            for k, v in config.items()
+            if (k in LoraConfig.names() or saved.vectors) and v not in (None, False, [], {})
+        },
         "unknown_keys": sorted(saved.unknown),
         "parameters": found.parameters,
         "norm": found.norm,
@@ -72,6 +77,8 @@ def _caveats(saved: SavedAdapter) -> list[str]:
         caveats.append(
             f"it starts from {saved.config.init_lora_weights!r}: B A counts from a base that peft had changed"
         )
+    if saved.vectors:
+        caveats.append(f"{CALLED[saved.config.peft_type]} trains vectors, of which there is no spectrum")
     if saved.config.use_dora:
         caveats.append("DoRA: the figures are of scale · B A, before each row is brought to its length")
     return caveats

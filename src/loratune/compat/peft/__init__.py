@@ -23,11 +23,13 @@ from loratune.compat.peft.auto import (
 )
 from loratune.compat.peft.config import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftType,
     PeftWarning,
     TaskType,
+    VeraConfig,
 )
 from loratune.compat.peft.functions import (
     get_base_model_state_dict,
@@ -66,6 +68,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "IA3Config",
     "LoraConfig",
     "LoraModel",
     "NoMatchingPeftModuleError",
@@ -81,6 +84,7 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "VeraConfig",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_layer_status",

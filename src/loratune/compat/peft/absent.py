@@ -27,7 +27,7 @@ _INSTEAD = {
     "VeloraConfig": "of LoRA's variants there are use_dora and use_rslora",
     "bloom_model_postprocess_past_key_value": _PROMPTS,
     "compose_cartridge_adapters": _PROMPTS,
-    "convert_to_lora": "every adapter here is a LoRA",
+    "convert_to_lora": "loratune.adapter.as_lora makes VeRA's factors",
     "create_arrow_model": _COMBINE,
     "find_kappa_target_modules": "target_modules takes names, a regex or 'all-linear'",
     "get_eva_state_dict": _STARTS,
@@ -37,7 +37,7 @@ _INSTEAD = {
     "preprocess_loraga": _STARTS,
     "prompt_embeddings_from_past_key_values": _PROMPTS,
     "replace_lora_weights_loftq": _STARTS,
-    "save_as_lora": "every adapter here is a LoRA, and PeftModel.save_pretrained writes it",
+    "save_as_lora": "`loratune export --to vllm` writes VeRA's factors as LoRA's",
     "shift_tokens_right": "transformers' models shift their labels themselves",
 }
 # How PEFT calls its other methods, each with a config, a model and the parts of prompts.
@@ -50,8 +50,8 @@ def absent(name: str, present: Sequence[str]) -> ImportError | AttributeError:
         return ImportError(f"PEFT's {name} is not in loratune.compat.peft: {_INSTEAD[name]}")
     if method := _METHOD.fullmatch(name):
         return ImportError(
-            f"{name} is not in loratune.compat.peft: of PEFT's methods LoRA alone is here (LoraConfig, LoraModel), not "
-            f"{method['method']}{nearest(name, present)}"
+            f"{name} is not in loratune.compat.peft: LoRA, VeRA and IA3 are here of PEFT's methods (LoraConfig, "
+            f"VeraConfig, IA3Config; LoraModel), not {method['method']}{nearest(name, present)}"
         )
     return AttributeError(
         f"loratune.compat.peft has no {name!r}{nearest(name, present)}; there are {', '.join(present)}"

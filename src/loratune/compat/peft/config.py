@@ -11,6 +11,7 @@ from pydantic import PrivateAttr
 
 from loratune.adapter import SavedAdapter, adapter_folder, config_to_json, read_config
 from loratune.config import LoraConfig as OurLoraConfig
+from loratune.config.methods import from_file, settings_of, to_file
 from loratune.config.setting import like
 from loratune.errors import ConfigError
 from loratune.files import write_json
@@ -91,8 +92,8 @@ class LoraConfig(OurLoraConfig):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in ("peft_type", *_FACTS)}
-        return {**self.model_dump(), **facts}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        return {**to_file(self.peft_type, self.model_dump()), **facts}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> LoraConfig:
@@ -105,21 +106,64 @@ class LoraConfig(OurLoraConfig):
         return None if value is None else str(value)
 
 
-# PEFT's base class of all configs; here there is one kind.
+class VeraConfig(LoraConfig):
+    """Settings of VeRA under PEFT's names; a wrong value is a `ConfigError`."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_named(PeftType.VERA, values))
+
+    @property
+    def vera_dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def init_weights(self) -> bool:
+        return bool(self.init_lora_weights)
+
+
+class IA3Config(LoraConfig):
+    """Settings of (IA)³ under PEFT's names; a wrong value is a `ConfigError`."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**_named(PeftType.IA3, values))
+
+    @property
+    def init_ia3_weights(self) -> bool:
+        return bool(self.init_lora_weights)
+
+
+# PEFT's base class of all configs; here it is LoRA's, whose settings are those of all methods.
 PeftConfig = LoraConfig
-PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType.LORA: LoraConfig}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[LoraConfig]] = {
+    PeftType.LORA: LoraConfig,
+    PeftType.VERA: VeraConfig,
+    PeftType.IA3: IA3Config,
+}
+
+
+def _named(method: PeftType, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a method by their names here; what has none is left for the config to refuse."""
+    named, others = from_file({**values, "peft_type": method.value})
+    return {**named, **others}
 
 
 def plain(config: object) -> Any:
     """The config as the handle keeps it; what is no config of ours passes, for the handle to refuse."""
     if not isinstance(config, LoraConfig):
         return config
-    return OurLoraConfig(**{name: getattr(config, name) for name in OurLoraConfig.names()})
+    return OurLoraConfig(**_asked(config))
 
 
 def of_plain(config: OurLoraConfig, **facts: Any) -> LoraConfig:
     """A config of the handle under PEFT's name."""
-    return LoraConfig(**{name: getattr(config, name) for name in OurLoraConfig.names()}, **facts)
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.peft_type)]
+    return kind(**to_file(config.peft_type, _asked(config)), **facts)
+
+
+def _asked(config: OurLoraConfig) -> dict[str, Any]:
+    """All settings of the config's method."""
+    names = settings_of(config.peft_type, OurLoraConfig.names())
+    return {name: getattr(config, name) for name in names}
 
 
 def folder_of(path: str | os.PathLike[str], options: dict[str, Any]) -> Path:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from loratune.adapt import Adapters, adapters, attach
 from loratune.adapt.handle import ATTRIBUTE
 from loratune.adapter import read_adapter, to_keys
-from loratune.compat.peft.config import LoraConfig, PeftType, folder_of, plain, refuse
+from loratune.compat.peft.config import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftType,
+    folder_of,
+    plain,
+    refuse,
+)
 from loratune.compat.peft.model import DEFAULT, PeftModel, class_for
 from loratune.compat.peft.state import read_state, write_base_state, write_state
 from loratune.compat.peft.status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -99,11 +106,12 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
     """The config of what `adapter_config.json` holds.
 
     Raises:
-        ConfigError: it describes another method than LoRA, or a field is wrong.
+        ConfigError: it describes a method that is not here, or a field is wrong.
     """
-    if config_dict.get("peft_type") != PeftType.LORA:
-        raise ConfigError(f"peft_type={config_dict.get('peft_type')!r}: only 'LORA' is here")
-    return LoraConfig(**config_dict)
+    method = config_dict.get("peft_type")
+    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ConfigError(f"peft_type={method!r}: only {', '.join(map(repr, map(str, PeftType)))} are here")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](**config_dict)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ class PeftModel(nn.Module):
 
     @property
     def peft_type(self) -> PeftType:
-        return PeftType.LORA
+        return PeftType(next(iter(self.peft_config.values())).peft_type)
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:

@@ -249,4 +249,5 @@ def dtype_for(model: nn.Module, *, autocast_adapter_dtype: bool) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
+# One model with adapters, of whatever method they are.
+PEFT_TYPE_TO_TUNER_MAPPING = dict.fromkeys(PeftType, LoraModel)
