@@ -97,3 +97,12 @@ def test_reader_that_goes_away(finished: Path) -> None:
     process.wait(timeout=60)
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("command", ["data", "plan", "generate", "eval", "merge", "compare", "serve", "doctor"])
+def test_a_launcher_is_for_train(cli: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = cli(command, "rows.jsonl")
+    assert said.code == 2
+    assert f"WORLD_SIZE=2: `loratune {command}` runs in one process" in said.err
+    assert "these are for train" in said.err

@@ -82,7 +82,7 @@ def inspect(adapter: SavedAdapter) -> Inspection:
     return Inspection(
         modules=modules,
         parameters=sum(tensor.numel() for _, tensor in adapter.named_tensors()),
-        norm=math.hypot(*known) if len(known) == len(modules) else None,
+        norm=math.hypot(*known) if len(known) == len(modules) and not adapter.vectors else None,
         replaced=tuple(sorted(adapter.replaced)),
         non_finite=tuple(name for name, tensor in adapter.named_tensors() if not tensor.isfinite().all()),
     )

@@ -42,7 +42,13 @@ def show(
         for x in found["layers"]
     ]
     text: list[Any] = [f"{key} = {value}" for key, value in found["config"].items()]
-    text += [f"{found['parameters']:,} parameters · ‖ΔW‖ {_figure(found['norm'], '.3g')}", "", table(columns, rows)]
+    text += [f"{found['parameters']:,} parameters · ‖ΔW‖ {_figure(found['norm'], '.3g')}", ""]
+    vectors = [
+        [x["path"], x["name"], f"{x['size']:,}", *(f"{x[name]:.4g}" for name in ("least", "mean", "largest"))]
+        for x in found["vectors"]
+    ]
+    text += [table(["layer", "vector", "values", "least", "mean", "largest"], vectors)] if vectors else []
+    text += [table(columns, rows)] if rows else []
     unused = [
         f"{x['path']} ({', '.join(map(str, x['zero_components']))})" for x in found["layers"] if x["zero_components"]
     ]

@@ -5,6 +5,7 @@ Rooms that need torch are imported inside the commands, so that `--help` answers
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
 from loratune.config import read_settings
-from loratune.errors import DivergedError, LoratuneError, RegressionError
+from loratune.errors import ConfigError, DivergedError, LoratuneError, RegressionError
 
 app = typer.Typer(
     name="loratune",
@@ -36,8 +37,19 @@ Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
 
 
+# Commands that several processes run together; of any other each process would do the whole, and write the same files.
+_TOGETHER = ("train", "reproduce")
+
+
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
+) -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    command = context.invoked_subcommand
+    if command not in (None, *_TOGETHER) and processes != "1":
+        hint = "start it without torchrun or accelerate launch; these are for train"
+        raise ConfigError(f"WORLD_SIZE={processes}: `loratune {command}` runs in one process", hint=hint)
     if version:
         from importlib.metadata import version as version_of
 

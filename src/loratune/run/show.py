@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loratune.adapter import Inspection, SavedAdapter, adapter_folder, config_to_json, read_adapter
 from loratune.adapter import inspect as look_into
+from loratune.adapter.spectrum import layer_order
 from loratune.config import LoraConfig
-from loratune.config.methods import CALLED
+from loratune.config.methods import CALLED, to_file
 from loratune.run.folder import RunFolder
 
 
@@ -30,6 +32,7 @@ def show(run: str) -> dict[str, Any]:
     saved = _read(folder)
     record = RunFolder(folder).record()
     found, config = look_into(saved), config_to_json(saved)
+    settings = to_file(saved.config.peft_type, dict.fromkeys(LoraConfig.names()))
     layers = []
     for module in found.modules:
         spectrum = module.spectrum
@@ -54,20 +57,32 @@ def show(run: str) -> dict[str, Any]:
     return {
         "path": str(folder),
         "base": saved.base,
-        "config": {
-            k: v
-            for k, v in config.items()
-            if (k in LoraConfig.names() or saved.vectors) and v not in (None, False, [], {})
-        },
+        "config": {k: v for k, v in config.items() if k in settings and v not in (None, False, [], {})},
         "unknown_keys": sorted(saved.unknown),
         "parameters": found.parameters,
         "norm": found.norm,
         "layers": layers,
+        "vectors": list(_vectors(saved)),
         "replaced": list(found.replaced),
         "non_finite": list(found.non_finite),
         "caveats": _caveats(saved),
         "record": None if record is None else {key: record.get(key) for key in ("state", "result", "measured", "data")},
     }
+
+
+def _vectors(saved: SavedAdapter) -> Iterator[dict[str, Any]]:
+    """Of methods that train vectors: each with its size and what its values are between."""
+    for path in sorted(saved.vectors, key=layer_order):
+        for name, tensor in saved.vectors[path].items():
+            values = tensor.float()
+            yield {
+                "path": path,
+                "name": name,
+                "size": values.numel(),
+                "least": float(values.min()),
+                "mean": float(values.mean()),
+                "largest": float(values.max()),
+            }
 
 
 def _caveats(saved: SavedAdapter) -> list[str]:
