@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import loratune as lt
 from loratune.adapter import Factors, SavedAdapter, card_of, read_adapter, write_adapter
 from loratune.adapter.keys import surplus_keys
+from loratune.config.methods import settings_of
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL
 from loratune.errors import AdapterFileError, AdapterStateError, TargetError
 from tests.adapter.cases import CASES, FROM_A_START, base_of, logits, ours
@@ -85,7 +86,7 @@ def test_the_folder(tmp_path: Path) -> None:
     assert config["target_modules"] == ["q_proj", "up_proj", "v_proj"]
     assert (config["peft_type"], config["inference_mode"], config["lora_alpha"]) == ("LORA", True, 8)
     assert isinstance(config["lora_alpha"], int), "peft declares a whole number"
-    assert set(config) == {*lt.LoraConfig.names(), *NEUTRAL, *DESCRIPTIVE}
+    assert set(config) == {*settings_of("LORA", lt.LoraConfig.names()), *NEUTRAL, *DESCRIPTIVE}
 
     with safe_open(tmp_path / TENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -380,7 +381,7 @@ def test_a_config_that_is_none(folder: Path, content: bytes, message: str) -> No
 
 def test_another_method_of_peft(folder: Path) -> None:
     edit_config(folder, peft_type="LOHA")
-    refused(folder, "peft_type is 'LOHA', only 'LORA' can be read")
+    refused(folder, "peft_type is 'LOHA', only 'LORA', 'VERA', 'IA3' can be read")
 
 
 def test_all_that_a_config_asks_in_vain_is_listed(folder: Path) -> None:

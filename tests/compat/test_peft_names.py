@@ -136,10 +136,38 @@ def test_a_config_is_made_from_its_dictionary() -> None:
     assert (ours.r, ours.lora_alpha, ours.target_modules) == (4, 8, ("q_proj",))
     assert ours.base_model_name_or_path == "someone/tiny"
     assert compat.get_peft_config(ours.to_dict()) == ours
-    with pytest.raises(ConfigError, match="'IA3': only 'LORA'"):
-        compat.get_peft_config({**theirs.to_dict(), "peft_type": "IA3"})
+    with pytest.raises(ConfigError, match="'LOHA': only 'LORA', 'VERA', 'IA3' are here"):
+        compat.get_peft_config({**theirs.to_dict(), "peft_type": "LOHA"})
     with pytest.raises(ConfigError, match="None"):
         compat.get_peft_config({"r": 4})
+
+
+OTHERS = {
+    "vera": ("VeraConfig", {"r": 8, "vera_dropout": 0.1, "bias": "vera_only", "target_modules": ["q_proj"]}),
+    "ia3": ("IA3Config", {"target_modules": ["down_proj", "k_proj"], "feedforward_modules": ["down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_have_pefts_settings(tmp_path: Path, method: str) -> None:
+    name, settings = OTHERS[method]
+    ours, theirs = (getattr(module, name)(**settings) for module in (compat, peft))
+    assert ours.peft_type == theirs.peft_type.value
+    for setting, value in settings.items():
+        assert getattr(ours, setting) in (value, tuple(value) if isinstance(value, list) else "lora_only")
+    assert compat.get_peft_config(theirs.to_dict()).to_dict() == ours.to_dict()
+    assert compat.get_peft_config(ours.to_dict()).to_dict() == ours.to_dict()
+    model = get_peft_model(tiny("llama"), ours)
+    assert isinstance(model, PeftModel)
+    assert model.peft_type == ours.peft_type
+    model.save_pretrained(tmp_path)
+    assert type(compat.PeftConfig.from_pretrained(tmp_path)) is type(ours)
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert again.peft_config["default"].peft_type == ours.peft_type
+    read = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert read.peft_config["default"].to_dict()["peft_type"] == ours.peft_type
+    with pytest.raises(ConfigError, match="lora_alpha"):
+        getattr(compat, name)(lora_alpha=3)
 
 
 def test_base_tensors_go_out_and_in_under_their_own_names() -> None:

@@ -9,6 +9,7 @@ import peft
 import pytest
 
 from loratune.config import LoraConfig
+from loratune.config.methods import from_file, settings_of, to_file
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
 from loratune.errors import ConfigError
 
@@ -16,10 +17,20 @@ THEIRS = dict(peft.LoraConfig().to_dict())
 
 
 def test_the_three_groups_are_all_keys_of_peft_and_do_not_overlap() -> None:
-    groups = [set(LoraConfig.names()), set(NEUTRAL), set(DESCRIPTIVE)]
+    groups = [set(settings_of("LORA", LoraConfig.names())), set(NEUTRAL), set(DESCRIPTIVE)]
     assert set.union(*groups) == set(THEIRS)
     assert sum(map(len, groups)) == len(THEIRS)
     assert peft.__version__ == FORMAT_VERSION
+
+
+@pytest.mark.parametrize(("method", "theirs"), [("VERA", peft.VeraConfig()), ("IA3", peft.IA3Config())])
+def test_other_methods_have_pefts_keys_and_defaults(method: str, theirs: Any) -> None:
+    ours = to_file(method, LoraConfig(peft_type=method).model_dump())  # type: ignore[arg-type]
+    assert {**ours, **dict.fromkeys(DESCRIPTIVE)}.keys() == theirs.to_dict().keys()
+    assert ours == {name: value for name, value in theirs.to_dict().items() if name in ours}
+    values, others = from_file(theirs.to_dict())
+    assert LoraConfig(**values) == LoraConfig(peft_type=method)  # type: ignore[arg-type]
+    assert set(others) == set(DESCRIPTIVE)
 
 
 def test_neutral_is_what_peft_does_by_default() -> None:
@@ -27,7 +38,7 @@ def test_neutral_is_what_peft_does_by_default() -> None:
 
 
 def test_defaults_are_pefts_but_for_alpha() -> None:
-    ours = {name: getattr(LoraConfig(), name) for name in LoraConfig.names()}
+    ours = {name: getattr(LoraConfig(), name) for name in settings_of("LORA", LoraConfig.names())}
     assert {name for name in ours if ours[name] != THEIRS[name]} == {"lora_alpha"}
     assert (ours["lora_alpha"], THEIRS["lora_alpha"]) == (16, 8)
 

@@ -32,6 +32,9 @@ DROPPING = {**COMMON, "lora_dropout": 0.3}
 ONE_ROW = {**COMMON, "batch_size": 1, "micro_batch_tokens": 20}
 EARLY = {**COMMON, "early_stop": 1, "eval_every": 1, "max_steps": 60, "lr": 5e-2, "schedule": "constant"}
 CHECKED = {**COMMON, "checks": "full", "samples": 1}
+RANKLESS = {name: value for name, value in COMMON.items() if name != "r"}
+VERA = {**COMMON, "method": "vera", "r": 8, "lora_dropout": 0.3, "lr": 5e-2, "checks": "full"}
+IA3 = {**RANKLESS, "method": "ia3", "lr": 5e-2, "checks": "full"}
 TREE = {**COMMON, "lora_dropout": 0.3, "share_prefixes": True}
 
 
@@ -109,6 +112,10 @@ def pair(base: str, conversations: str, tmp_path_factory: pytest.TempPathFactory
         "one row": (ONE_ROW, "looked at"),
         "one row in parts": (ONE_ROW | {"shard": "on"}, "looked at"),
         "tree": (TREE, "looked at"),
+        "vera": (VERA, "none"),
+        "vera in parts": (VERA | {"shard": "on"}, "none"),
+        "ia3": (IA3, "none"),
+        "ia3 in parts": (IA3 | {"shard": "on"}, "none"),
         "little memory": (COMMON, "little memory"),
         "early": (EARLY | {"shard": "on"}, "none"),
         "stopped": (DROPPING | {"shard": "on"}, "asked to stop"),
@@ -128,6 +135,11 @@ def pair(base: str, conversations: str, tmp_path_factory: pytest.TempPathFactory
         for name, (settings, fault) in plans.items()
     ]
     return Pair(folder, dict(zip(plans, together(folder, jobs), strict=True)), alone)
+
+
+@pytest.mark.parametrize("name", ["vera", "vera in parts", "ia3", "ia3 in parts"])
+def test_other_methods_too(name: str, pair: Pair) -> None:
+    assert_same_run(pair.folder / name, pair.alone(VERA if name.startswith("vera") else IA3))
 
 
 @pytest.mark.parametrize("name", ["copies", "parts"])
