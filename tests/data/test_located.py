@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from loratune.data.located import LOCATED, render_located, windows
 from loratune.data.pack import Layout, Part, batches
@@ -257,3 +260,49 @@ def test_rows_of_a_data_set_on_the_hub(tmp_path: Path) -> None:
     texts = [{**one, "answers": json.dumps(one["answers"])} for one in ROWS]
     datasets.Dataset.from_list(texts).to_csv(tmp_path / "rows.csv")
     assert read(tmp_path / "rows.csv", shapes=LOCATED).sha256 == expected.sha256
+
+
+def dressed(template: str) -> Any:
+    """A tokenizer of words that says which text a token is of, and puts its own tokens where the template has them."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(re.findall(r"\w+|[^\w\s]", CONTEXT))]
+    made = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(name, names.index(name)) for name in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(single="$A", pair=template, special_tokens=special)
+    own = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=["input_ids", "token_type_ids"], **own)
+
+
+@pytest.mark.parametrize(
+    ("template", "nowhere"),
+    [("[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", 0), ("$A:0 [SEP]:0 $B:1 [SEP]:1 [CLS]:2", -1)],
+)
+def test_tokens_of_the_tokenizers_own(template: str, nowhere: int) -> None:
+    """As BERT puts them, and as XLNet does: each window has them all, and which text each token is of."""
+    tokenizer = dressed(template)
+    examples = read([row("the capital of", "café"), row("the capital of")], shapes=LOCATED).examples
+    made = render_located(examples, tokenizer, max_length=18).rows
+    assert all(one.nowhere == len(one.ids) - 1 if nowhere else one.nowhere == 0 for one in made)
+    assert [one.said(*one.targets) for one in made] == ["", "", "café", "", "", ""]
+    assert {one.targets for one in made if not one.answers} == {(one.nowhere, one.nowhere) for one in made[3:]}
+    cut = tokenizer(
+        "the capital of",
+        CONTEXT,
+        max_length=18,
+        truncation="only_second",
+        stride=(18 - 6) // 2,
+        return_overflowing_tokens=True,
+    )
+    assert [list(one.types) for one in made[:3]] == cut["token_type_ids"]
+    model = encoder(kind="BertForQuestionAnswering", type_vocab_size=3)
+    (batch,) = batches(made[:1], Layout.PADDED, limit=99, pad_id=0)
+    ids, types = torch.tensor([made[0].ids]), torch.tensor([made[0].types])
+    expected = model(input_ids=ids, token_type_ids=types).start_logits[0]
+    torch.testing.assert_close(logits_of(model, batch)[0], expected)
+    assert not torch.allclose(model(input_ids=ids).start_logits[0], expected)
+
+
+def test_other_names_are_suggested() -> None:
+    with pytest.raises(DataError) as caught:
+        read([{"question": "a", "passage": "b", "answers": {"text": [], "answer_start": []}}], shapes=LOCATED)
+    assert caught.value.hint == "name them: --columns context=passage"

@@ -41,6 +41,7 @@ def test_tag(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # a minute of a core, which may have much else to do
 def test_find(tmp_path: Path) -> None:
     found = metrics_of("find.py", tmp_path / "run", "--rows", "700", "--steps", "50", "--checks", "fast")
     assert found["tuned"]["f1"] > max(found["base"]["f1"], found["tuned"]["trivial_f1"]) + 0.15

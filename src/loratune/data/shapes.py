@@ -128,7 +128,6 @@ _SYNONYMS = {
     "anchor": ("question", "sentence1", "source", "premise"),
     "positive": ("answer", "passage", "document", "sentence2", "context", "target", "hypothesis"),
     "context": ("passage", "paragraph", "document", "text"),
-    "answers": ("answer",),
     "tokens": ("words", "sentence_words"),
     "tags": ("labels", "tag", "pos_tags", "ner", "pos"),
     "label": ("labels", "class", "category", "target", "sentiment", "intent", "topic", "coarse_label"),
