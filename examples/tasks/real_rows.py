@@ -61,6 +61,30 @@ def argument_values(rows: int | None = None) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: _rank(" ".join(row["tokens"])))[:rows]
 
 
+def values_asked_for(rows: int | None = None) -> list[dict[str, Any]]:
+    """`question`, `context` and `answers`: what an argument of a function is about, a request, and where it says that.
+
+    Every accepted value that stands in the request is an answer, at its first place. An argument that may be left out,
+    of which the request says nothing, has none. Where only another spelling is accepted, the argument is passed over.
+    """
+    found = []
+    for name in ("simple_python", "multiple"):
+        accepted = {line["id"]: line["ground_truth"][0] for line in _lines(f"possible_answer/BFCL_v4_{name}.json")}
+        for line in _lines(f"BFCL_v4_{name}.json"):
+            request = line["question"][0][-1]["content"].strip()
+            ((called, values),) = accepted[line["id"]].items()
+            (function,) = (one for one in line["function"] if one["name"] == called)
+            for argument, some in values.items():
+                about = function["parameters"]["properties"][argument]["description"]
+                places = _places(request, some)
+                if places or "" in some:
+                    texts = [request[first:last] for first, last in places]
+                    answers = {"text": texts, "answer_start": [first for first, _ in places]}
+                    question = f"{argument.replace('_', ' ')}: {about}"
+                    found.append({"question": question, "context": request, "answers": answers})
+    return sorted(found, key=lambda row: _rank(row["question"] + row["context"]))[:rows]
+
+
 def questions_and_functions(rows: int | None = None) -> list[dict[str, Any]]:
     """`anchor` and `positive`: a question, and the signature of the function that answers it."""
     found = []
@@ -90,6 +114,16 @@ def _tagged(words: list[str], values: list[Any]) -> list[str]:
                 for i in span:
                     tags[i] = f"{'B' if i == at else 'I'}-{kind}"
     return tags
+
+
+def _places(text: str, values: list[Any]) -> list[tuple[int, int]]:
+    """Where each of these values first stands as whole words, whatever its letters' case."""
+    found = []
+    for value in values:
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and value != "":
+            match = re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", text, re.IGNORECASE)
+            found += [match.span()] if match else []
+    return found
 
 
 def _lines(name: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loratune.data.batch import Batch
 from loratune.data.labelled import LabelBatch
+from loratune.data.located import LocatedBatch
 from loratune.data.matched import MatchBatch
 from loratune.data.translated import TranslatedBatch
 from loratune.lora import selecting
@@ -27,6 +28,8 @@ _CHUNK, _CACHED = {"cpu": 256}, {"cpu": 32}
 _WIDE_CHUNK = 2048
 # Of cosines, as sentence encoders are trained; and a logit whose probability is none.
 _TEMPERATURE, _NEVER = 0.05, -1e4
+# So far below the likeliest token a pad is: e⁻³⁰ of its probability is lost in fp32, and no logit dwarfs the others.
+_BELOW = 30.0
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -41,12 +44,25 @@ def _next_tokens(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _labels(model: nn.Module, batch: Batch) -> Tensor:
-    """Positions are left to the model, and so is which token stands for the row: encoders have ways of their own."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if isinstance(batch, LabelBatch) and batch.types is not None:
-        inputs["token_type_ids"] = batch.types
-    logits: Tensor = model(**inputs).logits
+    logits: Tensor = model(**_read(batch)).logits
     return logits.flatten(0, -2)[batch.scored]
+
+
+def _read(batch: Batch) -> dict[str, Any]:
+    """Positions are left to the model, and so is which token stands for the row: encoders have ways of their own."""
+    assert isinstance(batch, LabelBatch)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return inputs if batch.types is None else {**inputs, "token_type_ids": batch.types}
+
+
+def _ends(model: nn.Module, batch: Batch) -> Tensor:
+    """Of each window two rows: how likely an answer begins at each of its tokens, and ends there. A pad never does."""
+    found: Any = model(**_read(batch))
+    logits = torch.stack([found.start_logits, found.end_logits], 1)
+    there: Any = batch.attention_mask
+    own = there[:, None].expand_as(logits)
+    likeliest = logits.detach().masked_fill(~own, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(own, logits, likeliest - _BELOW).flatten(0, 1)
 
 
 def _matches(model: nn.Module, batch: Batch) -> Tensor:
@@ -110,6 +126,7 @@ def _before(model: Any, labels: Tensor | None) -> Tensor:
 _LOGITS: Mapping[type[Batch], Callable[[nn.Module, Batch], Tensor]] = {
     Batch: _next_tokens,
     LabelBatch: _labels,
+    LocatedBatch: _ends,
     MatchBatch: _matches,
     TranslatedBatch: _written,
 }

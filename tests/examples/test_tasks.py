@@ -41,6 +41,14 @@ def test_tag(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)  # a minute of a core, which may have much else to do
+def test_find(tmp_path: Path) -> None:
+    found = metrics_of("find.py", tmp_path / "run", "--rows", "700", "--steps", "50", "--checks", "fast")
+    assert found["tuned"]["f1"] > max(found["base"]["f1"], found["tuned"]["trivial_f1"]) + 0.15
+    assert found["tuned"]["exact_match"] > found["base"]["exact_match"] + 0.15
+
+
+@pytest.mark.full
 def test_retrieve(tmp_path: Path) -> None:
     found = metrics_of("retrieve.py", tmp_path / "run", "--steps", "20", "--checks", "fast")
     assert found["tuned"]["recall_at_1"] > found["base"]["recall_at_1"] + 0.02

@@ -188,13 +188,17 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def built(name: str, *, seed: int = 0) -> Any:
+def built(name: str, *, seed: int = 0, head: str = "") -> Any:
+    """A model of the family, with another head where one is named, as in "QuestionAnswering"."""
     family = FAMILIES[name]
     # A config object keeps and changes what it is given.
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in family.values.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if family.config:
+        if head:
+            config = getattr(transformers, family.config)(**values)
+            model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+        elif family.config:
             model = getattr(transformers, family.model)(getattr(transformers, family.config)(**values))
         else:
             model = getattr(diffusers, family.model)(**values)

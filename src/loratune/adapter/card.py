@@ -18,6 +18,7 @@ _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "SEQ_2_SEQ_LM": "text2text-generation",
     "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "sentence-similarity",
 }
 # What the hub calls the methods.

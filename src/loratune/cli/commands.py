@@ -18,6 +18,7 @@ from loratune.cli.options import parse_given, with_settings
 from loratune.cli.output import emit, gigabytes, stderr, table, write
 from loratune.cli.serve import serve
 from loratune.config import read_settings
+from loratune.config.tasks import CAUSAL_LM
 from loratune.errors import ConfigError, DivergedError, LoratuneError, RegressionError
 
 app = typer.Typer(
@@ -86,7 +87,7 @@ def train(
 
 
 @app.command()
-@with_settings(groups=("Data",))
+@with_settings(groups=("Data",), also=("task_type",))
 def data(
     data: Data,
     model: Annotated[str, typer.Option("--model", help="whose tokenizer and chat template are used")],
@@ -98,7 +99,7 @@ def data(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Rows, bad rows by number, lengths, truncation, and the coloured loss mask."""
+    """Rows, bad rows by number, columns, lengths, truncation, labels, and the coloured loss mask."""
     from loratune.run.look import look_at_data
 
     chosen = parse_given({**settings, "val": val, "seed": seed})
@@ -309,12 +310,17 @@ def _data_text(found: dict[str, Any]) -> list[Any]:
     text: list[Any] = [found["line"]]
     lengths = f"lengths: median {fit['median']}, longest {fit['longest']}"
     text.append(f"{found['train']:,} to train on, {found['val']:,} held out; {lengths}")
-    left_out = ("truncated", "dropped", "ignored_columns")
-    text += [f"{key.replace('_', ' ')}: {', '.join(found[key])}" for key in left_out if found[key]]
+    if found["task"]["type"] != CAUSAL_LM:
+        text.append(f"task: {found['task']['type']} ({found['task']['reason']})")
+    listed = ("columns", "ignored_columns", "truncated", "dropped")
+    text += [f"{key.replace('_', ' ')}: {', '.join(found[key])}" for key in listed if found[key]]
+    if "labels" in found["taught"]:
+        text.append("labels: " + ", ".join(f"{name} {count:,}" for name, count in found["taught"]["labels"].items()))
     for mask in found["masks"]:
         text.append(f"\n{mask['place']}")
         row = Text()
         for piece, supervised in mask["pieces"]:
             row.append(piece, style="black on green" if supervised else "dim")
         text.append(row)
+        text += [Text(f"→ {mask['said']}")] if mask["said"] else []
     return text

@@ -14,12 +14,20 @@ from loratune.config import TrainConfig, flag_of, group_of, read_word
 _PLAIN = (int, float, bool, str)
 
 
-def settings_options(leave_out: Collection[str] = (), groups: Collection[str] | None = None) -> list[inspect.Parameter]:
-    """A keyword parameter for every setting of `TrainConfig` that has a flag; all default to "not given"."""
+def settings_options(
+    leave_out: Collection[str] = (), groups: Collection[str] | None = None, also: Collection[str] = ()
+) -> list[inspect.Parameter]:
+    """A keyword parameter for every setting of `TrainConfig` that has a flag; all default to "not given".
+
+    Args:
+        leave_out: names of settings without one. groups: whose settings have one, where not all do.
+        also: names beside these groups'.
+    """
     parameters = []
     for name, field in TrainConfig.model_fields.items():
         flag = flag_of(name, field)
-        if flag is None or name in leave_out or (groups is not None and group_of(field) not in groups):
+        wanted = groups is None or group_of(field) in groups or name in also
+        if flag is None or name in leave_out or not wanted:
             continue
         kind = _option_type(field.annotation)
         names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
@@ -30,12 +38,14 @@ def settings_options(leave_out: Collection[str] = (), groups: Collection[str] | 
     return parameters
 
 
-def with_settings(leave_out: Collection[str] = (), groups: Collection[str] | None = None) -> Callable[[Any], Any]:
+def with_settings(
+    leave_out: Collection[str] = (), groups: Collection[str] | None = None, also: Collection[str] = ()
+) -> Callable[[Any], Any]:
     """Decorator: replaces a command's `**settings` by one option for each setting."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        command.__signature__ = inspect.Signature([*own, *settings_options(leave_out, groups)])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature([*own, *settings_options(leave_out, groups, also)])  # type: ignore[attr-defined]
         return command
 
     return decorate

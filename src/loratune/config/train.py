@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # What a method without low-rank terms has no use for.
 _OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
                  "lora_plus_ratio")  # fmt: skip
-_TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
+_TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
 _METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "vera", "ia3", "full", "bitfit"]
 
 

@@ -30,7 +30,7 @@ class Example:
 
     Args:
         kind: `chat` uses `messages` (and `tools`), `pair` uses `prompt` and `completion`, `text` uses `text`;
-            `labelled` and `tagged` use `texts` and `labels`, `matched` uses `texts`.
+            `labelled` and `tagged` use `texts` and `labels`, `matched` uses `texts`, `located` `texts` and `spans`.
         messages: each with `role` and `content` (strings), and what else the row said (`tool_calls`, `name`, …). An
             assistant message with `weight` 0 is context: it is never supervised.
         separator: stands between prompt and completion where no chat template separates them.
@@ -38,10 +38,11 @@ class Example:
         id: what a row read as a prompt calls itself.
         texts: what is read: one text, or two that belong together; of a tagged row, its words.
         labels: a label of the whole; of a tagged row, one of each word.
+        spans: of a located row, the characters of its second text that answer its first one; none where none do.
     """
 
     place: Place
-    kind: Literal["chat", "pair", "text", "labelled", "tagged", "matched"]
+    kind: Literal["chat", "pair", "text", "labelled", "tagged", "matched", "located"]
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] | None = None
     prompt: str = ""
@@ -52,6 +53,7 @@ class Example:
     id: str | int | None = None
     texts: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Corpus:
         shape: name of the recognised shape, for example `messages` or `prompt/completion`.
         source: the file, data set id or `rows` that was read.
         sha256: of the canonical content in order, without places: the same in every process and for every file format.
-        ignored_columns: columns that the shape does not use, sorted.
+        columns, ignored_columns: those that the shape uses, and those that it does not, sorted.
     """
 
     examples: tuple[Example, ...]
@@ -70,6 +72,7 @@ class Corpus:
     source: str
     sha256: str
     ignored_columns: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -90,6 +93,7 @@ def content_of(example: Example) -> bytes:
         example.text,
         # Rows without them keep the bytes, and hashes, that they had before there were labels.
         *([example.texts, example.labels] if example.texts else []),
+        *([example.spans] if example.spans else []),
     ]
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=_plain)
     return text.encode("utf-8", "surrogatepass")

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from loratune.data.batch import Batch, make_batch, offsets, tree_of
 from loratune.data.labelled import Labelled, stack_labelled
+from loratune.data.located import Located, stack_located
 from loratune.data.matched import Matched, stack_matched
 from loratune.data.render import Rendered
 from loratune.data.translated import Translated, stack_translated
@@ -79,6 +80,7 @@ def batches(rows: Sequence[Rendered], layout: Layout, *, limit: int, pad_id: int
 # What puts rows into tensors that teach something else than the next token.
 _STACKED: Mapping[type[Rendered], Callable[..., Batch]] = {
     Labelled: stack_labelled,
+    Located: stack_located,
     Matched: stack_matched,
     Translated: stack_translated,
 }

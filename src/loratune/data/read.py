@@ -74,8 +74,10 @@ def read(
     problems = problems + strangers + faults
     if problems:
         _refuse(problems)
-    ignored = tuple(name for name in found_columns(rows) if name not in shape.columns)
-    return Corpus(tuple(examples), shape.name, source, hash_of(examples), ignored)
+    found = found_columns(rows)
+    ignored = tuple(name for name in found if name not in shape.columns)
+    used = tuple(name for name in found if name in shape.columns)
+    return Corpus(tuple(examples), shape.name, source, hash_of(examples), ignored, used)
 
 
 def _refuse(problems: Iterable[Problem]) -> NoReturn:

@@ -73,6 +73,11 @@ class RenderedCorpus:
     special_tokens_in_text: tuple[Place, ...] = ()
     end_of_turn: tuple[int, ...] = ()
 
+    @property
+    def examples(self) -> int:
+        """How many rows of the data are left: a long one may have become several."""
+        return len({row.place for row in self.rows})
+
 
 def render(
     examples: Iterable[Example],

@@ -127,6 +127,7 @@ _SYNONYMS = {
     "text": ("content", "document", "body", "sentence", "story", "passage"),
     "anchor": ("question", "sentence1", "source", "premise"),
     "positive": ("answer", "passage", "document", "sentence2", "context", "target", "hypothesis"),
+    "context": ("passage", "paragraph", "document", "text"),
     "tokens": ("words", "sentence_words"),
     "tags": ("labels", "tag", "pos_tags", "ner", "pos"),
     "label": ("labels", "class", "category", "target", "sentiment", "intent", "topic", "coarse_label"),

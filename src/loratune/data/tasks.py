@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.example import Corpus, Example, Place
+from loratune.data.facts import (
+    Decode,
+    Facts,
+    label_counts,
+    no_facts,
+    not_said,
+    said_answer,
+    said_label,
+    said_tags,
+    window_counts,
+)
 from loratune.data.labelled import LABELLED, Labelled, Labels, label_names, render_labelled
+from loratune.data.located import LOCATED, Located, render_located
 from loratune.data.matched import MATCHED, Matched, render_matched
 from loratune.data.render import Rendered, RenderedCorpus, render
 from loratune.data.shapes import SHAPES, Shape
@@ -33,6 +45,7 @@ class DataTask:
         packed: whether rows may stand side by side. writes: whether rows end with a token to stop at.
         counted: whether all modules see the tokens that dropout's masks are counted by: a decoder sees others.
         meaningless: settings that say nothing here.
+        facts: what is counted of rendered rows. said: what a row teaches, where its supervised tokens do not say it.
     """
 
     shapes: tuple[Shape, ...]
@@ -45,6 +58,8 @@ class DataTask:
     writes: bool = False
     counted: bool = True
     meaningless: tuple[str, ...] = _OF_NEXT_TOKENS
+    facts: Callable[[RenderedCorpus, Labels], Facts] = no_facts
+    said: Callable[[Any, Labels, Decode], str] = not_said
 
     def rows(
         self, examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int, overlong: str, **told: Any
@@ -83,6 +98,8 @@ DATA_TASKS: Mapping[str, DataTask] = {
         ("labels",),
         _names,
         lambda ids: Labelled(ids, (False,) * len(ids), _PLACE, False, targets=(0,)),
+        facts=label_counts,
+        said=said_label,
     ),
     "TOKEN_CLS": DataTask(
         TAGGED,
@@ -91,6 +108,18 @@ DATA_TASKS: Mapping[str, DataTask] = {
         ("labels",),
         _names,
         lambda ids: Labelled(ids, (True,) * len(ids), _PLACE, False, targets=(0,) * len(ids)),
+        facts=label_counts,
+        said=said_tags,
+    ),
+    "QUESTION_ANS": DataTask(
+        LOCATED,
+        "ends",
+        render_located,
+        (),
+        _no_labels,
+        lambda ids: Located(ids, (False,) * len(ids), _PLACE, False, targets=(0, 0)),
+        facts=window_counts,
+        said=said_answer,
     ),
     "FEATURE_EXTRACTION": DataTask(
         MATCHED,
@@ -114,7 +143,7 @@ DATA_TASKS: Mapping[str, DataTask] = {
 
 
 # What a bare encoder can be trained for: the rows say which.
-OPEN = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+OPEN = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 def task_of_shape(name: str) -> str:

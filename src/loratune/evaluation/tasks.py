@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from loratune.data.example import Place
 from loratune.data.labelled import Labelled, Labels
+from loratune.data.located import Located
 from loratune.data.matched import Matched, TwoTexts, stack_matched
 from loratune.data.pack import one_batch
 from loratune.data.render import Rendered
 from loratune.data.translated import Translated, stack_translated
 from loratune.evaluation.labels import accuracy, macro_f1, majority
+from loratune.evaluation.located import of_best, same_words, word_f1
 from loratune.evaluation.spans import span_f1
 from loratune.loss import logits_of, vectors_of
 from loratune.model import evaluating
@@ -33,7 +36,8 @@ class Asking:
     decode: Callable[[Sequence[int]], str]
 
 
-# What a model says of a row: the numbers of its labels; or the nearest row's, and its own one's rank.
+# What a model says of a row: the numbers of its labels; or the nearest row's, and its own one's rank; or which window
+# has the answer, and its first and last token.
 Said = tuple[int, ...]
 
 
@@ -168,10 +172,72 @@ def _read(said: Said, _: Sequence[Translated], asking: Asking) -> str:
     return asking.decode(said)
 
 
+@torch.no_grad()
+def _located(model: nn.Module, rows: Sequence[Located], asking: Asking) -> list[Said]:
+    """Of each window the answer to its question: the likeliest span of all windows of its context.
+
+    Nothing is an answer where some of the rows have none: it is told where the first token is likelier than the best
+    span, in whichever window it is least likely (Devlin et al., "BERT", 2019, section 4.3, with a threshold of 0).
+    """
+    best: dict[Place, tuple[float, Said]] = {}
+    nowhere: dict[Place, float] = {}
+    silent = any(not row.answers for row in rows)
+    number = 0
+    with evaluating(model):
+        for some in _together(rows, asking.limit):
+            batch = one_batch(some, packed=False, pad_id=asking.pad_id).to(asking.device)
+            for row, ends in zip(some, logits_of(model, batch).float().cpu().unflatten(0, (-1, 2)), strict=True):
+                score, first, last = _likeliest(row, ends)
+                if row.place not in best or score > best[row.place][0]:
+                    best[row.place] = score, (number, first, last)
+                nowhere[row.place] = min(nowhere.get(row.place, torch.inf), float(ends[:, row.nowhere].sum()))
+                number += 1
+    nothing = {place for place, score in nowhere.items() if silent and score > best[place][0]}
+    return [
+        (number, row.nowhere, row.nowhere) if row.place in nothing else best[row.place][1]
+        for number, row in enumerate(rows)
+    ]
+
+
+def _likeliest(row: Located, ends: Tensor) -> tuple[float, int, int]:
+    """The span of the context with the largest sum of two logits, its first not after its last: (sum, first, last).
+
+    Args:
+        ends: (2, T), how likely each token is the first one and the last one.
+    """
+    outside = torch.tensor([place is None for place in row.places])
+    begin, end = ends[:, : len(outside)].masked_fill(outside, -torch.inf)
+    so_far, where = begin.cummax(0)
+    score, last = (so_far + end).max(0)
+    return float(score), int(where[last]), int(last)
+
+
+def _answers_told(said: Sequence[Said], rows: Sequence[Located], _: Labels) -> dict[str, float]:
+    """Of rows, not of windows. Beside it the better of saying nothing and all of the context, which needs no model."""
+    firsts = [number for number, row in enumerate(rows) if row.window == 0]
+    told, right = [_span(said[number], rows) for number in firsts], [rows[number].answers for number in firsts]
+    trivial = [[""] * len(firsts), [rows[number].context for number in firsts]]
+    return {
+        "f1": of_best(word_f1, told, right),
+        "exact_match": of_best(same_words, told, right),
+        "trivial_f1": max(of_best(word_f1, one, right) for one in trivial),
+    }
+
+
+def _span(said: Said, rows: Sequence[Located], _: Asking | None = None) -> str:
+    number, first, last = said
+    return rows[number].said(first, last)
+
+
+def _right_answer(row: Located, _: Asking) -> str:
+    return row.answers[0] if row.answers else ""
+
+
 # A causal LM's answers are written, not chosen: the engine asks for them.
 MEASURES: Mapping[str, Measure] = {
     "SEQ_CLS": Measure(_choices, _labels_told, _named, _true_name),
     "TOKEN_CLS": Measure(_choices, _words_told, _named, _true_name),
+    "QUESTION_ANS": Measure(_located, _answers_told, _span, _right_answer),
     "SEQ_2_SEQ_LM": Measure(_written, _exact, _read, _own_text),
     "FEATURE_EXTRACTION": Measure(_nearest, _ranks, _nearest_text, _own_text),
 }

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -25,9 +26,13 @@ _AUTO: Mapping[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
+
+# Heads of a fixed size are made by the number of labels, too: here the beginning and the end of an answer.
+_CONFIG: Mapping[str, dict[str, Any]] = {"QUESTION_ANS": {"num_labels": 2}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Head:
     def config(self) -> dict[str, Any]:
         """What the model's config says of its labels."""
         if not self.labels:
-            return {}
+            return _CONFIG.get(self.task, {})
         return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
 
 

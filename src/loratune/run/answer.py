@@ -84,7 +84,7 @@ def evaluate(
     batches = held_out_batches(rendered.rows, packed=packed, limit=_LIMIT, pad_id=opened.base.pad_id)
     held_out = held_out_loss(model, batches, opened.base.device)
     found = {
-        "rows": held_out.rows,
+        "rows": rendered.examples,
         f"supervised_{task.unit}": held_out.supervised_tokens,
         "loss": held_out.loss,
         "dropped": len(rendered.dropped),

@@ -34,7 +34,7 @@ from loratune.gguf import GgufModel, compare_model, refuse_family, shape_of, voc
 from loratune.model import empty_model
 from loratune.run.folder import refuse_taken
 from loratune.run.merge import folded
-from loratune.run.opened import Opened, base_name, open_run
+from loratune.run.opened import Opened, base_name, head_of, open_run
 from loratune.run.task import require_language_model, saved_head
 
 READERS = ("peft", "vllm", "gguf")
@@ -139,6 +139,7 @@ def _merged(run: str, out: str, *, to: str, base: str | None, dtype: str, any_to
         raise ConfigError(f"--dtype {dtype}: no such format{nearest(dtype, list(_DTYPES))}", hint=", ".join(_DTYPES))
     target = Path(out).expanduser()
     refuse_taken(target)
+    require_language_model(head_of(run, base), "export --merged --to gguf", "`loratune merge` writes a model as it is")
     config: Any = empty_model(base_name(run, base)).config
     refuse_family(config)
     if dtype == "auto":

@@ -11,8 +11,10 @@ from loratune.adapt import plan as plan_targets
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig, TrainConfig
 from loratune.config.methods import LORA
 from loratune.data.fit import show_mask
+from loratune.data.render import Rendered
+from loratune.data.tasks import DATA_TASKS
 from loratune.estimation import BaseMemory, MemoryEstimate, Pass, Shape, estimate_memory, step_flops
-from loratune.model import LANGUAGE_MODEL, context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
+from loratune.model import LANGUAGE_MODEL, Head, context_of, empty_model, kind_of_device, load_tokenizer, may_be_fused
 from loratune.quant import refuse_format
 from loratune.run.decide import Decisions, decide_optimizer, decide_targets, describe, lora_config
 from loratune.run.prepare import Prepared, Rows, data_line, prepare
@@ -35,9 +37,17 @@ def look_at_data(model: str, data: Any, *, show_masks: int = 0, **settings: Any)
     return {
         "line": data_line(prepared),
         **data_facts(prepared),
+        "task": {"type": head.task, "reason": head.reason, "unit": DATA_TASKS[head.task].unit},
+        "columns": list(prepared.corpus.columns),
         "ignored_columns": list(prepared.corpus.ignored_columns),
-        "masks": [{"place": str(row.place), "pieces": show_mask(row, tokenizer)} for row in prepared.rows[:show_masks]],
+        "masks": [_mask(row, head, tokenizer) for row in prepared.rows[:show_masks]],
     }
+
+
+def _mask(row: Rendered, head: Head, tokenizer: Any) -> dict[str, Any]:
+    """A row in pieces that are in the loss or not, and in words what is not among its tokens."""
+    said = DATA_TASKS[head.task].said(row, head.labels, lambda ids: str(tokenizer.decode(list(ids))))
+    return {"place": str(row.place), "pieces": show_mask(row, tokenizer), "said": said}
 
 
 def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from loratune.adapt import Adapters, attach
 from loratune.adapter import adapter_folder, read_adapter
 from loratune.errors import AdapterFileError, ModelError
-from loratune.model import Base, find_base, tokenizer_hashes, use_packed_attention
+from loratune.model import Base, Head, find_base, tokenizer_hashes, use_packed_attention
 from loratune.quant import dequantize
 from loratune.run.folder import RunFolder
 from loratune.run.task import model_head, saved_head
@@ -47,11 +47,10 @@ def open_run(
     """
     folder = _folder_of(run)
     name = base_name(run, base)
+    head = head_of(run, base)
     if not _is_adapter(folder):
-        head = model_head(name)
         return Opened(find_base(name, dtype=dtype, device=device, quant=quant, head=head), None, None)
     record = RunFolder(folder).record()
-    head = saved_head(record, read_adapter(folder))
     if record and dtype == "auto":
         dtype = record["base"]["dtype"]
     if record and quant is None:
@@ -68,6 +67,16 @@ def open_run(
     tokenizer = None if record or any_tokenizer else found.tokenizer
     # A decoded base has other weights than the one it comes from, which the record's hash has been compared with.
     return Opened(found, attach(found.model, folder, tokenizer=tokenizer, any_base=decoded), record)
+
+
+def head_of(run: str, base: str | None = None) -> Head:
+    """What the base of a run or adapter, or a bare model, is loaded as.
+
+    Raises:
+        AdapterFileError, ModelError: as `base_name`.
+    """
+    folder, name = _folder_of(run), base_name(run, base)
+    return saved_head(RunFolder(folder).record(), read_adapter(folder)) if _is_adapter(folder) else model_head(name)
 
 
 def base_name(run: str, base: str | None = None) -> str:

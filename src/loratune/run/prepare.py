@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data.example import Corpus, Example
+from loratune.data.facts import Facts
 from loratune.data.fit import Fit, fit
 from loratune.data.labelled import LABELLED, only_held_out
 from loratune.data.read import read
@@ -42,6 +43,11 @@ class Prepared:
     @property
     def rows(self) -> tuple[Rendered, ...]:
         return self.train.rows
+
+    @property
+    def facts(self) -> Facts:
+        """What the training rows are about, as their task counts it."""
+        return DATA_TASKS[self.head.task].facts(self.train, self.head.labels)
 
     @property
     def unseen(self) -> tuple[Example, ...]:
@@ -109,7 +115,8 @@ def _taught(prepared: Prepared) -> str:
     if unit == "tokens":
         return f"{numbers.supervised_share:.0%} of {numbers.tokens:,} tokens supervised"
     if not labels:
-        return f"{numbers.supervised_tokens:,} {unit} to learn"
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in prepared.facts.items() if count]
+        return " · ".join([f"{numbers.supervised_tokens:,} {unit} to learn", *counts])
     shown = ", ".join(labels[:_SHOWN]) + (", …" if len(labels) > _SHOWN else "")
     rare = only_held_out(prepared.split.train, prepared.split.val)
     words = f"{numbers.supervised_tokens:,} {unit} of {len(labels)} labels ({shown})"

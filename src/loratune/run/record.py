@@ -115,12 +115,13 @@ def data_facts(prepared: Prepared) -> dict[str, Any]:
         "sha256": prepared.corpus.sha256,
         "shape": prepared.corpus.shape,
         "rows": len(prepared.corpus),
-        "train": len(prepared.rows),
-        "val": len(prepared.val.rows) if prepared.val else 0,
+        "train": prepared.train.examples,
+        "val": prepared.val.examples if prepared.val else 0,
         "duplicates": [[str(train), str(val)] for train, val in prepared.split.duplicates],
         "truncated": [str(place) for place in prepared.train.truncated],
         "dropped": [str(place) for place in prepared.train.dropped],
         "fit": asdict(prepared.fit),
+        "taught": prepared.facts,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loratune.adapt import Adapters
+from loratune.data.example import Place
 from loratune.data.render import render_prompt
 from loratune.engine import Sampling, generate
 from loratune.evaluation import MEASURES, Asking, Measure
@@ -53,15 +54,18 @@ def _told(setup: Setup, lora: Adapters, measure: Measure) -> list[dict[str, Any]
     tuned = measure.ask(setup.model, rows, asking)
     with lora.disabled():
         base = measure.ask(setup.model, rows, asking)
+    first: dict[Place, int] = {}  # of what became of a row of the data: all of it has one answer
+    for number, row in enumerate(rows):
+        first.setdefault(row.place, number)
     return [
         {
-            "place": str(row.place),
-            "prompt": asking.decode(row.asked),
-            "reference": measure.reference(row, asking),
-            "base": measure.words(before, rows, asking),
-            "tuned": measure.words(after, rows, asking),
+            "place": str(place),
+            "prompt": asking.decode(rows[number].asked),
+            "reference": measure.reference(rows[number], asking),
+            "base": measure.words(base[number], rows, asking),
+            "tuned": measure.words(tuned[number], rows, asking),
         }
-        for row, before, after in list(zip(rows, base, tuned, strict=True))[:count]
+        for place, number in list(first.items())[:count]
     ]
 
 
