@@ -26,7 +26,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "lora_alpha": 3, "use_rslora": True},
     "patterns": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
     "pissa": {"r": 3, "init_lora_weights": "pissa"},
+    "vera": {"peft_type": "VERA", "r": 6},
+    "vera from its seed": {"peft_type": "VERA", "r": 6, "save_projection": False, "projection_prng_key": 3},
 }
+
+
+def update_of(adapter: SavedAdapter, path: str, inner: int) -> np.ndarray[Any, Any]:
+    """The dense update of a module with so many inputs."""
+    if path in adapter.factors:
+        factors = adapter.factors[path]
+        return np.asarray(factors.B.double() @ factors.A.double() * adapter.scale(path))
+    d, b = (adapter.vectors[path][name].double().numpy() for name in "db")
+    assert adapter.projections is not None
+    A, B = (projection.double().numpy() for projection in adapter.projections)
+    return np.asarray((b[:, None] * B[: len(b)]) @ (d[:, None] * A[:, :inner]))
 
 
 def made(folder: Path, family: str = "llama", **settings: Any) -> tuple[Path, Path, torch.Tensor]:
@@ -109,16 +122,19 @@ def test_gguf_holds_the_update_with_the_rows_where_llama_cpp_has_them(tmp_path: 
     assert said["adapter.type"] == "lora"
     assert said["adapter.lora.alpha"] == rank
     assert said["general.architecture"] == {"mistral": "llama", "gemma3": "gemma3"}.get(family, family)
-    original = read_adapter(adapter)
+    # Where the seed alone says what A and B are, peft draws them.
+    original = read_adapter(adapter) if "seed" not in kind else redrawn(base, adapter)
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"qkv_proj": "attn_qkv", "down_proj": "ffn_down"}
-    config = AutoModelForCausalLM.from_pretrained(base).config
-    for path, factors in original.factors.items():
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = model.config
+    assert len(original.modules) == len(tensors) // 2
+    for path in original.modules:
         layer, last = path.split(".")[2], path.rpartition(".")[2]
         a, b = (tensors[f"blk.{layer}.{names[last]}.weight.lora_{x}"] for x in "ab")
         # llama.cpp's factor is alpha over the tensor's own rank.
         update = (b.astype(np.float64) @ a.astype(np.float64)) * (said["adapter.lora.alpha"] / a.shape[0])
-        expected = (factors.B.double() @ factors.A.double() * original.scale(path)).numpy()
+        expected = update_of(original, path, model.get_submodule(path).in_features)
         if said["general.architecture"] == "llama" and last in ("q_proj", "k_proj"):
             heads = config.num_attention_heads if last == "q_proj" else config.num_key_value_heads
             dim = expected.shape[0] // heads
@@ -128,9 +144,19 @@ def test_gguf_holds_the_update_with_the_rows_where_llama_cpp_has_them(tmp_path: 
         assert np.allclose(update, expected, rtol=1e-5, atol=1e-6)
 
 
+def redrawn(base: Path, adapter: Path) -> SavedAdapter:
+    """The adapter as peft reads it and writes it with its projections."""
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    found = read_adapter(adapter)
+    projections = tuple(getattr(theirs.base_model, name)["default"] for name in ("vera_A", "vera_B"))
+    return replace(found, projections=projections)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"peft_type": "IA3"}, r"knows no \(IA\)³"),
+        ({"peft_type": "VERA", "modules_to_save": ["norm"]}, "in the place of the base's"),
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "bias behind B"),
         ({"modules_to_save": ["norm"]}, "in the place of the base's"),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratune.adapt import plan
+from loratune.adapt.plan import plan_as_written
 from loratune.adapter import (
     Plain,
     SavedAdapter,
@@ -28,7 +28,7 @@ from loratune.adapter import (
     write_gguf,
 )
 from loratune.config.methods import VERA
-from loratune.errors import CheckError, ConfigError, ModelError, nearest
+from loratune.errors import AdapterFileError, CheckError, ConfigError, ModelError, nearest
 from loratune.files import new_folder
 from loratune.gguf import GgufModel, compare_model, refuse_family, shape_of, vocabulary_of, write_model
 from loratune.model import empty_model
@@ -86,12 +86,10 @@ def export(
     saved = read_adapter(adapter_folder(run))
     if base is not None:
         saved = replace(saved, base=base)
+    notes: list[str] = []
     if to != "peft":
         require_language_model(saved_head(None, saved), f"export --to {to}", "--to peft")
-    notes: list[str] = []
-    if to != "peft" and saved.config.peft_type == VERA:
-        saved = as_lora(saved, _widths(saved))
-        notes.append("VeRA's vectors are multiplied into A and B, which are LoRA's then")
+        saved, notes = _low_rank(saved)
     if to == "gguf":
         found = plain(saved, "llama.cpp")
         return _gguf(saved, found._replace(notes=(*notes, *found.notes)), target)
@@ -108,12 +106,19 @@ def export(
     return {"out": str(target), "to": to, "notes": notes, "verified": f"read back, updates {away:.0e} apart"}
 
 
-def _widths(saved: SavedAdapter) -> dict[str, int]:
-    """How many inputs the modules of an adapter have."""
+def _low_rank(saved: SavedAdapter) -> tuple[SavedAdapter, list[str]]:
+    """VeRA as what readers of LoRA take, with a word about it; the base says how many inputs its modules have."""
+    if saved.config.peft_type != VERA:
+        return saved, []
     if not saved.base:
         raise ModelError("the adapter does not say which base it was trained on", hint="name it with --base")
-    targets = {target.path: target.in_features for target in plan(empty_model(saved.base), saved.config).targets}
-    return {path: targets.get(path, 0) for path in saved.vectors}
+    targets = {
+        target.path: target.in_features for target in plan_as_written(empty_model(saved.base), saved.config).targets
+    }
+    missing = [path for path in saved.vectors if path not in targets]
+    if missing:
+        raise AdapterFileError(f"{missing[0]}: {saved.base} has no such target", hint="name its base with --base")
+    return as_lora(saved, targets), ["VeRA's vectors are multiplied into A and B, which are LoRA's then"]
 
 
 def _gguf(saved: SavedAdapter, found: Plain, target: Path) -> dict[str, Any]:
