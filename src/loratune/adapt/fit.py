@@ -41,6 +41,8 @@ def check_fit(
             f"init_lora_weights={saved.config.init_lora_weights!r}: it counts from a start that was drawn at random, "
             "and that is not in the file"
         )
+    if saved.config.init_lora_weights == "loftq":
+        problems.append("init_lora_weights='loftq': it counts from weights that peft had quantised first")
     if problems:
         hint = "the adapter belongs to another base, or its folder is damaged"
         raise AdapterFileError([f"{where}: {problem}" for problem in problems], hint=hint)
