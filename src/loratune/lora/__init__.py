@@ -5,6 +5,7 @@ from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
 from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
+from loratune.lora.experts import adapt_parameter, release_parameters
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.lookup import LoraLookup
@@ -12,6 +13,7 @@ from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_reco
 from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.retrained import OwnRows, Retraining, end_retraining, retrain_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
+from loratune.lora.stacked import StackedLowRank, apart, together_again
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
     Adapting,
@@ -46,13 +48,16 @@ __all__ = [
     "Rows",
     "Seen",
     "Stack",
+    "StackedLowRank",
     "Stacks",
     "Tensors",
     "TokenCounter",
     "TokenRows",
     "View",
     "adapt_in_place",
+    "adapt_parameter",
     "adapter_prefixes",
+    "apart",
     "as_matrices",
     "bank_of",
     "base_modules",
@@ -76,6 +81,7 @@ __all__ = [
     "put_on",
     "ranks_by_explained",
     "release",
+    "release_parameters",
     "replace_in",
     "residual_factors",
     "retrain_in",
@@ -84,6 +90,7 @@ __all__ = [
     "selecting",
     "take_off",
     "together",
+    "together_again",
     "unbind_recomputation",
     "wears",
 ]
