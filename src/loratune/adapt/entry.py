@@ -13,9 +13,10 @@ from torch import Tensor
 from loratune.adapt.placement import Placement
 from loratune.adapt.plan import TargetPlan
 from loratune.adapt.written import written
-from loratune.adapter import Factors, Origin, SavedAdapter
+from loratune.adapter import Factors, Origin, SavedAdapter, Stack
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
+from loratune.lora import StackedLowRank
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,13 @@ def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> S
     refuse_waiting(name, entry)
     factors = {}
     lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
+    filed = {target.path: target.filed for target in entry.plan.targets}
     for path, low_rank in placement.low_ranks(name).items():
         A, B = low_rank.factors()
+        if isinstance(low_rank, StackedLowRank):
+            stack = Stack(low_rank.experts, entry.config.alpha_of(path), path)
+            factors[filed[path]] = Factors(A.detach(), B.detach(), stack=stack)
+            continue
         bias, magnitude = (None if t is None else t.detach() for t in (low_rank.bias, low_rank.magnitude))
         factors[path] = Factors(A.detach(), B.detach(), bias, magnitude, path in lookups)
     replaced = {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 from torch import nn
 
-from loratune.adapt.forms import form_notes, form_problems, model_problems
+from loratune.adapt.forms import form_notes, form_problems, keeps_original, model_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
+from loratune.adapt.names import last_names, layer_of, linears_there
+from loratune.adapt.parameters import Stacked, named_parameters, parameter_problems, stacks_of
 from loratune.adapt.presets import TARGETS
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.adapt.token_rows import ReplacedRows, plan_token_rows
@@ -30,7 +32,6 @@ from loratune.lora import (
 from loratune.quant import (
     PRODUCT,
     Form,
-    QuantizedLinear,
     adaptable,
     frozen_weight,
     output_head,
@@ -39,17 +40,17 @@ from loratune.quant import (
     why_unreadable,
 )
 
-_SHOWN_NAMES = 40
 # Under this name `torch.compile`'s wrapper holds what it was given.
 _COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
+    """A module or parameter to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
 
     `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude. `form` says
-    what its weight is applied to; an embedding has a column for each row that it looks up.
+    what its weight is applied to; an embedding has a column for each row that it looks up, a stack an update for each
+    expert. `inside` is where peft's files keep a parameter's tensors.
     """
 
     path: str
@@ -60,6 +61,12 @@ class Target:
     scale: float
     vectors: int = 0
     form: Form = PRODUCT
+    inside: str = ""
+
+    @property
+    def filed(self) -> str:
+        """The path under which a file has its tensors."""
+        return self.inside or self.path
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -72,14 +79,15 @@ class Target:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that each token is multiplied by; one column is looked up in an embedding's A."""
+        """Parameters that each token is multiplied by: of an embedding's A none, of a stack those it goes through."""
         A, _ = self.shapes
-        return self.parameters - (math.prod(A) if self.form.use == "lookup" else 0)
+        looked_up = math.prod(A) if self.form.use == "lookup" else 0
+        return (self.parameters - looked_up) * self.form.met // self.form.experts
 
     @property
     def frozen(self) -> int:
         """Elements of the weight that stays frozen."""
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * self.form.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class TargetPlan:
     """What `attach(model, config)` would do.
 
     Attributes:
-        targets: the modules that would be adapted, in the model's order.
+        targets: the modules that would be adapted, in the model's order, and then the parameters.
         base_parameters: parameters of the model without adapters; tied ones count once.
         replaced: what of the base the adapter has its own of (biases, modules trained whole, rows of tokens).
         saved: paths of the modules that train whole.
@@ -114,6 +122,16 @@ class TargetPlan:
             yield from [target.out_features] * target.vectors
         for part in self.replaced:
             yield from part.numbers.values()
+
+    @property
+    def modules(self) -> tuple[Target, ...]:
+        """Of `targets` those that are modules."""
+        return tuple(target for target in self.targets if target.form.use != "stack")
+
+    @property
+    def stacks(self) -> tuple[Target, ...]:
+        """Of `targets` those that are parameters."""
+        return tuple(target for target in self.targets if target.form.use == "stack")
 
     @property
     def token_rows(self) -> tuple[ReplacedRows, ...]:
@@ -183,11 +201,12 @@ class _Planner:
 
     def plan(self) -> TargetPlan:
         self.problems += model_problems(self.model, self.config, of_file=self.of_file)
-        chosen = self._in_layers(self._without_excluded(self._named()))
-        self._check_patterns(chosen)
-        targets = [self._target(path) for path in chosen]
+        chosen, stacks = self._chosen()
+        self._check_patterns([*chosen, *stacks])
+        targets = [self._target(path) for path in chosen] + [self._stacked(*named) for named in stacks.items()]
         self._check_fan(targets)
         saved = self._saved(self.problems, self.notes)
+        self.problems += parameter_problems(self.config, stacks, chosen, saved, of_file=self.of_file)
         replaced = plan_replacements(
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
@@ -195,7 +214,7 @@ class _Planner:
         replaced += plan_token_rows(
             self.model, self.modules, self.config, taken, loosely=self.of_file, problems=self.problems
         )
-        self._check_compiled([*chosen, *(part.path for part in replaced)])
+        self._check_compiled([*chosen, *stacks, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")
         return self._found(targets, replaced, saved)
@@ -209,25 +228,20 @@ class _Planner:
             tuple(saved),
             tuple(self.notes),
             tuple(self.problems),
-            self._hint() if self.problems else "",
+            linears_there(self.linears) if self.problems else "",
         )
 
     def _target(self, path: str) -> Target:
         module, config = self.modules[path], self.config
         weight = adaptable(module)
         assert weight is not None
-        r, least = config.rank_of(path), min(weight.in_features, weight.out_features)
+        r = config.rank_of(path)
         self.problems += [f"{path}: {why}" for why in form_problems(weight.form, config, r, of_file=self.of_file)]
         self.notes += [f"{path}: {what}" for what in form_notes(module, weight.form, config)]
         if weight.form.use == "lookup":
             self._note_tied(path)
-        if r > least and config.decomposes:
-            self.problems.append(f"{path}: its weight has no {r} directions for init={config.init_lora_weights!r}")
-        elif r > least:
-            self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
-        if r % 2 and config.init_lora_weights == "orthogonal":
-            self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
-        if config.init_lora_weights == "loftq" and not self.of_file and not _keeps_original(module):
+        self._check_rank(path, r, min(weight.in_features, weight.out_features))
+        if config.init_lora_weights == "loftq" and not self.of_file and not keeps_original(module):
             self.problems.append(f"{path}: init='loftq' starts from what quantising the base lost, which is not known")
         if (why_not := why_unreadable(module)) is not None:
             self.problems.append(f"{path}: {why_not}")
@@ -239,6 +253,22 @@ class _Planner:
         vectors = int(config.lora_bias) + int(config.use_dora)
         return Target(path, weight.kind, weight.in_features, weight.out_features, r, scale, vectors, weight.form)
 
+    def _stacked(self, path: str, stack: Stacked) -> Target:
+        config, weight = self.config, stack.weight
+        r = config.rank_of(path)
+        self._check_rank(path, r, min(weight.in_features, weight.out_features))
+        scale = scale_of(r, config.alpha_of(path), config.use_rslora)
+        inner, outer = weight.in_features, weight.out_features
+        return Target(path, stack.kind, inner, outer, r, scale, form=stack.form, inside=stack.filed)
+
+    def _check_rank(self, path: str, r: int, least: int) -> None:
+        if r > least and self.config.decomposes:
+            self.problems.append(f"{path}: its weight has no {r} directions for init={self.config.init_lora_weights!r}")
+        elif r > least:
+            self.notes.append(f"{path}: rank {r} exceeds the weight's own {least}")
+        if r % 2 and self.config.init_lora_weights == "orthogonal":
+            self.problems.append(f"{path}: init='orthogonal' needs an even rank, not {r}")
+
     def _note_tied(self, path: str) -> None:
         """An embedding's update is not the head's that shares its table."""
         owners = names_by_parameter(self.modules.items())[id(self.modules[path]._parameters["weight"])]
@@ -249,6 +279,20 @@ class _Planner:
             )
 
     # -- which modules -------------------------------------------------------------------------------------------
+
+    def _chosen(self) -> tuple[list[str], dict[str, Stacked]]:
+        """Modules, and parameters by full name. In a file only modules are filtered by what they are in, as in peft."""
+        modules = self._named()
+        excluded = set(self._matching(self.config.exclude_modules, "exclude_modules"))
+        modules = [path for path in modules if path not in excluded]
+        names = named_parameters(self.modules, self.config, self.problems)
+        if self.of_file:
+            modules = self._in_layers(modules) if modules or not names else []
+        else:
+            kept = [full for full in names if full.rpartition(".")[0] not in excluded]
+            within = set(self._in_layers([*modules, *kept]))
+            modules, names = ([path for path in some if path in within] for some in (modules, kept))
+        return modules, stacks_of(self.model, self.modules, names, self.problems)
 
     def _named(self) -> list[str]:
         wanted = self.config.target_modules
@@ -278,11 +322,13 @@ class _Planner:
         return module if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
     def _preset(self) -> tuple[str, ...] | None:
+        """As in peft, parameters may stand alone where there is none; a file's preset is written out."""
         family = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
-        if family in TARGETS:
+        if family in TARGETS and not (self.of_file and self.config.target_parameters):
             self.notes.append(f"targets of the {family} preset: {', '.join(TARGETS[family])}")
             return TARGETS[family]
-        self.problems.append(f"no preset of targets for {family}: name target_modules")
+        if not self.config.target_parameters:
+            self.problems.append(f"no preset of targets for {family}: name target_modules")
         return None
 
     def _left_alone(self) -> set[str]:
@@ -305,7 +351,7 @@ class _Planner:
             self.model, self.modules, self.config, loosely=self.of_file, problems=problems, notes=notes
         )
 
-    def _matching(self, wanted: str | tuple[str, ...], setting: str) -> list[str]:
+    def _matching(self, wanted: str | tuple[str, ...] | None, setting: str) -> list[str]:
         """Paths that the names match, in the model's order; each name that matches nothing is a problem."""
         if isinstance(wanted, str):
             matched = [path for path in self.modules if fully_matches(wanted, path)]
@@ -313,19 +359,13 @@ class _Planner:
                 self.problems.append(f"{setting}: the pattern {wanted!r} matches no module")
             return matched
         found: set[str] = set()
-        for name in wanted:
+        for name in wanted or ():
             paths = [path for path in self.modules if name_matches(name, path)]
             if not paths:
-                known = _last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
+                known = last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
                 self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, known)}")
             found.update(paths)
         return [path for path in self.modules if path in found]
-
-    def _without_excluded(self, chosen: Sequence[str]) -> list[str]:
-        if self.config.exclude_modules is None:
-            return list(chosen)
-        excluded = set(self._matching(self.config.exclude_modules, "exclude_modules"))
-        return [path for path in chosen if path not in excluded]
 
     # -- layers and patterns -------------------------------------------------------------------------------------
 
@@ -360,38 +400,3 @@ class _Planner:
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):
             self.notes.append("fan_in_fan_out=True does not hold for Linear modules; the stored layout is used")
-
-    # -- messages ------------------------------------------------------------------------------------------------
-
-    def _hint(self) -> str:
-        names = _last_names(self.linears)
-        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        return (
-            f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}"
-            if names
-            else "it has no linear modules"
-        )
-
-
-def short_name(path: str) -> str:
-    """The end of a path; a place in a list has the list's name before it."""
-    *before, last = path.split(".")
-    return f"{before[-1]}.{last}" if before and last.isdigit() else last
-
-
-def _last_names(paths: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(map(short_name, paths)))
-
-
-def _keeps_original(module: nn.Module) -> bool:
-    weight = frozen_weight(module)
-    planned = weight is not None and weight.device.type == "meta"  # it will be quantised once it is there
-    return planned or (isinstance(module, QuantizedLinear) and bool(module.original))
-
-
-def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:
-    """The index in the outermost list of layers on the path: the first number, not an expert's further in."""
-    for before, part in pairwise(path.split(".")):
-        if part.isdigit() and (lists is None or before in lists):
-            return int(part)
-    return None

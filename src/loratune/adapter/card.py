@@ -34,7 +34,8 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
     if pipeline:
         front["pipeline_tag"] = pipeline
     config = adapter.config
-    targets = sorted({path.rpartition(".")[2] for path in adapter.factors})
+    adapted = [path for path, factors in adapter.factors.items() if factors.stack is None]
+    targets = sorted({path.rpartition(".")[2] for path in (*adapted, *(config.target_parameters or ()))})
     base = f"`{adapter.base}`" if adapter.base else "its base model"
     lines = [
         f"# A LoRA adapter for {base}",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loratune.adapter.card import about_of
 from loratune.adapter.keys import DTYPES, copied_tables, from_keys, name_in_base, surplus_keys, to_keys
+from loratune.adapter.stacks import with_stacks
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.config import NO_TARGETS, LoraConfig
 from loratune.config.peft_keys import DESCRIPTIVE, FORMAT_VERSION, NEUTRAL
@@ -101,7 +102,8 @@ def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Cont
     surplus = (*copies, *surplus_keys(tensors))
     tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
     factors, replaced = from_keys(tensors, replaces=replaces, problems=problems)
-    expected = config is None or config.target_modules != NO_TARGETS
+    expected = config is None or config.target_modules != NO_TARGETS or bool(config.target_parameters)
+    factors = factors if config is None else with_stacks(factors, config)
     if not factors and not problems and (expected or not replaced):
         problems.append(f"it holds no {'low-rank ' if expected else ''}tensors")
     if problems:

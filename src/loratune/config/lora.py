@@ -72,6 +72,13 @@ class LoraConfig(Settings):
         flag="targets",
         group=_ADAPTER,
     )
+    target_parameters: tuple[str, ...] | None = setting(
+        None,
+        "parameters to adapt by themselves, by the ends of their names: stacked experts, "
+        "mlp.experts.gate_up_proj,mlp.experts.down_proj",
+        flag="target-parameters",
+        group=_ADAPTER,
+    )
     exclude_modules: str | tuple[str, ...] | None = setting(
         None, "modules to leave alone, written like the targets", flag="exclude", group=_ADAPTER
     )
@@ -127,6 +134,8 @@ class LoraConfig(Settings):
         problems += [f"{key}={values[key]!r}: not implemented, only {NEUTRAL[key]!r} is" for key in asked]
         kept = {key: value for key, value in values.items() if key not in NEUTRAL and key not in DESCRIPTIVE}
         found = super().prepare(kept, problems)
+        if found.get("target_parameters") and found.get("target_modules") in ([], (), set()):
+            found["target_modules"] = NO_TARGETS  # as peft says that parameters stand alone
         if found.get("lora_bias") is True:
             # As in peft: what a bias behind B would mean is defined for the plain update only.
             if found.get("use_dora") is True:
@@ -160,6 +169,13 @@ class LoraConfig(Settings):
     @classmethod
     def _names(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, str) else _strings(value)
+
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _parameters(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("is a list of names, not one word")
+        return value if value is None else _strings(value)
 
     @field_validator("layers_pattern", mode="before")
     @classmethod
@@ -199,7 +215,7 @@ class LoraConfig(Settings):
     def _eva(cls, value: Any) -> Any:
         return known_eva(value)
 
-    @field_validator("modules_to_save", "trainable_token_indices")
+    @field_validator("modules_to_save", "target_parameters", "trainable_token_indices")
     @classmethod
     def _nothing_to_save(cls, value: Any) -> Any:
         return value or None

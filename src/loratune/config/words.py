@@ -73,4 +73,5 @@ WORDS: dict[str, Callable[[str], Any]] = {
     "init_lora_weights": _init,
     "log_with": _words,
     "modules_to_save": _words,
+    "target_parameters": _words,
 }

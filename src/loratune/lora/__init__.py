@@ -5,7 +5,7 @@ from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
 from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
-from loratune.lora.experts import adapt_parameter, release_parameters
+from loratune.lora.experts import OnParameters, adapt_parameter, release_parameters
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, adapt_in_place, release, selecting, together
 from loratune.lora.lookup import LoraLookup
@@ -42,6 +42,7 @@ __all__ = [
     "LoraLookup",
     "LowRank",
     "Mixin",
+    "OnParameters",
     "OwnRows",
     "Recomputed",
     "Retraining",

@@ -1,7 +1,7 @@
 """A module some of whose parameters are adapted by themselves: experts that are stacked in one of them, say.
 
-The module's class gets a property for each such parameter. In the module's own pass it gives the parameter with the active
-adapters' terms beside it, elsewhere the sum; the parameter itself is never written.
+The module's class gets a property for each such parameter. In the module's own pass it gives the parameter with the
+active adapters' terms beside it, elsewhere the sum; the parameter itself is never written.
 """
 
 from __future__ import annotations
@@ -69,11 +69,8 @@ def _looked_up(name: str) -> Any:
 
 def _terms(module: OnParameters, name: str) -> tuple[Term, ...]:
     held = module.lora_parameters._modules
-    found = [
-        cast(nn.Module, held[adapter])._modules.get(name)
-        for adapter in module.lora_state.view.active
-        if adapter in held
-    ]
+    present = [terms adapter in module.lora_state.view.active if (terms := held.get(adapter)) is not None]
+    found = [terms._modules.get(name) for terms in present]
     return tuple(cast(StackedLowRank, each).term() for each in found if each is not None)
 
 

@@ -39,6 +39,7 @@ class StackedLowRank(LowRank):
         return list(zip(A, B, strict=True))
 
     def matrices(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        del dtype
         raise TypeError("a stack of updates has a pair of factors for each expert, not one for all")
 
     def term(self) -> Term:
@@ -50,10 +51,16 @@ class StackedLowRank(LowRank):
         # B's layout is the file's; products want each expert's factor in one piece.
         return Term(left.contiguous(), right.contiguous(), self.scale)
 
-    def delta(self, weight: Tensor) -> Tensor:
-        """s · Bₑ Aₑ of all experts, detached, in the shape and dtype of `weight`: the parameter as it is stored."""
-        left, right, scale = self.term()
-        return left.detach().to(weight.dtype) @ right.detach().to(weight.dtype) * scale
+    def change(self, number: int, dtype: torch.dtype) -> Tensor:
+        """s · Bₑ Aₑ of one expert, detached, as its matrix is stored."""
+        A, B = (factor[number].detach().to(dtype) for factor in self.each())
+        update = (B @ A) * self.scale
+        return update.T if self.transposed else update
+
+    def fits(self, parameter: Tensor | None) -> bool:
+        """Whether it is what this was made for, by its shape."""
+        matrix = (self.A.shape[1], len(self.B)) if self.transposed else (len(self.B), self.A.shape[1])
+        return parameter is not None and tuple(parameter.shape) == (self.experts, *matrix)[3 - self.ndim :]
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, r={self.r}, in={self.A.shape[1]}, out={len(self.B)}, scale={self.scale:g}"

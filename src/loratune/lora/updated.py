@@ -1,7 +1,7 @@
 """A weight with low-rank terms beside it, W + Σ s · L R, which is formed only where somebody needs it whole.
 
-A module that keeps its experts in one parameter multiplies by slices of it in code of its own. It is given such an object
-in the parameter's place: torch's own products with it are those with W and, on the same vectors, with the thin
+A module that keeps its experts in one parameter multiplies by slices of it in code of its own. It is given such an
+object in the parameter's place: torch's own products with it are those with W and, on the same vectors, with the thin
 factors. What else is done with it is done with the sum.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class Updated:
     # -- as it is computed with ------------------------------------------------------------------------------------
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(cast(Any, self), other)
 
     @classmethod
     def __torch_function__(
@@ -147,10 +147,9 @@ class Updated:
 
 
 def _is_number(index: Any) -> bool:
-    whole = (
-        isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
-    )
-    return whole or (isinstance(index, int) and not isinstance(index, bool))
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
+    return isinstance(index, int) and not isinstance(index, bool)
 
 
 def _whole(value: Any, name: str) -> Any:

@@ -50,7 +50,7 @@ class StackedWeight:
 
 
 def stacked_weight(module: nn.Module, name: str) -> StackedWeight | None:
-    """The module's parameter of that name as a stack; None where it has no such parameter of two or three dimensions."""
+    """The module's parameter of that name as a stack; None where it has none of two or three dimensions."""
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim not in (2, 3):
         return None

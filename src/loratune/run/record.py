@@ -156,9 +156,11 @@ def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
 
 
 def effective_ranks(lora: Adapters) -> list[dict[str, Any]]:
+    """Of each update; of a stack the mean of its experts'."""
+    found = {path: [effective_rank(A, B) for A, B in low_rank.parts()] for path, low_rank in lora.factors().items()}
+    ranks = {path: len(low_rank.parts()[0][0]) for path, low_rank in lora.factors().items()}
     return [
-        {"path": path, "effective": round(effective_rank(A, B), 2), "r": A.shape[0]}
-        for path, (A, B) in ((path, low_rank.matrices()) for path, low_rank in lora.factors().items())
+        {"path": path, "effective": round(sum(each) / len(each), 2), "r": ranks[path]} for path, each in found.items()
     ]
 
 

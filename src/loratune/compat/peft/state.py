@@ -23,8 +23,9 @@ def read_state(handle: Adapters, name: str) -> dict[str, Tensor]:
 def live_state(handle: Adapters, name: str) -> dict[str, Tensor]:
     """The live parameters themselves."""
     saved = handle.saved(name)
+    filed = {target.path: target.filed for target in handle.plan(name).targets}
     factors = {
-        path: saved.factors[path]._replace(A=each.A, B=each.B, bias=each.bias, magnitude=each.magnitude)
+        filed[path]: saved.factors[filed[path]]._replace(A=each.A, B=each.B, bias=each.bias, magnitude=each.magnitude)
         for path, each in handle.factors(name).items()
     }
     return to_keys(replace(saved, factors=factors, replaced=handle.replaced(name)))
