@@ -69,7 +69,8 @@ def _looked_up(name: str) -> Any:
 
 def _terms(module: OnParameters, name: str) -> tuple[Term, ...]:
     held = module.lora_parameters._modules
-    present = [terms adapter in module.lora_state.view.active if (terms := held.get(adapter)) is not None]
+    active = module.lora_state.view.active
+    present = [terms for adapter in active if (terms := held.get(adapter)) is not None]
     found = [terms._modules.get(name) for terms in present]
     return tuple(cast(StackedLowRank, each).term() for each in found if each is not None)
 
