@@ -9,6 +9,7 @@ from itertools import chain
 
 from torch import nn
 
+from loratune.adapt.compiled import compiled_problems, inside_compiled
 from loratune.adapt.forms import form_notes, form_problems, keeps_original, model_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
 from loratune.adapt.names import last_names, layer_of, linears_there
@@ -39,9 +40,6 @@ from loratune.quant import (
     why_not_adaptable,
     why_unreadable,
 )
-
-# Under this name `torch.compile`'s wrapper holds what it was given.
-_COMPILED = "_orig_mod"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +162,6 @@ class TargetPlan:
             raise TargetError(named, hint=self.hint)
 
 
-def inside_compiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` put its wrapper around, whose own names are those of files; any other as it is."""
-    inside = model._modules.get(_COMPILED)
-    return model if inside is None else inside
-
-
 def plan(model: nn.Module, config: LoraConfig) -> TargetPlan:
     """What `attach(model, config)` would do: modules, shapes, parameters, refusals. Works on the meta device.
 
@@ -214,7 +206,7 @@ class _Planner:
         replaced += plan_token_rows(
             self.model, self.modules, self.config, taken, loosely=self.of_file, problems=self.problems
         )
-        self._check_compiled([*chosen, *stacks, *(part.path for part in replaced)])
+        self.problems += compiled_problems([*chosen, *stacks, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")
         return self._found(targets, replaced, saved)
@@ -387,15 +379,6 @@ class _Planner:
         for pattern in (*self.config.rank_pattern, *self.config.alpha_pattern):
             if not any(pattern_matches(pattern, path) for path in chosen):
                 self.problems.append(f"pattern {pattern!r} matches no adapted module")
-
-    def _check_compiled(self, paths: Sequence[str]) -> None:
-        wrapped = [path for path in paths if _COMPILED in path.split(".")]
-        if wrapped:
-            where = wrapped[0].partition(f".{_COMPILED}")[0]
-            self.problems.append(
-                f"{where} is wrapped by torch.compile, whose name {_COMPILED!r} would stand in the adapter's files: "
-                f"compile it in place ({where}.compile()), or the whole model"
-            )
 
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):
