@@ -288,6 +288,8 @@ class _Planner:
 
     def _named(self) -> list[str]:
         wanted = self.config.target_modules
+        if wanted is None and self.config.target_parameters:
+            return []  # they stand alone
         if wanted is None:
             wanted = self._preset()
             if wanted is None:
@@ -314,13 +316,11 @@ class _Planner:
         return module if name == "out_proj" and isinstance(module, nn.MultiheadAttention) else None
 
     def _preset(self) -> tuple[str, ...] | None:
-        """As in peft, parameters may stand alone where there is none; a file's preset is written out."""
         family = getattr(getattr(self.model, "config", None), "model_type", None) or type(self.model).__name__
-        if family in TARGETS and not (self.of_file and self.config.target_parameters):
+        if family in TARGETS:
             self.notes.append(f"targets of the {family} preset: {', '.join(TARGETS[family])}")
             return TARGETS[family]
-        if not self.config.target_parameters:
-            self.problems.append(f"no preset of targets for {family}: name target_modules")
+        self.problems.append(f"no preset of targets for {family}: name target_modules")
         return None
 
     def _left_alone(self) -> set[str]:

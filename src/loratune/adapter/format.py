@@ -160,7 +160,7 @@ def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
         values["init_lora_weights"] = True  # peft has no such start, and a reader never starts it
     # peft declares alpha as a whole number; vLLM's and llama.cpp's readers take it as written.
     values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         if isinstance(values[key], list):
             values[key] = sorted(values[key])
     values.update(

@@ -74,8 +74,8 @@ class LoraConfig(Settings):
     )
     target_parameters: tuple[str, ...] | None = setting(
         None,
-        "parameters to adapt by themselves, by the ends of their names: stacked experts, "
-        "mlp.experts.gate_up_proj,mlp.experts.down_proj",
+        "parameters to adapt by themselves, by the ends of their names: stacked experts, such as "
+        "mlp.experts.gate_up_proj; beside them, no targets mean no modules",
         flag="target-parameters",
         group=_ADAPTER,
     )
