@@ -33,7 +33,8 @@ def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int], tuple[in
     """(last name, in, out, r) → (modules, trainable parameters in all of them), in the model's order."""
     rows: dict[tuple[str, int, int, int], tuple[int, int]] = {}
     for target in target_plan.targets:
-        key = (target.path.rpartition(".")[2], target.in_features, target.out_features, target.r)
+        experts = f" ({target.form.experts} experts)" if target.form.experts > 1 else ""
+        key = (target.path.rpartition(".")[2] + experts, target.in_features, target.out_features, target.r)
         modules, parameters = rows.get(key, (0, 0))
         rows[key] = (modules + 1, parameters + target.parameters)
     return rows

@@ -146,6 +146,15 @@ class Updated:
         return self.dense()
 
 
+def _of_sum(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self._dense_for(name), name)(*others)
+
+
+# Python looks these up at the class, past `__getattr__`.
+for _name in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "neg"):
+    setattr(Updated, f"__{_name}__", _of_sum(f"__{_name}__"))
+
+
 def _is_number(index: Any) -> bool:
     if isinstance(index, Tensor):
         return index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool
