@@ -123,7 +123,8 @@ def main() -> None:
     for way, sides in found.items():
         for side, each in sides.items():
             print(f"{way:<12}{side:<10}{each['seconds'] * 1e3:>8,.0f} ms {each['kept_bytes'] / 2**20:>8,.1f} MiB kept")
-    options.json.write_text(json.dumps({**surroundings("peft", "torch", "transformers"), "ways": found}, indent=2) + "\n")
+    about = surroundings("peft", "torch", "transformers")
+    options.json.write_text(json.dumps({**about, "ways": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -264,8 +264,9 @@ def test_a_merge_is_rounded_once(dtype: torch.dtype) -> None:
     delta = torch.stack([(B.double() @ A.double()).T * 5 / 3 for A, B in low_rank.parts()])
     handle.merge(dtype=torch.float64, keep_base=False)
     merged = experts_of(model)._parameters["gate_up_proj"]
-    assert torch.equal(merged, (before + delta).to(dtype) if dtype == torch.float32 else merged)
-    assert float((merged.double() - before - delta).abs().max()) <= torch.finfo(dtype).eps * float(merged.abs().max())
+    exact = before + delta
+    half = torch.finfo(dtype).eps / 2 * 2.0 ** exact.abs().log2().floor()
+    assert bool(((merged.double() - exact).abs() <= half * (1 + 1e-6)).all()), "no neighbour is nearer"
     # Somebody else who looks at the parameter is given what is there.
     assert experts_of(model).gate_up_proj is merged
 
