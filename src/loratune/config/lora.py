@@ -75,7 +75,7 @@ class LoraConfig(Settings):
     target_parameters: tuple[str, ...] | None = setting(
         None,
         "parameters to adapt by themselves, by the ends of their names: stacked experts, such as "
-        "mlp.experts.gate_up_proj; beside them, no targets mean no modules",
+        "mlp.experts.gate_up_proj; they stand alone with --targets none",
         flag="target-parameters",
         group=_ADAPTER,
     )
