@@ -56,8 +56,16 @@ ODD: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo": ("OlmoForCausalLM", "OlmoConfig", {}),
     "nemotron": ("NemotronForCausalLM", "NemotronConfig", {}),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", {}),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"moe_intermediate_size": 24, "num_experts": 4}),
-}
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4": (
+        "Llama4ForCausalLM", "Llama4TextConfig",
+        {"intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts_per_tok": 1},
+    ),
+}  # fmt: skip
 
 _GPT2 = {
     "vocab_size": VOCABULARY,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import loratune as lt
 from tests.models import VOCABULARY, tiny
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
 # Name → (family, settings that both `LoraConfig`s take).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
@@ -75,6 +77,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "scaled and tied embedding": ("gemma3", {"target_modules": ["embed_tokens", "q_proj"]}),
     "gpt2 embeddings": ("gpt2", {"target_modules": ["wte", "wpe", "c_attn"], "rank_pattern": {"wpe": 2}}),
+    "experts": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS}),
+    "experts beside modules": (
+        "qwen3_moe",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"experts.down_proj": 2, "q_proj": 3},
+            "alpha_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 20},
+            "use_rslora": True,
+        },
+    ),
+    "experts alone": ("gpt_oss", {"target_parameters": EXPERTS}),
+    "experts stored (in, out)": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "experts that do not say it": (
+        "llama4",
+        {"target_modules": [], "target_parameters": ["feed_forward.experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "one parameter of experts": ("mixtral", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+    "experts of one layer": (
+        "mixtral",
+        {"target_modules": [], "target_parameters": ["model.layers.1.mlp.experts.gate_up_proj"]},
+    ),
+    "a router and experts": ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight", *EXPERTS]}),
     "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
 }
 
@@ -85,7 +110,12 @@ OURS_ONLY = ("patterns whose order matters", "all of one layer", "regex of one l
 FROM_A_START = ("pissa", "gpt2 pissa", "pissa with dora", "pissa with patterns", "olora")
 
 # What our file says in other words than theirs: to peft "norm" is every name that ends so, and a file names them all.
-OTHER_WORDS = {"norms": {"modules_to_save"}}
+OTHER_WORDS = {"norms": {"modules_to_save"}} | {
+    # None, or an empty list, which both mean no modules beside parameters, are the word that peft has for that.
+    case: {"target_modules"}
+    for case, (_, settings) in CASES.items()
+    if not settings.get("target_modules")
+}
 
 # Where peft writes the biases inside its wrappers once more, or the table of a targeted embedding or head.
 WITH_SURPLUS = (

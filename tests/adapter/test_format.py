@@ -385,8 +385,8 @@ def test_another_method_of_peft(folder: Path) -> None:
 
 
 def test_all_that_a_config_asks_in_vain_is_listed(folder: Path) -> None:
-    edit_config(folder, use_qalora=True, bias="some", target_parameters=["w"], r=-1, init_lora_weights="pisa")
-    refused(folder, "use_qalora=True", "bias='some'", "target_parameters=['w']", "r=-1", "init_lora_weights='pisa'")
+    edit_config(folder, use_qalora=True, bias="some", target_parameters=[3], r=-1, init_lora_weights="pisa")
+    refused(folder, "use_qalora=True", "bias='some'", "target_parameters=[3]", "r=-1", "init_lora_weights='pisa'")
 
 
 def test_a_config_whose_targets_the_model_lacks(folder: Path) -> None:

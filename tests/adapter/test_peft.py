@@ -57,7 +57,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+    for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
         config[key] = sorted(config[key]) if isinstance(config[key], list) else config[key]
     return config
 

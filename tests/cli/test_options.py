@@ -180,6 +180,7 @@ def test_one_setting_under_two_names(file: Path, chosen: Chosen) -> None:
         ("val=held-out.jsonl", "val", "held-out.jsonl"),
         ("targets=q_proj,v_proj", "target_modules", ("q_proj", "v_proj")),
         ("targets=q_proj", "target_modules", ("q_proj",)),
+        ("targets=none", "target_modules", "dummy-target-modules"),
         (r"targets=.*\.(up|down)_proj", "target_modules", r".*\.(up|down)_proj"),
         (r"target_modules='.*_proj'", "target_modules", ".*_proj"),
         ("exclude=up_proj,down_proj", "exclude_modules", ("up_proj", "down_proj")),

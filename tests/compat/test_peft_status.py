@@ -12,6 +12,7 @@ from torch import nn
 import loratune as lt
 from loratune.compat import peft as compat
 from loratune.errors import AdapterStateError
+from tests.adapter.cases import IDS
 from tests.compat.twin import both
 from tests.models import tiny
 
@@ -35,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dora": {"family": "llama", "targets": ["v_proj"], "more": ["q_proj"], "settings": {"use_dora": True}},
 }
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 STATES = {
     "fresh": "",
     "switched": 'model.set_adapter("b")\n',
@@ -55,6 +57,40 @@ def test_status_is_pefts(case: str, state: str) -> None:
     theirs, ours = both(MADE + STATES[state] + LOOK, **CASES[case])
     for name in ("layers", "whole", "layers_too", "whole_too"):
         assert told(getattr(ours, name)) == told(getattr(theirs, name)), name
+
+
+def test_of_parameters_too() -> None:
+    """As many as PEFT has wrappers, one in another."""
+    made = (
+        "from peft import LoraConfig, get_peft_model\n"
+        "model = get_peft_model(tiny(family), LoraConfig(r=2, target_modules=targets, target_parameters=EXPERTS))\n"
+        "layers = model.get_layer_status()\n"
+    )
+    theirs, ours = both(made, family="mixtral", targets=["q_proj"], EXPERTS=EXPERTS)
+    assert told(ours.layers) == told(theirs.layers)
+    assert sum(layer.module_type == "lora.ParamWrapper" for layer in ours.layers) == 4
+
+
+def test_their_state_dicts_are_exchanged_for_parameters_too() -> None:
+    made = (
+        "from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict\n"
+        "model = get_peft_model(tiny('mixtral'), LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS))\n"
+        "randomise(model)\n"
+        "state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}\n"
+        "other = get_peft_model(tiny('mixtral'), LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS))\n"
+        "result = set_peft_model_state_dict(other, state)\n"
+        "same = all(torch.equal(each, state[key]) for key, each in get_peft_model_state_dict(other).items())\n"
+        "logits = other.eval()(IDS).logits.detach()\n"
+    )
+    theirs, ours = both(made, EXPERTS=EXPERTS)
+    assert ours.state.keys() == theirs.state.keys()
+    assert {key: tensor.shape for key, tensor in ours.state.items()} == {k: t.shape for k, t in theirs.state.items()}
+    assert ours.same
+    assert theirs.same
+    compat.set_peft_model_state_dict(ours.other, theirs.state)
+    logits = ours.other(IDS).logits
+    assert float((logits - theirs.logits).detach().norm() / theirs.logits.norm()) < 1e-5
+    assert float((logits - ours.logits).detach().norm()) > 1
 
 
 def test_merged_adapters_are_named() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratune.config import LoraConfig, lora
-from loratune.config.lora import fully_matches, pattern_matches
+from loratune.config.patterns import fully_matches, pattern_matches
 from loratune.errors import ConfigError
 
 

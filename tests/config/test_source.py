@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loratune.config import TrainConfig, read_settings
+from loratune.config import NO_TARGETS, LoraConfig, TrainConfig, read_settings
 from loratune.errors import ConfigError
 
 TOML = """
@@ -154,3 +154,18 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.toml", "a.yaml"])
 def test_an_empty_file_sets_nothing(tmp_path: Path, name: str) -> None:
     assert read_settings(written(tmp_path, name, "# nothing yet\n"), [], {}) == {}
+
+
+def test_targets_may_be_none_beside_parameters() -> None:
+    words = ["targets=none", "target_parameters=experts.gate_up_proj, experts.down_proj"]
+    found = TrainConfig(**read_settings(None, words, {}))
+    assert found.target_modules == NO_TARGETS
+    assert found.target_parameters == ("experts.gate_up_proj", "experts.down_proj")
+    assert TrainConfig(**read_settings(None, ["exclude=none"], {})).exclude_modules == ("none",)
+    assert LoraConfig(target_modules=[], target_parameters=["w"]).target_modules == NO_TARGETS
+    with pytest.raises(ConfigError, match="target_parameters='experts': is a list of names, not one word"):
+        LoraConfig(target_parameters="experts")
+    with pytest.raises(
+        ConfigError, match=r"target_parameters=.* is for low-rank adapters, and method='bitfit' has none"
+    ):
+        TrainConfig(method="bitfit", target_parameters=["w"])

@@ -77,19 +77,33 @@ def test_experts_that_are_modules_of_their_own_count_as_stacked_ones_do() -> Non
     assert Shape.of(apart).linears == Shape.of(stacked).linears
 
 
+STACKS: dict[str, Any] = {"r": 32, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize("adapted", [{"r": 8, "target_modules": ["q_proj", "v_proj"]}, STACKS])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_flops_of_experts_against_a_counted_step(family: str) -> None:
+def test_flops_of_experts_against_a_counted_step(family: str, adapted: dict[str, Any]) -> None:
     wide = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
     narrow = {"moe_intermediate_size": 192, "num_experts": 4, "num_experts_per_tok": 2}
     model = tiny(family, **wide, **(narrow if family == "qwen3_moe" else {}))
     model.set_experts_implementation("eager")
     use_packed_attention(model)
-    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    lora = lt.attach(model, lt.LoraConfig(**adapted))
     batch = make_batch(rows_of(9, 14, 6, 11), packed=True, pad_id=PAD)
     with FlopCounterMode(display=False) as counter:
         summed_loss(model, batch).backward()
     estimated = step_flops(lora.plan(), Shape.of(model), batch.computed_tokens, batch.supervised, recompute=False)
     assert estimated == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_of_a_stack_a_token_meets_some_experts() -> None:
+    """Two of the four, whose rank-r vectors are what is kept of it."""
+    model = tiny("mixtral")
+    found = plan_targets(model, lt.LoraConfig(**{**STACKS, "r": 4}))
+    none = replace(found, targets=())
+    kept, _ = bytes_per_token(Shape.of(model), found, 2, recompute=False, fused=True)
+    before, _ = bytes_per_token(Shape.of(model), none, 2, recompute=False, fused=True)
+    assert kept - before == 2 * 2 * 2 * 4 * 2, "layers, parameters, experts, ranks, bytes"
 
 
 def shape_of(config: Any) -> Shape:

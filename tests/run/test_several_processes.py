@@ -20,7 +20,7 @@ from loratune.errors import RunInterrupted
 from loratune.estimation import BaseMemory, Pass, Shape, estimate_memory
 from loratune.run import train
 from tests.launch import Job, Outcome, failing, launched, together
-from tests.models import additions, tiny, write_jsonl
+from tests.models import additions, saved, tiny, write_jsonl
 from tests.run.conftest import QUICK
 from tests.run.test_resume import losses_of, record_of, steps_of, stop_at
 from tests.run.test_sharing import SYSTEM
@@ -302,6 +302,18 @@ def test_launchers(launcher: str, base: str, data: str, tmp_path: Path) -> None:
     plan = record_of(tmp_path / "run")["plan"]
     assert (plan["processes"], plan["sharded"]) == (2, launcher == "accelerate fsdp")
     assert_same_run(tmp_path / "run", train(base, data, out=str(tmp_path / "one"), **COMMON).path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shard", ["on", "off"])
+def test_stacked_experts(shard: str, data: str, tmp_path: Path) -> None:
+    base = str(saved(tmp_path / "base", "mixtral"))
+    settings = {**COMMON, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "max_steps": 3}
+    command = ["-m", "loratune", *words(base, data, tmp_path / "two", {**settings, "shard": shard})]
+    done = launched("torchrun", command)
+    assert done.returncode == 0, done.stderr
+    assert record_of(tmp_path / "two")["plan"]["sharded"] == (shard == "on")
+    assert_same_run(tmp_path / "two", train(base, data, out=str(tmp_path / "one"), **settings).path)
 
 
 @pytest.mark.full

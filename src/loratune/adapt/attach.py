@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from loratune.adapt.compiled import inside_compiled
 from loratune.adapt.handle import ATTRIBUTE, Adapters
-from loratune.adapt.plan import inside_compiled
 from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError, ConfigError

@@ -18,6 +18,7 @@ from loratune.errors import AdapterStateError
 from loratune.lora import (
     LowRank,
     OwnRows,
+    StackedLowRank,
     Term,
     decomposed_factors,
     generator_for,
@@ -25,8 +26,9 @@ from loratune.lora import (
     lookup_factors,
     residual_factors,
     row_norms,
+    together_again,
 )
-from loratune.quant import FrozenWeight, adaptable, lost
+from loratune.quant import FrozenWeight, adaptable, lost, stacked_weight
 
 # A model's modules by their path.
 Modules = Mapping[str, nn.Module]
@@ -36,12 +38,14 @@ Modules = Mapping[str, nn.Module]
 class Parts:
     """Low-rank terms by module path, tensors by module path and name that stand in place of the base's, and rows.
 
-    Tied ones are one parameter; rows of a table stand at each module that shares it.
+    Terms on parameters come by the parameter's full name. Tied tensors are one parameter; rows of a table stand at each
+    module that shares it.
     """
 
     low_ranks: dict[str, Term]
     replaced: dict[str, dict[str, Tensor]]
     rows: dict[str, OwnRows]
+    stacks: dict[str, StackedLowRank]
 
 
 def fresh_parts(
@@ -52,7 +56,7 @@ def fresh_parts(
     low_ranks: dict[str, Term] = {}
     if config.peft_type != LORA:
         low_ranks = fresh_vectors(modules, config, plan, ordinal=ordinal, dtype=dtype)
-    for target in plan.targets if config.peft_type == LORA else ():
+    for target in plan.modules if config.peft_type == LORA else ():
         weight = _weight(modules, target.path)
         if (config.decomposes or config.use_dora) and not bool(weight.dense().isfinite().all()):
             raise AdapterStateError(f"{target.path}: its weight holds NaN or infinity", hint="nothing was adapted")
@@ -65,7 +69,11 @@ def fresh_parts(
         table = _parameter(modules, part.path, "weight").detach()
         values = table[torch.tensor(part.tokens, device=table.device)].to(dtype or _finer(table.dtype))
         rows |= dict.fromkeys(part.paths, OwnRows(values, part.tokens))
-    return Parts(low_ranks, _tied(modules, config, replaced), rows)
+    stacks = {}
+    for target in plan.stacks:
+        drawn = _drawn_stack(target, config.init_lora_weights, generator_for(seed, ordinal, target.path))
+        stacks[target.path] = _stacked(target, modules, *drawn, dtype)
+    return Parts(low_ranks, _tied(modules, config, replaced), rows, stacks)
 
 
 def saved_parts(
@@ -79,7 +87,7 @@ def saved_parts(
     low_ranks: dict[str, Term] = {}
     if saved.config.peft_type != LORA:
         low_ranks = saved_vectors(modules, saved, plan, dtype=dtype, trainable=trainable)
-    for target in plan.targets if saved.config.peft_type == LORA else ():
+    for target in plan.modules if saved.config.peft_type == LORA else ():
         weight = _weight(modules, target.path)
         start = None
         if saved.config.decomposes:
@@ -103,7 +111,12 @@ def saved_parts(
         (full,) = table.full_names()
         own = OwnRows(copied(full, _parameter(modules, table.path, "weight").device), table.tokens)
         rows |= dict.fromkeys(table.paths, own)
-    return Parts(low_ranks, _tied(modules, saved.config, replaced), rows)
+    stacks = {}
+    for target in plan.stacks:
+        factors = saved.factors[target.filed]
+        least = _finer(factors.A.dtype) if trainable else None
+        stacks[target.path] = _stacked(target, modules, factors.A, factors.B, dtype or least)
+    return Parts(low_ranks, _tied(modules, saved.config, replaced), rows, stacks)
 
 
 def _tied(modules: Modules, config: LoraConfig, replaced: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -150,6 +163,24 @@ def _drawn(target: Target, init: bool | str, generator: torch.Generator) -> tupl
     return initial_factors(
         init, r=r, in_features=inner, out_features=outer, generator=generator, groups=groups
     )  # fmt: skip
+
+
+def _drawn_stack(target: Target, init: bool | str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B in the layout of a file; each expert's start as a module of its own would."""
+    sizes = {"r": target.r, "in_features": target.in_features, "out_features": target.out_features}
+    pairs = [initial_factors(init, **sizes, generator=generator) for _ in range(target.form.experts)]
+    A, B = (torch.stack(factors) for factors in zip(*pairs, strict=True))
+    return together_again(A, B)
+
+
+def _stacked(target: Target, modules: Modules, A: Tensor, B: Tensor, dtype: torch.dtype | None) -> StackedLowRank:
+    path, _, name = target.path.rpartition(".")
+    weight = stacked_weight(modules[path], name)
+    assert weight is not None, f"{target.path} was planned as a target"
+    A, B = (factor.to(weight.parameter.device, dtype or factor.dtype, copy=True) for factor in (A, B))
+    return StackedLowRank(
+        A, B, scale=target.scale, experts=weight.experts, transposed=weight.transposed, ndim=weight.parameter.ndim
+    )
 
 
 def _low_rank(

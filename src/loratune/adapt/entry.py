@@ -13,10 +13,10 @@ from torch import Tensor
 from loratune.adapt.placement import Placement
 from loratune.adapt.plan import TargetPlan
 from loratune.adapt.written import written
-from loratune.adapter import Factors, Origin, SavedAdapter
+from loratune.adapter import Factors, Origin, SavedAdapter, Stack
 from loratune.config import LoraConfig
 from loratune.errors import AdapterStateError
-from loratune.lora import Rescaling, Vera
+from loratune.lora import Rescaling, StackedLowRank, Vera
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> S
     projections = None
     lookups = {target.path for target in entry.plan.targets if target.form.use == "lookup"}
     shapes = {target.path: target.shapes[0] for target in entry.plan.targets}
+    filed = {target.path: target.filed for target in entry.plan.targets}
     for path, term in placement.terms(name).items():
         if isinstance(term, Rescaling):
             vectors[path] = {"l": term.l.detach().view(shapes[path])}
@@ -66,6 +67,10 @@ def as_value(placement: Placement, name: str, entry: Entry, origin: Origin) -> S
             projections = term.projections.A, term.projections.B
             continue
         A, B = term.factors()
+        if isinstance(term, StackedLowRank):
+            stack = Stack(term.experts, entry.config.alpha_of(path), path)
+            factors[filed[path]] = Factors(A.detach(), B.detach(), stack=stack)
+            continue
         bias, magnitude = (None if t is None else t.detach() for t in (term.bias, term.magnitude))
         factors[path] = Factors(A.detach(), B.detach(), bias, magnitude, path in lookups)
     replaced = {

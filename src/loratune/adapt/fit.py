@@ -25,7 +25,7 @@ def check_fit(
     Raises:
         AdapterFileError: with one line for each tensor that is missing, too many, or of another shape.
     """
-    targets = {target.path: target for target in target_plan.targets}
+    targets = {target.filed: target for target in target_plan.targets}
     problems = [f"no tensors for {name}, which its config targets" for name in targets if name not in saved.modules]
     for name in saved.modules:
         if name not in targets:

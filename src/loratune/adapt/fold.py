@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loratune.adapt.placement import Placement, refuse_meta, weight_of
 from loratune.errors import AdapterStateError, MergedError
-from loratune.lora import LoraLayer, LowRank, OwnRows, Term, base_modules, names_by_parameter
+from loratune.lora import LoraLayer, LowRank, OwnRows, StackedLowRank, Term, base_modules, names_by_parameter
 from loratune.quant import DenseWeight, QuantizedWeight, rounded_once
 
 _log = logging.getLogger("loratune")
@@ -120,6 +120,8 @@ def _merged(
         merged[full] = _once(full, parameter, placement.base_tensor(full).dtype)
     for path, rows in _tables(placement, names).items():
         merged[f"{path}.weight"] = _with_rows(f"{path}.weight", placement, rows)
+    for full, stacks in _stacks(placement, names).items():
+        merged[full] = _stack(full, placement.base_tensor(full), stacks, own.get(full), dtype)
     for path, layer in placement.layers.items():
         terms = [cast(Term, layer.lora[name]) for name in names if name in layer.lora]
         groups = weight_of(layer).form.groups
@@ -157,6 +159,34 @@ def _weight(
         if isinstance(weight, QuantizedWeight):
             missed[path] = weight.missed(stored, delta)
         return {f"{path}.{name}": tensor for name, tensor in stored.items()}
+
+    return values
+
+
+def _stacks(placement: Placement, names: Sequence[str]) -> dict[str, list[StackedLowRank]]:
+    """The terms that these adapters have on each parameter, by its full name."""
+    found: dict[str, list[StackedLowRank]] = {}
+    for name in names:
+        for full, stack in placement.stacks(name).items():
+            found.setdefault(full, []).append(stack)
+    return found
+
+
+def _stack(
+    full: str, base: Tensor, stacks: Sequence[StackedLowRank], own: Tensor | None, dtype: torch.dtype
+) -> Callable[[], Mapping[str, Tensor]]:
+    """One expert after the other, so that finer than stored there is never more than one."""
+
+    def values() -> Mapping[str, Tensor]:
+        stored = (base if own is None else own).detach()
+        merged = torch.empty_like(base)
+        each, into = (tensor if tensor.ndim == 3 else tensor[None] for tensor in (stored, merged))
+        for number, matrix in enumerate(each):
+            total = stacks[0].change(number, dtype)
+            for stack in stacks[1:]:
+                total = total + stack.change(number, dtype)
+            into[number] = rounded_once(matrix.to(dtype) + total, base.dtype)
+        return {full: merged}
 
     return values
 

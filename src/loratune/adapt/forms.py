@@ -9,7 +9,7 @@ from torch import nn
 from loratune.config import LoraConfig
 from loratune.config.methods import IA3, LORA
 from loratune.lora import LoraConvolution, LoraLayer, LoraLookup
-from loratune.quant import Form
+from loratune.quant import Form, QuantizedLinear, frozen_weight
 
 # What a module of each form becomes.
 LAYERS: dict[str, type[LoraLayer]] = {"product": LoraLayer, "lookup": LoraLookup, "convolution": LoraConvolution}
@@ -66,3 +66,10 @@ def form_notes(module: nn.Module, form: Form, config: LoraConfig) -> Iterator[st
         other += [f"padding_mode={module.padding_mode!r}"] if module.padding_mode != "zeros" else []
         if other:
             yield f"A has the module's {' and '.join(other)} here; peft's has not, and computes something else with it"
+
+
+def keeps_original(module: nn.Module) -> bool:
+    """Whether what quantising the module's weight lost is known, or will be."""
+    weight = frozen_weight(module)
+    planned = weight is not None and weight.device.type == "meta"  # it will be quantised once it is there
+    return planned or (isinstance(module, QuantizedLinear) and bool(module.original))

@@ -147,7 +147,9 @@ def check_mixed(model: nn.Module, used: Mapping[str, Entry], kinds: int, *, by_t
         if own:
             problems.append(f"{name!r} has its own {next(own[0].full_names())}, for all rows")
         unmixed = [
-            t for t in entry.plan.targets if t.form.use == "convolution" or (by_token and t.form.use == "lookup")
+            t
+            for t in entry.plan.targets
+            if t.form.use in ("convolution", "stack") or (by_token and t.form.use == "lookup")
         ]
         problems += [f"{name!r} is on {t.path} ({t.kind}), which cannot be mixed" for t in unmixed[:1]]
     if problems:

@@ -16,9 +16,11 @@ from loratune.lora import (
     LoraLayer,
     OwnRows,
     Recomputed,
+    StackedLowRank,
     Tensors,
     Term,
     adapt_in_place,
+    adapt_parameter,
     base_modules,
     bind_recomputation,
     can_be_recomputed,
@@ -26,6 +28,7 @@ from loratune.lora import (
     end_retraining,
     give_back,
     release,
+    release_parameters,
     replace_in,
     retrain_in,
     unbind_recomputation,
@@ -40,6 +43,7 @@ class Placement:
         layers: module path → layer with low-rank terms, by adapter in its `lora`.
         replacing: module path → module of which some adapter has its own tensors.
         retraining: module path → module of whose table some adapter has rows of its own.
+        stacking: module path → module with parameters that some adapter has low-rank terms on.
     """
 
     def __init__(self, model: nn.Module, state: AdapterState) -> None:
@@ -48,6 +52,7 @@ class Placement:
         self.layers: dict[str, LoraLayer] = {}
         self.replacing: dict[str, nn.Module] = {}
         self.retraining: dict[str, nn.Module] = {}
+        self.stacking: dict[str, nn.Module] = {}
 
     def bind(self) -> None:
         """Let blocks that are recomputed in the backward pass see the adapters of their forward pass."""
@@ -61,7 +66,8 @@ class Placement:
         Raises:
             AdapterStateError: as `take`; nothing is changed.
         """
-        changed = (parts.low_ranks.keys() - self.layers) | parts.replaced.keys() | parts.rows.keys()
+        stacked = {full.rpartition(".")[0] for full in parts.stacks}
+        changed = (parts.low_ranks.keys() - self.layers) | parts.replaced.keys() | parts.rows.keys() | stacked
         _refuse_covered({path: modules[path] for path in changed})
         for path, low_rank in parts.low_ranks.items():
             layer = self.layers.get(path)
@@ -80,6 +86,10 @@ class Placement:
             module = modules[path]
             retrain_in(module, self.state, name, own.requires_grad_(trainable))
             self.retraining[path] = module
+        for full, stack in parts.stacks.items():
+            path, _, parameter = full.rpartition(".")
+            adapt_parameter(modules[path], self.state, name, parameter, stack.requires_grad_(trainable))
+            self.stacking[path] = modules[path]
 
     def take(self, name: str) -> None:
         """Take one adapter off.
@@ -103,10 +113,19 @@ class Placement:
                 end_retraining(module, name)
             if not hasattr(module, "lora_rows"):
                 del self.retraining[path]
+        self._take_stacks(name)
+
+    def _take_stacks(self, name: str) -> None:
+        for path, module in list(self.stacking.items()):
+            if name in _terms(module):
+                release_parameters(module, name)
+            if not hasattr(module, "lora_parameters"):
+                del self.stacking[path]
 
     def rename(self, old: str, new: str) -> None:
         replaced, rows = map(_holder, self.replacing.values()), map(_rows, self.retraining.values())
-        for holder in (*(layer.lora for layer in self.layers.values()), *replaced, *rows):
+        stacked = map(_terms, self.stacking.values())
+        for holder in (*(layer.lora for layer in self.layers.values()), *replaced, *rows, *stacked):
             if old in holder:
                 holder[new] = holder.pop(old)
 
@@ -121,14 +140,27 @@ class Placement:
         for module in self.retraining.values():
             for name in list(_rows(module)):
                 end_retraining(module, name)
+        for module in self.stacking.values():
+            for name in list(_terms(module)):
+                release_parameters(module, name)
         for _, module in list(base_modules(self.model)):
             if isinstance(module, Recomputed):
                 unbind_recomputation(module)
-        self.layers, self.replacing, self.retraining = {}, {}, {}
+        self.layers, self.replacing, self.retraining, self.stacking = {}, {}, {}, {}
 
     def terms(self, name: str) -> dict[str, Term]:
-        """What one adapter adds to layers, by module path."""
-        return {path: cast(Term, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
+        """What one adapter adds to layers by module path, and to parameters by their full name."""
+        found = {path: cast(Term, layer.lora[name]) for path, layer in self.layers.items() if name in layer.lora}
+        return found | self.stacks(name)
+
+    def stacks(self, name: str) -> dict[str, StackedLowRank]:
+        """One adapter's low-rank terms on parameters by their full name."""
+        return {
+            f"{path}.{parameter}": cast(StackedLowRank, stack)
+            for path, module in self.stacking.items()
+            if name in _terms(module)
+            for parameter, stack in cast(nn.ModuleDict, _terms(module)[name]).items()
+        }
 
     def own_rows(self, name: str) -> dict[str, OwnRows]:
         """One adapter's rows by the path of their table; modules that share it come with the same ones."""
@@ -167,10 +199,11 @@ class Placement:
         layers = {path: layer for path, layer in self.layers.items() if any(name in layer.lora for name in names)}
         replacing = {p: m for p, m in self.replacing.items() if any(name in _holder(m) for name in names)}
         retraining = {p: m for p, m in self.retraining.items() if any(name in _rows(m) for name in names)}
+        stacking = {p: m for p, m in self.stacking.items() if any(name in _terms(m) for name in names)}
         now = dict(base_modules(self.model))
         found = {
             path: "the module has been replaced by another one since it was adapted"
-            for path, module in (layers | replacing | retraining).items()
+            for path, module in (layers | replacing | retraining | stacking).items()
             if now.get(path) is not module
         }
         for path in layers.keys() - found.keys():
@@ -187,6 +220,10 @@ class Placement:
             table = retraining[path]._parameters.get("weight")
             if table is None or len(table) <= int(tables[path].numbers[-1]):
                 found[f"{path}.weight"] = "its table has no such rows any more"
+        for full, stack in [item for name in names for item in self.stacks(name).items()]:
+            path, _, parameter = full.rpartition(".")
+            if path not in found and not stack.fits(stacking[path]._parameters.get(parameter)):
+                found[full] = "it has another shape than when it was adapted"
         return found
 
     def base_tensor(self, full_name: str) -> Tensor:
@@ -230,6 +267,10 @@ def weight_of(layer: nn.Module) -> FrozenWeight:
 
 def _rows(module: nn.Module) -> nn.ModuleDict:
     return cast(nn.ModuleDict, module.lora_rows)
+
+
+def _terms(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module.lora_parameters)
 
 
 def _holder(module: nn.Module) -> nn.ModuleDict:

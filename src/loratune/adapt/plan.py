@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 from torch import nn
 
-from loratune.adapt.forms import form_notes, form_problems, model_problems
+from loratune.adapt.compiled import compiled_problems, inside_compiled
+from loratune.adapt.forms import form_notes, form_problems, keeps_original, model_problems
 from loratune.adapt.heads import new_heads, task_of_class, unnamed_heads, with_task
+from loratune.adapt.names import last_names, layer_of, linears_there
+from loratune.adapt.parameters import Stacked, named_parameters, parameter_problems, stacks_of
 from loratune.adapt.presets import preset_of
 from loratune.adapt.replacing import Replacement, plan_replacements, saved_modules
 from loratune.adapt.target import Target
 from loratune.adapt.token_rows import ReplacedRows, plan_token_rows
 from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
-from loratune.config.lora import fully_matches, name_matches, pattern_matches
 from loratune.config.methods import IA3, LORA, VERA
+from loratune.config.patterns import fully_matches, name_matches, pattern_matches
 from loratune.errors import TargetError, nearest
 from loratune.lora import (
     LoraLayer,
@@ -30,7 +33,6 @@ from loratune.lora import (
     scale_of,
 )
 from loratune.quant import (
-    QuantizedLinear,
     adaptable,
     frozen_weight,
     output_head,
@@ -39,17 +41,13 @@ from loratune.quant import (
     why_unreadable,
 )
 
-_SHOWN_NAMES = 40
-# Under this name `torch.compile`'s wrapper holds what it was given.
-_COMPILED = "_orig_mod"
-
 
 @dataclass(frozen=True, slots=True)
 class TargetPlan:
     """What `attach(model, config)` would do.
 
     Attributes:
-        targets: the modules that would be adapted, in the model's order.
+        targets: the modules that would be adapted, in the model's order, and then the parameters.
         base_parameters: parameters of the model without adapters; tied ones count once.
         replaced: what of the base the adapter has its own of (biases, modules trained whole, rows of tokens).
         saved: paths of the modules that train whole.
@@ -76,6 +74,16 @@ class TargetPlan:
             yield from [target.out_features] * target.vectors
         for part in self.replaced:
             yield from part.numbers.values()
+
+    @property
+    def modules(self) -> tuple[Target, ...]:
+        """Of `targets` those that are modules."""
+        return tuple(target for target in self.targets if target.form.use != "stack")
+
+    @property
+    def stacks(self) -> tuple[Target, ...]:
+        """Of `targets` those that are parameters."""
+        return tuple(target for target in self.targets if target.form.use == "stack")
 
     @property
     def token_rows(self) -> tuple[ReplacedRows, ...]:
@@ -106,12 +114,6 @@ class TargetPlan:
         if self.problems:
             named = [f"{where}: {problem}" for problem in self.problems] if where else self.problems
             raise TargetError(named, hint=self.hint)
-
-
-def inside_compiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` put its wrapper around, whose own names are those of files; any other as it is."""
-    inside = model._modules.get(_COMPILED)
-    return model if inside is None else inside
 
 
 def plan(model: nn.Module, config: LoraConfig) -> TargetPlan:
@@ -147,12 +149,13 @@ class _Planner:
 
     def plan(self) -> TargetPlan:
         self.problems += model_problems(self.model, self.config, of_file=self.of_file)
-        chosen = self._in_layers(self._without_excluded(self._named()))
-        self._check_patterns(chosen)
+        chosen, stacks = self._chosen()
+        self._check_patterns([*chosen, *stacks])
         self.inputs = self._rescaled_inputs(chosen)
-        targets = [self._target(path) for path in chosen]
+        targets = [self._target(path) for path in chosen] + [self._stacked(*named) for named in stacks.items()]
         self._check_fan(targets)
         saved = self._saved(self.problems, self.notes)
+        self.problems += parameter_problems(self.config, stacks, chosen, saved, of_file=self.of_file)
         replaced = plan_replacements(
             self.modules, self.config, set(chosen), saved, problems=self.problems, notes=self.notes
         )
@@ -160,7 +163,7 @@ class _Planner:
         replaced += plan_token_rows(
             self.model, self.modules, self.config, taken, loosely=self.of_file, problems=self.problems
         )
-        self._check_compiled([*chosen, *(part.path for part in replaced)])
+        self.problems += compiled_problems([*chosen, *stacks, *(part.path for part in replaced)])
         if not targets and not replaced and not self.problems:
             self.problems.append("nothing is left to adapt")
         return self._found(targets, replaced, saved)
@@ -174,7 +177,7 @@ class _Planner:
             tuple(saved),
             tuple(self.notes),
             tuple(self.problems),
-            self._hint() if self.problems else "",
+            linears_there(self.linears) if self.problems else "",
         )
 
     def _target(self, path: str) -> Target:
@@ -188,7 +191,7 @@ class _Planner:
             self._note_tied(path)
         if config.peft_type == LORA:
             self._check_rank(path, r, min(weight.in_features, weight.out_features))
-        if config.init_lora_weights == "loftq" and not self.of_file and not _keeps_original(module):
+        if config.init_lora_weights == "loftq" and not self.of_file and not keeps_original(module):
             self.problems.append(f"{path}: init='loftq' starts from what quantising the base lost, which is not known")
         if (why_not := why_unreadable(module)) is not None:
             self.problems.append(f"{path}: {why_not}")
@@ -227,6 +230,14 @@ class _Planner:
             self.problems.append(f"feedforward_modules: {beyond[0]} is no target")
         return frozenset(matched.intersection(chosen))
 
+    def _stacked(self, path: str, stack: Stacked) -> Target:
+        config, weight = self.config, stack.weight
+        r = config.rank_of(path)
+        self._check_rank(path, r, min(weight.in_features, weight.out_features))
+        scale = scale_of(r, config.alpha_of(path), config.use_rslora)
+        inner, outer = weight.in_features, weight.out_features
+        return Target(path, stack.kind, inner, outer, r, scale, form=stack.form, inside=stack.filed)
+
     def _note_tied(self, path: str) -> None:
         """An embedding's update is not the head's that shares its table."""
         owners = names_by_parameter(self.modules.items())[id(self.modules[path]._parameters["weight"])]
@@ -238,8 +249,24 @@ class _Planner:
 
     # -- which modules -------------------------------------------------------------------------------------------
 
+    def _chosen(self) -> tuple[list[str], dict[str, Stacked]]:
+        """Modules, and parameters by full name. In a file only modules are filtered by what they are in, as in peft."""
+        modules = self._named()
+        excluded = set(self._matching(self.config.exclude_modules, "exclude_modules"))
+        modules = [path for path in modules if path not in excluded]
+        names = named_parameters(self.modules, self.config, self.problems)
+        if self.of_file:
+            modules = self._in_layers(modules) if modules or not names else []
+        else:
+            kept = [full for full in names if full.rpartition(".")[0] not in excluded]
+            within = set(self._in_layers([*modules, *kept]))
+            modules, names = ([path for path in some if path in within] for some in (modules, kept))
+        return modules, stacks_of(self.model, self.modules, names, self.problems)
+
     def _named(self) -> list[str]:
         wanted = self.config.target_modules
+        if wanted is None and self.config.target_parameters:
+            return []  # they stand alone
         if wanted is None:
             wanted = self._preset()
             if wanted is None:
@@ -297,7 +324,7 @@ class _Planner:
             self.model, self.modules, self.config, loosely=self.of_file, problems=problems, notes=notes
         )
 
-    def _matching(self, wanted: str | tuple[str, ...], setting: str) -> list[str]:
+    def _matching(self, wanted: str | tuple[str, ...] | None, setting: str) -> list[str]:
         """Paths that the names match, in the model's order; each name that matches nothing is a problem."""
         if isinstance(wanted, str):
             matched = [path for path in self.modules if fully_matches(wanted, path)]
@@ -305,19 +332,13 @@ class _Planner:
                 self.problems.append(f"{setting}: the pattern {wanted!r} matches no module")
             return matched
         found: set[str] = set()
-        for name in wanted:
+        for name in wanted or ():
             paths = [path for path in self.modules if name_matches(name, path)]
             if not paths:
-                known = _last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
+                known = last_names(path for path, module in self.modules.items() if adaptable(module) is not None)
                 self.problems.append(f"{setting}: {name!r} matches no module{nearest(name, known)}")
             found.update(paths)
         return [path for path in self.modules if path in found]
-
-    def _without_excluded(self, chosen: Sequence[str]) -> list[str]:
-        if self.config.exclude_modules is None:
-            return list(chosen)
-        excluded = set(self._matching(self.config.exclude_modules, "exclude_modules"))
-        return [path for path in chosen if path not in excluded]
 
     # -- layers and patterns -------------------------------------------------------------------------------------
 
@@ -340,50 +361,6 @@ class _Planner:
             if not any(pattern_matches(pattern, path) for path in chosen):
                 self.problems.append(f"pattern {pattern!r} matches no adapted module")
 
-    def _check_compiled(self, paths: Sequence[str]) -> None:
-        wrapped = [path for path in paths if _COMPILED in path.split(".")]
-        if wrapped:
-            where = wrapped[0].partition(f".{_COMPILED}")[0]
-            self.problems.append(
-                f"{where} is wrapped by torch.compile, whose name {_COMPILED!r} would stand in the adapter's files: "
-                f"compile it in place ({where}.compile()), or the whole model"
-            )
-
     def _check_fan(self, targets: Sequence[Target]) -> None:
         if self.config.fan_in_fan_out and any(target.kind == "Linear" for target in targets):
             self.notes.append("fan_in_fan_out=True does not hold for Linear modules; the stored layout is used")
-
-    # -- messages ------------------------------------------------------------------------------------------------
-
-    def _hint(self) -> str:
-        names = _last_names(self.linears)
-        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        return (
-            f"linear modules of this model: {', '.join(names[:_SHOWN_NAMES])}{more}"
-            if names
-            else "it has no linear modules"
-        )
-
-
-def short_name(path: str) -> str:
-    """The end of a path; a place in a list has the list's name before it."""
-    *before, last = path.split(".")
-    return f"{before[-1]}.{last}" if before and last.isdigit() else last
-
-
-def _last_names(paths: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(map(short_name, paths)))
-
-
-def _keeps_original(module: nn.Module) -> bool:
-    weight = frozen_weight(module)
-    planned = weight is not None and weight.device.type == "meta"  # it will be quantised once it is there
-    return planned or (isinstance(module, QuantizedLinear) and bool(module.original))
-
-
-def layer_of(path: str, lists: tuple[str, ...] | None = None) -> int | None:
-    """The index in the outermost list of layers on the path: the first number, not an expert's further in."""
-    for before, part in pairwise(path.split(".")):
-        if part.isdigit() and (lists is None or before in lists):
-            return int(part)
-    return None

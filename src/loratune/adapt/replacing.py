@@ -9,7 +9,7 @@ from torch import nn
 
 from loratune.adapt.heads import new_heads
 from loratune.config import LoraConfig
-from loratune.config.lora import name_matches
+from loratune.config.patterns import name_matches
 from loratune.config.tasks import HEADS_OF_TASK
 from loratune.errors import nearest
 from loratune.lora import Adapting, has_own, names_by_parameter

@@ -36,7 +36,8 @@ def by_kind(target_plan: TargetPlan) -> dict[tuple[str, int, int, int | str], tu
     """
     rows: dict[tuple[str, int, int, int | str], tuple[int, int]] = {}
     for target in target_plan.targets:
-        key = (target.path.rpartition(".")[2], target.in_features, target.out_features, target.what)
+        experts = f" ({target.form.experts} experts)" if target.form.experts > 1 else ""
+        key = (target.path.rpartition(".")[2] + experts, target.in_features, target.out_features, target.what)
         modules, parameters = rows.get(key, (0, 0))
         rows[key] = (modules + 1, parameters + target.parameters)
     return rows

@@ -11,12 +11,15 @@ from loratune.quant import PRODUCT, Form
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One module to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
+    """A module or parameter to adapt. `path` is its dotted name; the update is scale · B A with A (r, in), B (out, r).
 
-    `vectors` counts those of length out_features that train beside them: a bias behind B, DoRA's magnitude. `form` says
-    what its weight is applied to; an embedding has a column for each row that it looks up. Of another method than LoRA
-    vectors train instead of A and B: VeRA's have r and out_features values, (IA)³'s one for each input or output, which
-    `on_input` says.
+    Attributes:
+        vectors: how many of length out_features train beside them: a bias behind B, DoRA's magnitude.
+        form: what its weight is applied to; an embedding has a column for each row that it looks up, a stack an update
+            for each expert.
+        method: another one than LoRA trains vectors instead: VeRA's have r and out_features values, (IA)³'s one for
+            each input or output, which `on_input` says.
+        inside: where peft's files keep a parameter's tensors.
     """
 
     path: str
@@ -29,6 +32,12 @@ class Target:
     form: Form = PRODUCT
     method: str = LORA
     on_input: bool = False
+    inside: str = ""
+
+    @property
+    def filed(self) -> str:
+        """The path under which a file has its tensors."""
+        return self.inside or self.path
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -56,12 +65,13 @@ class Target:
 
     @property
     def multiplied(self) -> int:
-        """Numbers that each token is multiplied by; of an embedding's A it is one column that is looked up."""
+        """Numbers that each token is multiplied by: of an embedding's A none, of a stack those that it goes through."""
         if self.method == VERA:
             return self.r * (self.in_features + self.out_features)
-        return self.parameters - (math.prod(self.shapes[0]) if self.form.use == "lookup" else 0)
+        looked_up = math.prod(self.shapes[0]) if self.form.use == "lookup" else 0
+        return (self.parameters - looked_up) * self.form.met // self.form.experts
 
     @property
     def frozen(self) -> int:
         """Elements of the weight that stays frozen."""
-        return self.in_features * self.out_features
+        return self.in_features * self.out_features * self.form.experts

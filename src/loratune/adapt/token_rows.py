@@ -11,7 +11,7 @@ from torch import nn
 from loratune.adapt.replacing import Replacement
 from loratune.adapter.keys import TOKEN_ROWS
 from loratune.config import LoraConfig
-from loratune.config.lora import name_matches
+from loratune.config.patterns import name_matches
 from loratune.errors import nearest
 from loratune.lora import Retraining, base_of, has_own, names_by_parameter
 from loratune.quant import DenseWeight, adaptable, why_not_adaptable

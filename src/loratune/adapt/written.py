@@ -10,10 +10,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from loratune.adapt.plan import TargetPlan, plan_as_written, short_name
-from loratune.config import ALL_LINEAR, LoraConfig
-from loratune.config.lora import first_match, name_matches
+from loratune.adapt.names import short_name
+from loratune.adapt.plan import TargetPlan, plan_as_written
+from loratune.config import ALL_LINEAR, NO_TARGETS, LoraConfig
 from loratune.config.methods import CHOOSING, IA3, LORA, VERA, written_names
+from loratune.config.patterns import first_match, name_matches
 from loratune.lora import base_modules
 
 
@@ -21,10 +22,11 @@ def written(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> Lo
     """The config that names the plan's modules, ranks and scales in a way that every reader understands alike."""
     if config.peft_type != LORA:
         return _of_other_method(model, config, target_plan)
+    config = _of_parameters(config, target_plan)
     values: dict[str, Any] = {
         "target_modules": _names(model, config, target_plan),
         # peft finds the layout itself too, but warns where the file says otherwise.
-        "fan_in_fan_out": any(target.kind == "Conv1D" for target in target_plan.targets),
+        "fan_in_fan_out": any(target.kind == "Conv1D" for target in target_plan.modules) and not target_plan.stacks,
         "modules_to_save": _saved(model, config, target_plan),
         "layers_pattern": _lists(model, config, target_plan),
         "trainable_token_indices": _tokens(config, target_plan),
@@ -69,6 +71,17 @@ def _inputs(names: str | tuple[str, ...], target_plan: TargetPlan) -> tuple[str,
     return found if covered == {path for path, of in on_input.items() if of} else None
 
 
+def _of_parameters(config: LoraConfig, target_plan: TargetPlan) -> LoraConfig:
+    """To other readers, layers and what is excluded say nothing of parameters: where they do here, names say it."""
+    filtered = config.layers_to_transform is not None or config.exclude_modules is not None
+    values: dict[str, Any] = {}
+    if config.target_parameters and filtered:
+        values["target_parameters"] = tuple(target.path for target in target_plan.stacks)
+    if target_plan.stacks and not target_plan.modules:
+        values.update(target_modules=NO_TARGETS, layers_to_transform=None, layers_pattern=None, exclude_modules=None)
+    return cast(LoraConfig, config.replace(**values))
+
+
 def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str | tuple[str, ...]:
     """Presets and "all-linear" written out, as short names where these mean the same modules."""
     names = config.target_modules
@@ -77,7 +90,7 @@ def _names(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> str
         return names
     if isinstance(names, tuple):
         return names
-    paths = tuple(target.path for target in target_plan.targets)
+    paths = tuple(target.path for target in target_plan.modules)
     short = tuple(sorted(set(map(short_name, paths))))
     found = plan_as_written(model, config.replace(target_modules=short))
     same = found.targets == target_plan.targets and not found.problems
@@ -109,7 +122,7 @@ def _lists(model: nn.Module, config: LoraConfig, target_plan: TargetPlan) -> tup
     """The name of the list of layers where the model itself holds it: peft finds such a list by its name alone."""
     if config.layers_to_transform is None or config.layers_pattern is not None:
         return config.layers_pattern
-    paths = [target.path.split(".") for target in target_plan.targets]
+    paths = [target.path.split(".") for target in target_plan.modules]
     if not any(path[1].isdigit() for path in paths):
         return None
     names = tuple(sorted({next(before for before, part in pairwise(path) if part.isdigit()) for path in paths}))

@@ -9,7 +9,7 @@ from loratune.adapter.hub import adapter_folder
 from loratune.adapter.keys import DTYPES, to_keys
 from loratune.adapter.plain import Plain, plain, same_update
 from loratune.adapter.spectrum import Inspection, effective_rank, inspect, singular_values
-from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.value import Factors, Origin, SavedAdapter, Stack
 from loratune.adapter.vectors import as_lora
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Origin",
     "Plain",
     "SavedAdapter",
+    "Stack",
     "adapter_folder",
     "as_lora",
     "card_of",

@@ -38,7 +38,8 @@ def card_of(adapter: SavedAdapter, *, about: str = "") -> str:
     if pipeline:
         front["pipeline_tag"] = pipeline
     config = adapter.config
-    targets = sorted({path.rpartition(".")[2] for path in adapter.modules})
+    adapted = [path for path in adapter.modules if path not in adapter.factors or adapter.factors[path].stack is None]
+    targets = sorted({path.rpartition(".")[2] for path in (*adapted, *(config.target_parameters or ()))})
     kind = CALLED[config.peft_type]
     size = {
         LORA: f"Rank {config.r}, alpha {config.lora_alpha:g}",

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from loratune.adapter.entries import agreed_mean, trimmed
 from loratune.adapter.spectrum import decomposed
-from loratune.adapter.value import Origin, SavedAdapter
-from loratune.config import LoraConfig
+from loratune.adapter.stacks import KNOWN_BY_BASE, by_expert, stack_problems, stacked_again
+from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.config import NO_TARGETS, LoraConfig
 from loratune.errors import AdapterFileError, ConfigError, nearest
 from loratune.lora import generator_for
 from loratune.lora.init import leading_directions
@@ -91,7 +93,7 @@ class _Entrywise:
 
     def _mix(self, path: str, role: str, updates: Iterable[tuple[int, Tensor]], shape: tuple[int, ...]) -> Tensor:
         if self.method == "ties":
-            return _agreed_mean((_trimmed(update, self.density) for _, update in updates), shape)
+            return agreed_mean((trimmed(update, self.density) for _, update in updates), shape)
         total = torch.zeros(shape, dtype=torch.float64)
         for ordinal, update in updates:
             drawn = torch.rand(shape, generator=generator_for(self.seed, ordinal, path, role), dtype=torch.float64)
@@ -135,6 +137,8 @@ def combine(
     adapters, weights, names = _listed(adapters, weights, names)
     called = [names[i] if i < len(names) else f"adapter {i + 1}" for i in range(len(adapters))]
     _refuse(adapters, weights, method, rank, density, seed, called)
+    stacked = {path: factors for adapter in adapters for path, factors in adapter.factors.items()}
+    adapters = [by_expert(adapter) for adapter in adapters]
     k = rank or max(factors.A.shape[0] for adapter in adapters for factors in adapter.factors.values())
     entrywise = _Entrywise(method, density, seed, k) if density is not None else None
     sums: dict[str, _Sum] = {}
@@ -146,7 +150,7 @@ def combine(
             sums[path] = _concatenated(terms) if method == "concat" else _truncated(terms, k)
     asked, missed = (math.hypot(*(getattr(each, name) for each in sums.values())) for name in ("asked", "missed"))
     return Combined(
-        adapter=_adapter(adapters, sums),
+        adapter=_adapter(adapters, sums, stacked),
         method=method,
         weights=tuple(float(weight) for weight in weights),
         errors={path: each.missed / each.asked if each.asked else 0.0 for path, each in sums.items()},
@@ -260,6 +264,7 @@ def _misfits(adapters: Sequence[SavedAdapter], called: Sequence[str]) -> list[tu
         bad = [tensor_name for tensor_name, tensor in adapter.named_tensors() if not tensor.isfinite().all()]
         found += [(f"{name}: {tensor_name} holds NaN or infinity", "") for tensor_name in bad]
     found += _unlike(adapters, called)
+    found += [(why, KNOWN_BY_BASE) for why in stack_problems(adapters, called)]
     return found
 
 
@@ -332,27 +337,6 @@ def _split(U: Tensor, sigma: Tensor, Vh: Tensor, k: int) -> tuple[Tensor, Tensor
     return root[:, None] * Vh[:k], U[:, :k] * root
 
 
-def _trimmed(update: Tensor, density: float) -> Tensor:
-    """The share of largest entries, the others zero; entries of equal size stay or go together."""
-    size = update.abs().flatten()
-    dropped = len(size) - max(1, round(density * len(size)))
-    if dropped == 0:
-        return update
-    return update * (update.abs() >= size.kthvalue(dropped + 1).values)
-
-
-def _agreed_mean(updates: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Entry by entry the mean of those that have the sign of the sum; 0 where the sum is."""
-    ups, downs, rising, falling = (torch.zeros(shape, dtype=torch.float64) for _ in range(4))
-    for update in updates:
-        ups += update.clamp_min(0)
-        downs += update.clamp_max(0)
-        rising += update > 0
-        falling += update < 0
-    elected = (ups + downs).sign()
-    return torch.where(elected > 0, ups / rising.clamp_min(1), downs / falling.clamp_min(1)) * elected.abs()
-
-
 def _leading(matrix: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The k leading singular directions of a dense (out, in) matrix: U (out, ≥ k), σ, Vᵀ (≥ k, in)."""
     if min(matrix.shape) <= _LARGEST_FULL_SVD:
@@ -364,7 +348,9 @@ def _leading(matrix: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor
 # -- the result --------------------------------------------------------------------------------------------------
 
 
-def _adapter(adapters: Sequence[SavedAdapter], sums: Mapping[str, _Sum]) -> SavedAdapter:
+def _adapter(
+    adapters: Sequence[SavedAdapter], sums: Mapping[str, _Sum], stacked: Mapping[str, Factors]
+) -> SavedAdapter:
     has_bias = any(each.bias is not None for each in sums.values())
     factors = {}
     for path, (A, B, bias, *_) in sums.items():
@@ -372,13 +358,20 @@ def _adapter(adapters: Sequence[SavedAdapter], sums: Mapping[str, _Sum]) -> Save
         behind = torch.zeros(B.shape[0]) if bias is None and has_bias else bias
         like = next(adapter.factors[path] for adapter in adapters if path in adapter.factors)
         factors[path] = like.of_matrices(A.float(), B.float(), None if behind is None else behind.float())
-    ranks = {path: each.A.shape[0] for path, each in sums.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0]
+    factors = stacked_again(factors, stacked)
+    ranks = {path: len(each.A) for path, each in factors.items() if each.stack is None}
+    parameters = adapters[0].config.target_parameters
+    in_stacks = next((len(each.A) // each.stack.experts for each in factors.values() if each.stack), None)
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else in_stacks
+    assert r is not None, "an adapter without factors was refused"
     others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
+    if in_stacks is not None and in_stacks != r:
+        others |= {re.escape(name): in_stacks for name in parameters or ()}
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=tuple(ranks),
+        target_modules=tuple(ranks) or NO_TARGETS,
+        target_parameters=parameters,
         rank_pattern=others,
         alpha_pattern={key: float(rank) for key, rank in others.items()},
         lora_bias=has_bias,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loratune.adapter.spectrum import alive, decomposed, layer_order, singular_values
+from loratune.adapter.stacks import KNOWN_BY_BASE, by_expert, stack_problems
 from loratune.adapter.value import SavedAdapter
 from loratune.errors import AdapterFileError, ConfigError
 
@@ -90,6 +91,7 @@ def diff(a: SavedAdapter, b: SavedAdapter) -> Difference:
             changed; every problem.
     """
     _refuse(a, b)
+    a, b = by_expert(a), by_expert(b)
     modules, inner = [], 0.0
     for path in sorted(a.factors.keys() & b.factors.keys(), key=layer_order):
         x, y = _update(a, path), _update(b, path)
@@ -130,6 +132,9 @@ def _refuse(a: SavedAdapter, b: SavedAdapter) -> None:
         if adapter.config.decomposes:
             problems.append(f"{word} starts from {adapter.config.init_lora_weights!r}: it counts from a changed base")
             hint = "attach it to its base and save it, which writes a plain adapter"
+    stacks = list(stack_problems([a, b], ["the first adapter", "the second adapter"]))
+    if stacks:
+        problems, hint = problems + stacks, KNOWN_BY_BASE
     if problems:
         raise AdapterFileError(problems, hint=hint)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loratune.adapter.card import about_of
 from loratune.adapter.keys import DTYPES, copied_tables, from_keys, name_in_base, surplus_keys, to_keys
+from loratune.adapter.stacks import with_stacks
 from loratune.adapter.value import Factors, Origin, SavedAdapter
 from loratune.adapter.vectors import Read, read_vectors
 from loratune.config import NO_TARGETS, LoraConfig
@@ -112,7 +113,8 @@ def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Cont
     if config is not None and config.peft_type != LORA:
         read = read_vectors(tensors, config.peft_type, projected=config.save_projection, problems=problems)
     factors, replaced = from_keys(read.others, replaces=replaces, problems=problems)
-    expected = config is None or config.target_modules != NO_TARGETS
+    expected = config is None or config.target_modules != NO_TARGETS or bool(config.target_parameters)
+    factors = factors if config is None else with_stacks(factors, config)
     if not factors and not read.vectors and not problems and (expected or not replaced):
         problems.append(f"it holds no {'low-rank ' if expected else ''}tensors")
     if problems:
@@ -174,7 +176,7 @@ def config_to_json(adapter: SavedAdapter) -> dict[str, Any]:
         alpha = adapter.config.lora_alpha
         values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     values |= adapter.unknown
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules"):
+    for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "feedforward_modules"):
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     values.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def from_keys(
         replaces: whether the adapter may hold such tensors; without it they are unexpected.
         problems: gets a sentence for each tensor that is unexpected, misshaped or missing.
     """
-    roles: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    roles: dict[tuple[str, bool], dict[str, Any]] = {}
     replaced: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         role, suffix = next(((role, end) for role, end in _ENDS if key.endswith(end)), (None, ""))

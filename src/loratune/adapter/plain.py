@@ -71,6 +71,7 @@ def _beyond(adapter: SavedAdapter, reader: str) -> Iterator[str]:
     stretched = [path for path, factors in adapter.factors.items() if factors.magnitude is not None]
     biased = [path for path, factors in adapter.factors.items() if factors.bias is not None]
     unlike = [path for path, factors in adapter.factors.items() if factors.looked_up or factors.A.ndim > 2]
+    stacked = [path for path, factors in adapter.factors.items() if factors.stack is not None]
     if adapter.vectors:
         yield f"{reader} knows no {CALLED[adapter.config.peft_type]}"
     elif not adapter.factors:
@@ -81,6 +82,8 @@ def _beyond(adapter: SavedAdapter, reader: str) -> Iterator[str]:
         yield f"{reader} knows no bias behind B: {biased[0]}{_more(biased)}"
     if unlike:
         yield f"{reader} is given linear layers alone, no embedding or convolution: {unlike[0]}{_more(unlike)}"
+    if stacked:
+        yield f"{reader} is given linear layers alone, no stacked experts: {stacked[0]}{_more(stacked)}"
     if adapter.replaced:
         own = list(adapter.replaced)
         yield f"{reader} takes no tensors in the place of the base's: {own[0]}{_more(own)}"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loratune.adapter.stacks import KNOWN_BY_BASE, by_expert, stack_problems
 from loratune.adapter.value import Factors, SavedAdapter
+from loratune.errors import AdapterFileError
 
 # Directions with a singular value below this share of the largest are noise: factors in fp32 are known to 6e-8.
 NEGLIGIBLE = 1e-6
@@ -76,7 +78,17 @@ class Inspection:
 
 
 def inspect(adapter: SavedAdapter) -> Inspection:
-    """Look at every tensor of an adapter; NaN and infinity are named, no error (`read_adapter(…, finite=False)`)."""
+    """Look at every tensor of an adapter; NaN and infinity are named, no error (`read_adapter(…, finite=False)`).
+
+    Each expert of a stack counts as a module.
+
+    Raises:
+        AdapterFileError: only the base tells the ranks of a stack.
+    """
+    problems = list(stack_problems([adapter], ["the adapter"]))
+    if problems:
+        raise AdapterFileError(problems, hint=KNOWN_BY_BASE)
+    adapter = by_expert(adapter)
     modules = tuple(_inspected(adapter, path) for path in sorted(adapter.factors, key=layer_order))
     known = [module.spectrum.norm for module in modules if module.spectrum is not None]
     return Inspection(

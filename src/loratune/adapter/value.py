@@ -13,6 +13,18 @@ from loratune.config.methods import CALLED
 from loratune.lora import as_matrices, scale_of
 
 
+class Stack(NamedTuple):
+    """Of factors that are a stack's: how many experts it has, and the alpha of its scale.
+
+    Attributes:
+        experts: 0 where only the base tells. parameter: its full name, or "" where only the base tells.
+    """
+
+    experts: int
+    alpha: float
+    parameter: str = ""
+
+
 class Factors(NamedTuple):
     """What an adapter holds for one module.
 
@@ -22,6 +34,7 @@ class Factors(NamedTuple):
         bias: (out,), behind B, or None; scaled as the update is.
         magnitude: (out,), DoRA's length of each weight row, or None.
         looked_up: whether it is an embedding's, whose x is the number of a column of A.
+        stack: where it is a stack's: A is (experts · r, in), expert by expert, B (out, r · experts), experts innermost.
     """
 
     A: Tensor
@@ -29,6 +42,7 @@ class Factors(NamedTuple):
     bias: Tensor | None = None
     magnitude: Tensor | None = None
     looked_up: bool = False
+    stack: Stack | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those that are there, by name."""
@@ -36,7 +50,9 @@ class Factors(NamedTuple):
         return ((name, tensor) for name, tensor in fields if isinstance(tensor, Tensor))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (r, columns) and B (out, r), kernels flattened and groups as blocks."""
+        """A (r, columns) and B (out, r), kernels flattened and groups as blocks; of a single expert, not of a stack."""
+        if self.stack is not None and self.stack.experts != 1:
+            raise TypeError("a stack has factors for each expert, not for all")
         return as_matrices(self.A, self.B)
 
     def of_matrices(self, A: Tensor, B: Tensor, bias: Tensor | None) -> Factors:
@@ -46,7 +62,8 @@ class Factors(NamedTuple):
     @property
     def shown(self) -> str:
         """What its update is added to: "out × in", and the sizes of a convolution's kernel."""
-        return " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
+        one = " × ".join(str(size) for size in (self.B.shape[0], *self.A.shape[1:]))
+        return one if self.stack is None else f"{self.stack.experts} × ({one})"
 
     @property
     def groups(self) -> int:
@@ -106,7 +123,10 @@ class SavedAdapter:
 
     def scale(self, path: str) -> float:
         """The factor of B A at a module path: alpha over the rank that the tensors have, or over its root."""
-        return scale_of(self.factors[path].A.shape[0], self.config.alpha_of(path), self.config.use_rslora)
+        rows, stack = self.factors[path].A.shape[0], self.factors[path].stack
+        if stack is not None:
+            return scale_of(rows // stack.experts, stack.alpha, self.config.use_rslora)
+        return scale_of(rows, self.config.alpha_of(path), self.config.use_rslora)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, named by module path and role."""

@@ -20,7 +20,7 @@ from loratune.adapter import read_adapter, to_keys
 from loratune.compat.peft.state import live_state, read_state, write_state
 from loratune.errors import AdapterFileError, AdapterStateError
 from loratune.files import write_bytes
-from loratune.lora import adapter_prefixes
+from loratune.lora import adapter_prefixes, base_modules
 
 # Beside PEFT's files, where these do not hold the trained tensors as they are: they go on from here.
 LIVE = "adapter_in_training.safetensors"
@@ -141,10 +141,11 @@ def _refuse_unseen_head(model: Any) -> None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     handle = adapters(model)
+    modules = dict(base_modules(handle.model))
     for name in handle.active:
         for path, term in handle.terms(name).items():
             tensors = [tensor for tensor in term.parameters() if tensor.requires_grad]
-            if handle.model.get_submodule(path) is head and tensors and all(t.grad is None for t in tensors):
+            if modules.get(path) is head and tensors and all(t.grad is None for t in tensors):
                 raise AdapterStateError(
                     f"no gradient reached adapter {name!r} in {path}: this trainer reads the weight alone",
                     hint=f"leave {path} out of target_modules, or put it into modules_to_save",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import Any, Literal
 
-import regex
 from pydantic import ValidationInfo, field_validator
 
 from loratune.config.methods import CALLED, LORA, VERA, VERA_RANK, Method, unfit
+from loratune.config.patterns import ANCHORED, check_pattern, first_match
 from loratune.config.peft_keys import DESCRIPTIVE, NEUTRAL, asks_for_something
 from loratune.config.setting import Settings, setting
 from loratune.config.tasks import TaskType
-from loratune.errors import ConfigError, nearest
+from loratune.errors import nearest
 
 ALL_LINEAR = "all-linear"
 # No low-rank terms, only biases or whole modules; the word that peft has for it.
@@ -28,19 +25,10 @@ _EVA: dict[str, Any] = {
     "rho": 2.0, "tau": 0.99, "use_label_mask": True, "label_mask_value": -100, "whiten": False,
     "adjust_scaling_factors": True,
 }  # fmt: skip
-# A pattern for the end of a path that starts at a dot.
-ANCHORED = r"(.*\.)?({})"
 # Beyond any use; larger ones overflow memory or fp32.
 _LARGEST_RANK = 2**16
 _LARGEST_ALPHA = 1e9
 _PISSA_ROUNDS = re.compile(r"pissa_niter_(\d+)")
-# Seconds of CPU time for all matches of one pattern that take longer than ordinary ones, which take microseconds.
-_PATIENCE, _ORDINARY = 1.0, 1e-3
-# `regex` writes repeats out: this many characters take about 100 MB.
-_LARGEST_PATTERN = 200_000
-_REPEATS = re.compile(r"\{(\d+)(?:,\d*)?\}")
-# What `re` reads as characters and `regex` does not: "{e<=1}", up to one error, and "[[:alpha:]]", a class.
-_READ_OTHERWISE = re.compile(r"(?:\\.|[^\\])*?(?:\[:|\{(?!(?:\d+(?:,\d*)?|,\d*)\}))", re.DOTALL)
 
 _ADAPTER = "Adapter"
 
@@ -75,6 +63,13 @@ class LoraConfig(Settings):
         None,
         "modules to adapt: 'all-linear', names or dotted suffixes, or a regex for the full path",
         flag="targets",
+        group=_ADAPTER,
+    )
+    target_parameters: tuple[str, ...] | None = setting(
+        None,
+        "parameters to adapt by themselves, by the ends of their names: stacked experts, such as "
+        "mlp.experts.gate_up_proj; they stand alone with --targets none",
+        flag="target-parameters",
         group=_ADAPTER,
     )
     exclude_modules: str | tuple[str, ...] | None = setting(
@@ -143,6 +138,8 @@ class LoraConfig(Settings):
         problems += unfit(found, {name: field.default for name, field in cls.model_fields.items()})
         if found.get("peft_type") == VERA:
             found.setdefault("r", VERA_RANK)
+        if found.get("target_parameters") and found.get("target_modules") in ([], (), set()):
+            found["target_modules"] = NO_TARGETS  # as peft says that parameters stand alone
         if found.get("lora_bias") is True:
             # As in peft: what a bias behind B would mean is defined for the plain update only.
             if found.get("use_dora") is True:
@@ -184,6 +181,13 @@ class LoraConfig(Settings):
     def _names(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, str) else _strings(value)
 
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _parameters(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError("is a list of names, not one word")
+        return value if value is None else _strings(value)
+
     @field_validator("layers_pattern", mode="before")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
@@ -222,7 +226,7 @@ class LoraConfig(Settings):
     def _eva(cls, value: Any) -> Any:
         return known_eva(value)
 
-    @field_validator("modules_to_save", "trainable_token_indices")
+    @field_validator("modules_to_save", "target_parameters", "trainable_token_indices")
     @classmethod
     def _nothing_to_save(cls, value: Any) -> Any:
         return value or None
@@ -231,7 +235,7 @@ class LoraConfig(Settings):
     @classmethod
     def _regex_compiles(cls, value: str | tuple[str, ...] | None, info: ValidationInfo) -> str | tuple[str, ...] | None:
         if isinstance(value, str) and value != ALL_LINEAR:
-            _compile(value)
+            check_pattern(value)
         if value in ((), "") and info.field_name != "feedforward_modules":
             raise ValueError("names nothing")
         return value
@@ -248,7 +252,7 @@ class LoraConfig(Settings):
             return {}
         if isinstance(value, Mapping):
             for key, number in value.items():
-                _compile(str(key), ANCHORED)
+                check_pattern(str(key), ANCHORED)
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= _LARGEST_ALPHA:
                     raise ValueError(f"{key!r}: {number!r} is not a positive number up to {_LARGEST_ALPHA:g}")
         return value
@@ -309,59 +313,6 @@ def known_init(value: Any) -> Any:
     raise ValueError(f"no such initialisation{nearest(value, INITS)}; there are True, False, {names}")
 
 
-def first_match(patterns: Mapping[str, float], path: str) -> float | None:
-    """The value of the first pattern that matches the path's end: a regex, anchored at a dot or the path's start."""
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, path)), None)
-
-
-def name_matches(name: str, path: str) -> bool:
-    """Whether a path is called by `name`: the whole path, or its end from a dot on."""
-    return path == name or path.endswith("." + name)
-
-
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether a regex matches the path's end from a dot or from its start; raises as `fully_matches`."""
-    return _matcher(pattern, ANCHORED)(path)
-
-
-def fully_matches(pattern: str, path: str) -> bool:
-    """Whether a regex matches the whole path.
-
-    Raises:
-        ConfigError: the pattern takes too long, on this path or on all so far.
-    """
-    return _matcher(pattern, "{}")(path)
-
-
-class _Matcher:
-    """`re.fullmatch` with an end: a pattern like (a|aa)+, which anybody's file may hold, can run for years in `re`."""
-
-    def __init__(self, pattern: str, form: str) -> None:
-        self._pattern = pattern
-        self._compiled = regex.compile(form.format(pattern), regex.VERSION0)
-        self._patience = _PATIENCE
-
-    def __call__(self, path: str) -> bool:
-        begun = time.thread_time()
-        try:
-            found = self._compiled.fullmatch(path, timeout=self._patience)
-        except TimeoutError:
-            self._patience = 0.0
-            raise ConfigError(
-                f"the pattern {self._pattern!r} takes too long: given up at {path!r}",
-                hint="leave out repeats of what repeats itself, such as (a+)+ or (.|.)*, or list the names",
-            ) from None
-        took = time.thread_time() - begun
-        if took > _ORDINARY:
-            self._patience = max(0.0, self._patience - took)
-        return found is not None
-
-
-@lru_cache(maxsize=1024)
-def _matcher(pattern: str, form: str) -> _Matcher:
-    return _Matcher(pattern, form)
-
-
 def _strings(value: Any) -> Any:
     """Lists and sets of names as a tuple without repeats; sets sorted, since their order is not the user's."""
     if isinstance(value, set | frozenset):
@@ -372,18 +323,3 @@ def _strings(value: Any) -> Any:
             raise ValueError(f"{bad[0]!r} is not a module name")
         return tuple(dict.fromkeys(value))
     return value
-
-
-def _compile(pattern: str, form: str = "{}") -> None:
-    """Whether the pattern is one, alone and in the form in which it is used."""
-    if _READ_OTHERWISE.match(pattern):
-        raise ValueError(f"{pattern!r}: a brace that is no count is written \\{{, a bracket before ':' \\[")
-    try:
-        re.compile(pattern)
-        re.compile(form.format(pattern))
-        times = math.prod(int(number) or 1 for number in _REPEATS.findall(pattern))
-        if times > 1 and times * len(pattern) > _LARGEST_PATTERN:
-            raise ValueError(f"{pattern!r} repeats its parts {times} times, more than a name has")
-        regex.compile(form.format(pattern), regex.VERSION0)
-    except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None

@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # What a method without low-rank terms has no use for.
 _OF_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "layers_to_transform",
-                 "lora_plus_ratio")  # fmt: skip
+                 "lora_plus_ratio", "target_parameters")  # fmt: skip
 _TASK = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"]
 _METHOD = Literal["lora", "rslora", "dora", "pissa", "qlora", "vera", "ia3", "full", "bitfit"]
 
@@ -88,6 +88,7 @@ class TrainConfig(Settings):
     lora_alpha: float | None = like(LoraConfig, "lora_alpha", None)
     lora_dropout: float | None = like(LoraConfig, "lora_dropout", None)
     target_modules: str | tuple[str, ...] = like(LoraConfig, "target_modules", ALL_LINEAR)
+    target_parameters: tuple[str, ...] | None = like(LoraConfig, "target_parameters", None)
     exclude_modules: str | tuple[str, ...] | None = like(LoraConfig, "exclude_modules", None)
     layers_to_transform: tuple[int, ...] | None = like(LoraConfig, "layers_to_transform", None)
     use_rslora: bool | None = like(LoraConfig, "use_rslora", None)
@@ -144,7 +145,14 @@ class TrainConfig(Settings):
     def _trackers(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
-    @field_validator("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", mode="before")
+    @field_validator(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "modules_to_save",
+        mode="before",
+    )
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

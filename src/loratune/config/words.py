@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from loratune.config.lora import NO_TARGETS
 from loratune.errors import ConfigError
 
 
@@ -26,6 +27,11 @@ def _number_or_word(value: str) -> Any:
         except ValueError:
             continue
     return value
+
+
+def _targets(value: str) -> Any:
+    """`none` leaves what trains to other settings."""
+    return NO_TARGETS if value in ("none", NO_TARGETS) else _names(value)
 
 
 def _names(value: str) -> Any:
@@ -65,7 +71,7 @@ def _words(value: str) -> tuple[str, ...]:
 WORDS: dict[str, Callable[[str], Any]] = {
     "val": _number_or_word,
     "warmup": _number_or_word,
-    "target_modules": _names,
+    "target_modules": _targets,
     "exclude_modules": _names,
     "layers_to_transform": _indices,
     "trainable_token_indices": partial(_indices, flag="--train-tokens"),
@@ -73,4 +79,5 @@ WORDS: dict[str, Callable[[str], Any]] = {
     "init_lora_weights": _init,
     "log_with": _words,
     "modules_to_save": _words,
+    "target_parameters": _words,
 }

@@ -204,7 +204,7 @@ class MemoryEstimate:
 
 def bytes_per_token(shape: Shape, plan: TargetPlan, itemsize: int, *, recompute: bool, fused: bool) -> tuple[int, int]:
     """Of each token: what is kept until the backward pass, and what stands beside it while a layer's is computed."""
-    ranks = sum(target.r for target in plan.targets) / shape.layers
+    ranks = sum(target.r * target.form.met for target in plan.targets) / shape.layers
     layer = _layer_bytes(shape, itemsize, fused) + ranks * itemsize
     gradients = _block_gradients(shape, itemsize)
     if recompute:

@@ -5,6 +5,7 @@ from loratune.lora.convolution import LoraConvolution
 from loratune.lora.dropout import TokenCounter
 from loratune.lora.equation import LowRank, as_matrices, lora_parameters, row_norms, scale_of
 from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
+from loratune.lora.experts import OnParameters, adapt_parameter, release_parameters
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, Term, adapt_in_place, release, selecting, together
 from loratune.lora.lookup import LoraLookup
@@ -13,6 +14,7 @@ from loratune.lora.replaced import Tensors, give_back, replace_in
 from loratune.lora.rescaled import Rescaling
 from loratune.lora.retrained import OwnRows, Retraining, end_retraining, retrain_in
 from loratune.lora.rows import Bank, Rows, Stack, Stacks, TokenRows, bank_of
+from loratune.lora.stacked import StackedLowRank, apart, together_again
 from loratune.lora.state import AdapterState, View
 from loratune.lora.swap import (
     Adapting,
@@ -42,6 +44,7 @@ __all__ = [
     "LoraLookup",
     "LowRank",
     "Mixin",
+    "OnParameters",
     "OwnRows",
     "Projections",
     "Recomputed",
@@ -50,6 +53,7 @@ __all__ = [
     "Rows",
     "Seen",
     "Stack",
+    "StackedLowRank",
     "Stacks",
     "Tensors",
     "Term",
@@ -58,7 +62,9 @@ __all__ = [
     "Vera",
     "View",
     "adapt_in_place",
+    "adapt_parameter",
     "adapter_prefixes",
+    "apart",
     "as_matrices",
     "bank_of",
     "base_modules",
@@ -83,6 +89,7 @@ __all__ = [
     "random_projections",
     "ranks_by_explained",
     "release",
+    "release_parameters",
     "replace_in",
     "residual_factors",
     "retrain_in",
@@ -91,6 +98,7 @@ __all__ = [
     "selecting",
     "take_off",
     "together",
+    "together_again",
     "unbind_recomputation",
     "wears",
 ]

@@ -98,6 +98,10 @@ class LowRank(nn.Module):
         """The factors as matrices, of which the update's is s · B A."""
         return as_matrices(*self.factors(dtype))
 
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """The factors of each weight that the update is added to: there is one, but in a stack."""
+        return [self.matrices()]
+
     def forward(self, x: Tensor) -> Tensor:
         """s · (B A x + bias) for x (..., in_features), computed in x's dtype (or autocast's): (..., out_features)."""
         A, B = self.factors()

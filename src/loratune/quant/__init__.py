@@ -20,6 +20,7 @@ from loratune.quant.frozen import frozen_weight
 from loratune.quant.library import bitsandbytes
 from loratune.quant.linear import QuantizedLinear, QuantizedWeight
 from loratune.quant.sample import Sample
+from loratune.quant.stacked import StackedWeight, stacked_weight, why_not_stacked
 from loratune.quant.weight import DenseWeight, FrozenWeight, rounded_once
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "Sample",
+    "StackedWeight",
     "adaptable",
     "bitsandbytes",
     "dequantize",
@@ -47,6 +49,8 @@ __all__ = [
     "shapes_in_bits",
     "stored_in",
     "values_in",
+    "stacked_weight",
     "why_not_adaptable",
+    "why_not_stacked",
     "why_unreadable",
 ]

@@ -119,6 +119,8 @@ def _decide_dropout(decisions: Decisions, fit: Fit, steps_per_epoch: int) -> Non
     several = decisions["max_steps"] > steps_per_epoch
     if not DATA_TASKS[decisions.task].counted:
         decisions.decide("lora_dropout", 0.0, "masks are those of the encoder's tokens, and the decoder has others")
+    elif decisions.values.get("target_parameters"):
+        decisions.decide("lora_dropout", 0.0, "the update of a parameter has no input to drop from")
     elif several and fit.supervised_tokens < _SMALL_DATA:
         why = f"{fit.supervised_tokens:,} supervised tokens, seen more than once"
         decisions.decide("lora_dropout", 0.05, why)

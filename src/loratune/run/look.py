@@ -112,7 +112,8 @@ def look_at_plan(model: str, data: Any = None, **settings: Any) -> dict[str, Any
 
 
 def _which(lora: LoraConfig, config: TrainConfig) -> str:
-    return config.method if lora.target_modules == NO_TARGETS else lora.described
+    low_rank = lora.target_modules != NO_TARGETS or lora.target_parameters
+    return lora.described if low_rank else config.method
 
 
 def _plain(memory: MemoryEstimate) -> dict[str, int]:
@@ -121,7 +122,8 @@ def _plain(memory: MemoryEstimate) -> dict[str, int]:
 
 def _other_methods(model: Any, lora: LoraConfig) -> Iterator[tuple[str, LoraConfig, str | None]]:
     """What else could be trained, with the format of the base: the same low-rank terms, all biases, everything."""
-    low_rank = lora if lora.target_modules != NO_TARGETS else LoraConfig(target_modules=ALL_LINEAR)
+    has_some = lora.target_modules != NO_TARGETS or lora.target_parameters
+    low_rank = lora if has_some else LoraConfig(target_modules=ALL_LINEAR)
     yield "lora", low_rank, None
     yield "qlora", low_rank, "nf4"
     bitfit = LoraConfig(target_modules=NO_TARGETS, bias="all")
@@ -132,7 +134,7 @@ def _other_methods(model: Any, lora: LoraConfig) -> Iterator[tuple[str, LoraConf
 
 def _lora_without_data(config: TrainConfig, model: Any) -> LoraConfig:
     decisions = Decisions(config)
-    if config.target_modules == NO_TARGETS:
+    if config.target_modules == NO_TARGETS and not config.target_parameters:
         if config.method == "full":
             decisions.decide("modules_to_save", all_of(model), "all of the model")
         return lora_config(decisions)

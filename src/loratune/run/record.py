@@ -21,6 +21,8 @@ from loratune.model import device_name, processor_name, tokenizer_hashes, total_
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup
 
+# Of a stack of experts, how many are looked at.
+_EXPERTS = 16
 _PACKAGES = ("loratune", "accelerate", "datasets", "numpy", "safetensors", "tokenizers", "torch", "transformers")
 
 # Settings that say where and how a run is watched or split, not what it computes.
@@ -158,10 +160,13 @@ def adapter_facts(plan: TargetPlan) -> dict[str, Any]:
 
 
 def effective_ranks(lora: Adapters) -> list[dict[str, Any]]:
-    return [
-        {"path": path, "effective": round(effective_rank(A, B), 2), "r": A.shape[0]}
-        for path, (A, B) in ((path, low_rank.matrices()) for path, low_rank in lora.factors().items())
-    ]
+    """Of each update; of a stack the mean of some experts'."""
+    found = []
+    for path, low_rank in lora.factors().items():
+        parts = low_rank.parts()
+        each = [effective_rank(A, B) for A, B in parts[:: -(-len(parts) // _EXPERTS)]]
+        found.append({"path": path, "effective": round(sum(each) / len(each), 2), "r": len(parts[0][0])})
+    return found
 
 
 def versions() -> dict[str, str]:

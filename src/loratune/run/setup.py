@@ -54,8 +54,8 @@ from loratune.training.sharding import units_of
 _POOLED = re.compile(r"(^|\.)pooler\.")
 # The settings that say which modules are adapted, and which tensors the adapter has its own of.
 _WHICH_MODULES = (
-    "task_type", "target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "ensure_weight_tying",
-    "bias", "trainable_token_indices", "peft_type",
+    "task_type", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "ensure_weight_tying", "bias", "trainable_token_indices", "peft_type",
 )  # fmt: skip
 # Larger micro-batches than these gain nothing: the products are then as efficient as they get.
 _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}

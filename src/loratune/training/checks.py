@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from loratune.errors import AdapterStateError, CheckError
 from loratune.lora import LowRank, Rescaling
 from loratune.loss import logits_of, summed_loss
 from loratune.model import evaluating
-from loratune.quant import FORMATS, FrozenWeight, QuantizedLinear, adaptable, lost, quantized_format
+from loratune.quant import FORMATS, QuantizedLinear, adaptable, lost, quantized_format, stacked_weight
 from loratune.training.processes import Processes
 
 OVERFIT_STEPS = 30
@@ -37,6 +37,7 @@ _OVERFIT_FLOOR = 0.1
 _MERGE_ROWS = 64
 # What of each method must have moved.
 _OUTER = {"LORA": "B", "VERA": "b", "IA3": "l"}
+_MERGE_EXPERTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ def merged_is_adapter(model: nn.Module, lora: Adapters, batch: Batch) -> Check:
         return Check("merged ≡ adapter", "after", True, f"it cannot be merged: {error.problems[0]}")
     try:
         merged = eval_logits(model, batch)
-        wrong = [path for path, rows in expected.items() if not _holds(model.get_submodule(path), rows)]
+        wrong = [path for path, rows in expected.items() if not _holds(model, path, rows)]
         wrong += [name for name, parameter in lora.replaced().items() if not _is_now(model, lora, name, parameter)]
     finally:
         lora.unmerge()
@@ -244,14 +245,19 @@ def _active_paths(lora: Adapters) -> list[str]:
 
 
 def _rows(model: nn.Module, path: str) -> Tensor:
-    """Up to 64 evenly spaced output rows (rows, in) of a module's weight, in fp64 on the CPU."""
-    return _sampled(_weight_at(model, path).dense()).cpu().double()
+    """Up to 64 evenly spaced output rows (rows, in) of a module's weight, in fp64 on the CPU; so of some experts'."""
+    return torch.cat([_sampled(matrix) for matrix in _matrices(model, path)]).cpu().double()
 
 
-def _weight_at(model: nn.Module, path: str) -> FrozenWeight:
+def _matrices(model: nn.Module, path: str) -> list[Tensor]:
+    """The weight (out, in) of the module of that path, or those of some experts in the parameter of that name."""
+    owner, _, name = path.rpartition(".")
+    stack = stacked_weight(model.get_submodule(owner), name) if owner else None
+    if stack is not None:
+        return [stack.one(number) for number in _some(range(stack.experts), _MERGE_EXPERTS)]
     weight = adaptable(model.get_submodule(path))
     assert weight is not None
-    return weight
+    return [weight.dense()]
 
 
 def _merged_rows(model: nn.Module, lora: Adapters, path: str) -> Tensor:
@@ -260,11 +266,12 @@ def _merged_rows(model: nn.Module, lora: Adapters, path: str) -> Tensor:
     for name in lora.active:
         low_rank = lora.terms(name).get(path)
         if isinstance(low_rank, Rescaling):
-            outputs = len(_weight_at(model, path).dense())
-            rows = rows + _rescaled_rows(base, low_rank, outputs)
+            (weight,) = _matrices(model, path)
+            rows = rows + _rescaled_rows(base, low_rank, len(weight))
         elif low_rank is not None:
-            A, B = (factor.detach().cpu().double() for factor in low_rank.matrices())
-            update = low_rank.scale * _sampled(B) @ A
+            pairs = _some(low_rank.parts(), _MERGE_EXPERTS)
+            exact = [tuple(factor.detach().cpu().double() for factor in pair) for pair in pairs]
+            update = low_rank.scale * torch.cat([_sampled(B) @ A for A, B in exact])
             if low_rank.magnitude is not None:
                 adapted = base + update
                 length = adapted.norm(dim=1).where(adapted.norm(dim=1) > 0, 1.0)
@@ -285,7 +292,12 @@ def _rescaled_rows(base: Tensor, term: Rescaling, outputs: int) -> Tensor:
 
 def _sampled(by_output: Tensor) -> Tensor:
     """Up to 64 evenly spaced entries of the first dimension."""
-    return by_output[:: max(1, len(by_output) // _MERGE_ROWS)][:_MERGE_ROWS]
+    return cast(Tensor, _some(by_output, _MERGE_ROWS))
+
+
+def _some(entries: Any, most: int) -> Any:
+    """Evenly spaced ones."""
+    return entries[:: max(1, len(entries) // most)][:most]
 
 
 def _is_now(model: nn.Module, lora: Adapters, full_name: str, parameter: Tensor) -> bool:
@@ -299,15 +311,14 @@ def _is_now(model: nn.Module, lora: Adapters, full_name: str, parameter: Tensor)
     return torch.equal(merged, parameter.to(merged.dtype))
 
 
-def _holds(module: nn.Module, exact: Tensor) -> bool:
-    """Whether sampled rows of the module's weight are the exact ones, but for one rounding to what it is stored in."""
-    weight = adaptable(module)
-    assert weight is not None
-    merged = _sampled(weight.dense()).cpu().double()
-    if isinstance(module, QuantizedLinear):
-        return bool((merged - exact).norm() <= FORMATS[module.format].coarseness * exact.norm())
+def _holds(model: nn.Module, path: str, exact: Tensor) -> bool:
+    """Whether sampled rows of the weight are the exact ones, but for one rounding to what it is stored in."""
+    merged = _rows(model, path)
+    bits = {name: module.format for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if path in bits:
+        return bool((merged - exact).norm() <= FORMATS[bits[path]].coarseness * exact.norm())
     # ... and the fp32 sum before it.
-    step = float(torch.finfo(weight.dense().dtype).eps)
+    step = float(torch.finfo(_matrices(model, path)[0].dtype).eps)
     return bool(((merged - exact).abs() <= exact.abs() * step + 1e-6 * exact.abs().max()).all())
 
 

@@ -26,12 +26,14 @@ def live_state(handle: Adapters, name: str) -> dict[str, Tensor]:
     saved = handle.saved(name)
     factors: dict[str, Factors] = {}
     vectors: dict[str, dict[str, Tensor]] = {}
+    filed = {target.path: target.filed for target in handle.plan(name).targets}
     for path, term in handle.terms(name).items():
         if path in saved.vectors:
             own = {"l": term.l} if isinstance(term, Rescaling) else {"d": term.inner, "b": term.outer}
             vectors[path] = {name: tensor.view_as(saved.vectors[path][name]) for name, tensor in own.items()}
         elif isinstance(term, LowRank):
-            factors[path] = saved.factors[path]._replace(A=term.A, B=term.B, bias=term.bias, magnitude=term.magnitude)
+            kept = saved.factors[filed[path]]
+            factors[filed[path]] = kept._replace(A=term.A, B=term.B, bias=term.bias, magnitude=term.magnitude)
     return to_keys(replace(saved, factors=factors, vectors=vectors, replaced=handle.replaced(name)))
 
 

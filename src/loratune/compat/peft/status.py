@@ -5,7 +5,7 @@ One adapter set is active in the whole model here, so nothing is "irregular" but
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,14 +74,17 @@ def layer_status(handle: Adapters, active: Sequence[str], *, enabled: bool, unde
     """
     kinds = {target.path: target.kind for name in handle.names for target in handle.plan(name).targets}
     saved = {path for name in handle.names for path in handle.plan(name).saved}
+    # In the model's order; of a module's parameters the last first, as PEFT wraps them.
+    filed = {target.path: target.filed for name in handle.names for target in handle.plan(name).stacks}
+    paths = [each for path, _ in base_modules(handle.model) for each in (path, *_on(path, filed))]
     found = []
-    for path, _ in base_modules(handle.model):
+    for path in paths:
         tensors = _tensors(handle, path, whole=path in saved) if path in kinds or path in saved else {}
         if tensors:
             found.append(
                 TunerLayerStatus(
-                    name=under + path,
-                    module_type="ModulesToSaveWrapper" if path in saved else f"lora.{_layer(kinds[path])}",
+                    name=under + filed.get(path, path),
+                    module_type=_type(path, kinds, saved, filed),
                     enabled=enabled,
                     active_adapters=[name for name in active if path not in saved or name in tensors],
                     merged_adapters=[name for name in active if handle.merged and name in tensors],
@@ -125,8 +128,15 @@ def model_status(layers: Sequence[TunerLayerStatus], **about: Any) -> TunerModel
     )
 
 
-def _layer(kind: str) -> str:
-    return _LAYERS.get(kind, kind)
+def _on(path: str, filed: Mapping[str, str]) -> list[str]:
+    """The adapted parameters of one module."""
+    return sorted((full for full in filed if full.rpartition(".")[0] == path), key=filed.__getitem__)
+
+
+def _type(path: str, kinds: Mapping[str, str], saved: Collection[str], filed: Collection[str]) -> str:
+    if path in saved:
+        return "ModulesToSaveWrapper"
+    return "lora.ParamWrapper" if path in filed else f"lora.{_LAYERS.get(kinds[path], kinds[path])}"
 
 
 def _tensors(handle: Adapters, path: str, *, whole: bool) -> dict[str, list[nn.Parameter]]:
