@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.config import LoraConfig, lora
+from loratune.config import LoraConfig, patterns
 from loratune.config.patterns import fully_matches, pattern_matches
 from loratune.errors import ConfigError
 
@@ -179,7 +179,7 @@ def test_a_slow_pattern_has_one_second_for_all_paths() -> None:
 
 
 def test_an_ordinary_pattern_never_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "_PATIENCE", 0.01)  # for all, if each of these counted
+    monkeypatch.setattr(patterns, "_PATIENCE", 0.01)  # for all, if each of these counted
     for number in range(20_000):
         assert pattern_matches(r"layers\.\d+\.self_attn\.[qkv]_proj", f"model.layers.{number}.self_attn.q_proj")
 
