@@ -145,12 +145,12 @@ def test_from_attach_to_detach(tmp_path: Path, name: str, method: str) -> None:
     assert bits(detached(x)) == base
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
-@pytest.mark.parametrize("beside", ["vera", "outputs", "inputs", "lora"])
+PAIRS = [(*case, beside) for case in CASES for beside in (*METHODS, "lora") if beside != "vera" or case[0] in LINEAR]
+
+
+@pytest.mark.parametrize(("name", "method", "beside"), PAIRS)
 def test_updates_of_several_add_up(name: str, method: str, beside: str) -> None:
     model, x, handle = moved(name, method)
-    if beside == "vera" and name not in LINEAR:
-        pytest.skip("VeRA is for linear layers")
     r = KINDS[name].r
     handle.add(lt.LoraConfig(r=r, target_modules=("layer",)) if beside == "lora" else config_of(beside), "other")
     move(handle, "other", seed=1)

@@ -16,6 +16,7 @@ from torch import nn
 import loratune as lt
 from loratune.compat import peft as compat
 from loratune.compat.peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from loratune.config.methods import settings_of
 from loratune.errors import AdapterFileError, AdapterStateError, ConfigError, MergedError, TargetError
 from tests.adapter.cases import IDS, gap, logits
 from tests.compat.twin import adapter
@@ -37,7 +38,7 @@ def test_every_name_is_pefts(name: str) -> None:
 
 def test_config_has_pefts_defaults() -> None:
     ours, theirs = LoraConfig(), peft.LoraConfig()
-    for name in lt.LoraConfig.names():
+    for name in settings_of("LORA", lt.LoraConfig.names()):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert LoraConfig().lora_alpha == 8 != lt.LoraConfig().lora_alpha
 

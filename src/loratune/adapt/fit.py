@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loratune.adapt.plan import TargetPlan
 from loratune.adapt.target import Target
 from loratune.adapter import Factors, SavedAdapter
+from loratune.config.methods import CALLED, LORA
 from loratune.errors import AdapterFileError
 from loratune.lora import names_by_parameter
 
@@ -30,6 +31,8 @@ def check_fit(
     for name in saved.modules:
         if name not in targets:
             problems.append(f"tensors for {name}, which this model lacks or the config does not target")
+        elif (name in saved.factors) != (targets[name].method == LORA):
+            problems.append(f"{name}: its tensors are those of another method than {CALLED[targets[name].method]}")
         elif name in saved.factors:
             problems += _of_target(targets[name], saved.factors[name], saved)
         else:

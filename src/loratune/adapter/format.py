@@ -113,6 +113,8 @@ def _read_contents(path: Path, config: LoraConfig | None, finite: bool) -> _Cont
     if config is not None and config.peft_type != LORA:
         read = read_vectors(tensors, config.peft_type, projected=config.save_projection, problems=problems)
     factors, replaced = from_keys(read.others, replaces=replaces, problems=problems)
+    if factors and config is not None and config.peft_type != LORA:
+        problems.append(f"{next(iter(factors))} has low-rank tensors, and peft_type is {config.peft_type!r}")
     expected = config is None or config.target_modules != NO_TARGETS or bool(config.target_parameters)
     factors = factors if config is None else with_stacks(factors, config)
     if not factors and not read.vectors and not problems and (expected or not replaced):

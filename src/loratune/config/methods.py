@@ -41,7 +41,7 @@ _ONLY = {"lora_only": "vera_only"}
 def unfit(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
     """What of the given settings is another method's, unless it is at its default and asks for nothing."""
     method = values.get("peft_type") or LORA
-    if method != LORA and method not in _NAMES:
+    if not isinstance(method, str) or method not in CALLED:
         return  # reported as a wrong value of its own
     for name, value in values.items():
         known = name not in _OF_OTHERS if method == LORA else name in _NAMES[method] or name in CHOOSING
