@@ -106,3 +106,23 @@ def test_every_setting_has_help_and_no_two_share_a_flag() -> None:
         assert all(field.description for field in kind.model_fields.values())
         flags = [flag for name, field in kind.model_fields.items() if (flag := flag_of(name, field))]
         assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value"),
+    [
+        ("ia3", "r", 8),
+        ("ia3", "lora_dropout", 0.0),
+        ("ia3", "bias", "all"),
+        ("ia3", "lora_plus_ratio", 4.0),
+        ("vera", "lora_alpha", 16),
+        ("vera", "use_dora", True),
+        ("vera", "init_lora_weights", "pissa"),
+        ("vera", "trainable_token_indices", [1]),
+        ("vera", "target_parameters", ["experts.down_proj"]),
+    ],
+)
+def test_a_method_has_no_setting_of_another(method: str, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        TrainConfig(method=method, **{name: value})  # type: ignore[arg-type]
+    assert TrainConfig(method=method, exclude_modules=("q_proj",)).peft_type == method.upper()  # type: ignore[arg-type]

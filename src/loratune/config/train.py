@@ -188,7 +188,8 @@ class TrainConfig(Settings):
                 )
             found[name] = implied
         problems += _unfit(found)
-        defaults = {name: field.default for name, field in LoraConfig.model_fields.items()}
+        own = cls.model_fields
+        defaults = {name: own[name].default for name in LoraConfig.names() if name in own}
         problems += unfit({name: value for name, value in found.items() if value is not None}, defaults)
         if found.get("group_prefixes") is True and found.get("share_prefixes") is False:
             problems.append("group_prefixes=True contradicts share_prefixes=False: only shared prefixes gain by groups")

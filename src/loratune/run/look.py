@@ -123,7 +123,7 @@ def _plain(memory: MemoryEstimate) -> dict[str, int]:
 def _other_methods(model: Any, lora: LoraConfig) -> Iterator[tuple[str, LoraConfig, str | None]]:
     """What else could be trained, with the format of the base: the same low-rank terms, all biases, everything."""
     has_some = lora.target_modules != NO_TARGETS or lora.target_parameters
-    low_rank = lora if has_some else LoraConfig(target_modules=ALL_LINEAR)
+    low_rank = lora if has_some and lora.peft_type == LORA else LoraConfig(target_modules=ALL_LINEAR)
     yield "lora", low_rank, None
     yield "qlora", low_rank, "nf4"
     bitfit = LoraConfig(target_modules=NO_TARGETS, bias="all")
