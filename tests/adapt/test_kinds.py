@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import loratune as lt
 from loratune.adapter import combine, diff, inspect, read_adapter
 from loratune.errors import AdapterFileError, AdapterStateError, TargetError
 from tests.adapt.kinds import KINDS, Around, Kind, around, by_position, columns_of, factor_of, matrix_of, update_of
+from tests.adapt.lifecycle import from_attach_to_detach
 from tests.adapt.model import bits
 from tests.oracle import lora_reference as oracle
 
@@ -104,43 +104,8 @@ def own_blocks(to_B: oracle.Array, groups: int) -> oracle.Array:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_from_attach_to_detach(tmp_path: Path, name: str) -> None:
-    kind = KINDS[name]
-    plain, x = around(kind)
-    model = copy.deepcopy(plain)
-    handle = lt.attach(model, config_of(kind))
-    base = bits(plain(x))
-    assert bits(model(x)) == base, "the start is the base"
-    before = {key: bits(tensor) for key, tensor in handle.base_state().items()}
-    optimizer = torch.optim.Adam(handle.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    assert {key: bits(tensor) for key, tensor in handle.base_state().items()} == before
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in handle.parameters()}
-    assert handle.count().trainable == handle.plan().trainable == sum(handle.plan().sizes())
-    trained = model(x)
-    assert not torch.allclose(trained, plain(x), atol=1e-3)
-    with handle.disabled():
-        assert bits(model(x)) == base
-    handle.save(tmp_path / "first")
-    again = copy.deepcopy(plain)
-    other = lt.attach(again, tmp_path / "first")
-    assert bits(again(x)) == bits(trained)
-    other.save(tmp_path / "second")
-    for file in FILES:
-        assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
-    if kind.merges:
-        for _ in range(2):
-            handle.merge()
-            assert torch.allclose(model(x), trained, atol=1e-5)
-            assert bits(model(x)) != base
-            handle.unmerge()
-            assert bits(model(x)) == bits(trained)
-    detached = handle.detach()
-    assert type(detached.layer) is type(plain.layer)
-    assert {key: bits(t) for key, t in detached.state_dict().items()} == before
-    assert bits(detached(x)) == base
+    plain, x = around(KINDS[name])
+    from_attach_to_detach(plain, x, config_of(KINDS[name]), tmp_path, merges=KINDS[name].merges)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -18,6 +18,7 @@ import loratune as lt
 from loratune.errors import AdapterFileError, AdapterStateError, ConfigError, TargetError
 from loratune.lora import TokenCounter, Vera, together
 from tests.adapt.kinds import KINDS, Around, around, by_position, columns_of, matrix_of
+from tests.adapt.lifecycle import from_attach_to_detach
 from tests.adapt.model import bits
 from tests.adapter.cases import gap as gap_of
 from tests.adapter.cases import logits
@@ -106,43 +107,7 @@ def test_output_and_gradients_are_the_references(name: str, method: str) -> None
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_from_attach_to_detach(tmp_path: Path, name: str, method: str) -> None:
     plain, x = around(KINDS[name])
-    model = copy.deepcopy(plain)
-    handle = lt.attach(model, config_of(method))
-    base = bits(plain(x))
-    assert bits(model(x)) == base, "the start is the base"
-    before = {key: bits(tensor) for key, tensor in handle.base_state().items()}
-    assert before.keys() == plain.state_dict().keys()
-    optimizer = torch.optim.Adam(handle.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    assert {key: bits(tensor) for key, tensor in handle.base_state().items()} == before
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in handle.parameters()}
-    assert handle.count().trainable == handle.plan().trainable == sum(handle.plan().sizes())
-    trained = model(x)
-    assert not torch.allclose(trained, plain(x), atol=1e-3)
-    with handle.disabled():
-        assert bits(model(x)) == base
-    handle.save(tmp_path / "first")
-    again = copy.deepcopy(plain)
-    other = lt.attach(again, tmp_path / "first")
-    assert bits(again(x)) == bits(trained)
-    other.save(tmp_path / "second")
-    for file in (TENSORS, CONFIG):
-        assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
-    for _ in range(2):
-        handle.merge()
-        assert torch.allclose(model(x), trained, atol=1e-5)
-        assert bits(model(x)) != base
-        handle.unmerge()
-        assert bits(model(x)) == bits(trained)
-    handle.rename("default", "renamed")
-    assert bits(model(x)) == bits(trained)
-    detached = handle.detach()
-    assert type(detached.layer) is type(plain.layer)
-    assert {key: bits(t) for key, t in detached.state_dict().items()} == before
-    assert bits(detached(x)) == base
+    from_attach_to_detach(plain, x, config_of(method), tmp_path)
 
 
 PAIRS = [(*case, beside) for case in CASES for beside in (*METHODS, "lora") if beside != "vera" or case[0] in LINEAR]
