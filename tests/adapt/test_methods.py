@@ -483,6 +483,18 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
         lambda _: {"base_model.model.layer.ia3_l": torch.ones(1, 5)},
         r"l \(1, 5\), expected \(4, 1\)",
     ),
+    "an empty one": ("outputs", lambda _: {"base_model.model.layer.ia3_l": torch.ones(0, 1)}, "not a vector"),
+    "eight bits": (
+        "vera",
+        lambda t: {**t, "base_model.model.layer.vera_lambda_d": torch.ones(3).to(torch.float8_e4m3fn)},
+        "not fp32",
+    ),
+    "A in eight bits": ("vera", lambda t: {**t, "base_model.vera_A": torch.ones(3, 5).char()}, "do not share a rank"),
+    "of LoRA": (
+        "inputs",
+        lambda _: {f"base_model.model.layer.lora_{x}.weight": torch.ones(s) for x, s in (("A", (2, 5)), ("B", (4, 2)))},
+        "has low-rank tensors, and peft_type is 'IA3'",
+    ),
     "NaN": ("inputs", lambda t: {k: v * float("nan") for k, v in t.items()}, "NaN or infinity"),
     "a stranger": ("inputs", lambda t: {**t, "base_model.model.other.lora_A.weight": torch.ones(2, 2)}, "other"),
     "nothing": ("inputs", lambda _: {}, "holds no"),
@@ -501,3 +513,91 @@ def test_a_damaged_file_is_refused_and_nothing_changes(tmp_path: Path, damage: s
         lt.attach(model, tmp_path)
     assert bits(model(x)) == before
     assert type(model.layer) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "key", ["bias", "d_initial", "r", "peft_type", "target_modules", "vera_dropout", "init_weights"]
+)
+@pytest.mark.parametrize("value", [["none"], {}, {"a": 1}, 1.5, "x", True], ids=str)
+def test_a_damaged_config_is_refused_or_means_something(tmp_path: Path, key: str, value: Any) -> None:
+    _, _, handle = moved("Linear", "vera")
+    handle.save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, key: value}))
+    model, x = around(KINDS["Linear"])
+    before = bits(model(x))
+    try:
+        lt.attach(model, tmp_path)
+    except lt.errors.LoratuneError:
+        assert bits(model(x)) == before
+
+
+def test_vectors_keep_their_own_dtypes(tmp_path: Path) -> None:
+    _, _, handle = moved("Linear", "vera")
+    handle.save(tmp_path / "first")
+    tensors = load_file(tmp_path / "first" / TENSORS)
+    tensors["base_model.model.layer.vera_lambda_d"] = tensors["base_model.model.layer.vera_lambda_d"].half()
+    save_file(tensors, tmp_path / "first" / TENSORS, metadata={"format": "pt"})
+    model, _ = around(KINDS["Linear"])
+    lt.attach(model, tmp_path / "first").save(tmp_path / "second")
+    again = load_file(tmp_path / "second" / TENSORS)
+    assert all(torch.equal(again[key], tensor) and again[key].dtype == tensor.dtype for key, tensor in tensors.items())
+
+
+def test_factors_near_one_are_not_kept_in_coarse_steps() -> None:
+    model, x = around(KINDS["Linear"])
+    before = bits(model(x))
+    with pytest.raises(AdapterStateError, match="whose steps there are too wide"):
+        lt.attach(model, config_of("outputs"), dtype=torch.bfloat16)
+    assert bits(model(x)) == before
+    assert type(model.layer) is nn.Linear
+
+
+def test_without_targets_a_method_has_what_it_saves() -> None:
+    model, _ = around(KINDS["Linear"])
+    config = lt.LoraConfig(peft_type="VERA", target_modules="dummy-target-modules", modules_to_save=("head",))
+    handle = lt.attach(model, config)
+    assert set(handle.replaced()) == {"head.weight", "head.bias"}
+
+
+def test_what_has_no_b_cannot_learn_it_faster() -> None:
+    model, _ = around(KINDS["Linear"])
+    handle = lt.attach(model, config_of("outputs"))
+    with pytest.raises(ConfigError, match="no adapter here has a B"):
+        handle.param_groups(1e-3, lora_plus_ratio=16)
+    other, _ = around(KINDS["Linear"])
+    rates = {g["lr"]: len(g["params"]) for g in lt.attach(other, config_of("vera")).param_groups(1e-3, 16)}
+    assert rates == {1e-3: 1, 16e-3: 1}
+
+
+def test_names_of_inputs_in_a_file_are_ends_of_paths(tmp_path: Path) -> None:
+    """To peft "wo" is also the end of "two"."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wo, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.two(self.wo(x))
+            return result
+
+    torch.manual_seed(0)
+    base, x = Two(), torch.randn(3, 4)
+    config = peft.IA3Config(target_modules=["wo", "two"], feedforward_modules=["wo"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1 + torch.rand(parameter.shape)) if parameter.requires_grad else None
+    theirs.save_pretrained(str(tmp_path))
+    model = copy.deepcopy(base)
+    lt.attach(model, tmp_path)
+    assert torch.allclose(model(x), theirs(x), atol=1e-6)
+
+
+def test_one_layer_in_another_dtype_leaves_the_projections_as_they_are() -> None:
+    model, handle, x = side()
+    A = handle.factors()["q"].projections.A.clone()  # type: ignore[union-attr]
+    model.o.to(torch.bfloat16)
+    assert torch.equal(handle.factors()["q"].projections.A, A)  # type: ignore[union-attr]
+    assert model.q(x).dtype == torch.float32

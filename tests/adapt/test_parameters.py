@@ -606,3 +606,74 @@ def test_a_parameter_that_is_another_by_now_is_not_merged_into() -> None:
     with replaced(module, "down_proj", other), pytest.raises(AdapterStateError, match=why):
         handle.merge()
     assert not handle.merged
+
+
+# -- somebody looks at a parameter without wanting gradients -----------------------------------------------------------
+
+
+def test_a_look_without_gradients_takes_none_away() -> None:
+    """A hook that logs a norm, say, in the middle of the pass."""
+    model, handle = moved()
+    experts = experts_of(model)
+    dice = torch.Generator().manual_seed(4)
+    x, weights = torch.randn(3, 32, generator=dice), torch.rand(3, 2, generator=dice)
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 3]])
+
+    def gradients() -> list[Tensor]:
+        for parameter in handle.parameters():
+            parameter.grad = None
+        experts(x, chosen, weights).square().sum().backward()
+        own = [low_rank for path, low_rank in handle.factors().items() if ".0." in path]
+        return [gradient for each in own for gradient in (each.A.grad, each.B.grad) if gradient is not None]
+
+    expected = gradients()
+    assert len(expected) == 4
+
+    def look(*_: Any) -> None:
+        with torch.no_grad():
+            assert float(experts.down_proj.norm()) > 0
+            assert experts.gate_up_proj[0] is not None
+
+    hooks = [experts.act_fn.register_forward_hook(look), experts.register_forward_pre_hook(look)]
+    found = gradients()
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Own(nn.Module):
+    """Code of its own that does to its weight what is written."""
+
+    def __init__(self, do: Any) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 4, 3))
+        self.do = do
+
+    def forward(self) -> Any:
+        return self.do(self.w)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda w: w**2,
+        abs,
+        lambda w: (w == 0).float(),
+        lambda w: (w != 0).float(),
+        lambda w: (w > 0).float(),
+        lambda w: 2.0 - w,
+        lambda w: 1.0 / w,
+        lambda w: torch.stack(list(w)),
+        lambda w: torch.bmm(torch.ones(2, 1, 4), w, out=torch.empty(2, 1, 3)) if not w.requires_grad else w,
+    ],
+)
+def test_whatever_else_is_done_is_done_with_the_sum(do: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"own": Own(do)})
+    handle = lt.attach(model, lt.LoraConfig(r=2, target_parameters=("own.w",)))
+    move(handle)
+    module: Any = model["own"]
+    whole = module.w.detach().clone()
+    with torch.no_grad():
+        assert torch.allclose(module(), do(whole), atol=1e-6)

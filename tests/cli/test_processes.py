@@ -99,10 +99,27 @@ def test_reader_that_goes_away(finished: Path) -> None:
     assert "Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("command", ["data", "plan", "generate", "eval", "merge", "compare", "serve", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["generate", "eval", "chat", "merge", "export", "combine", "compare", "serve", "report"]
+)
 def test_a_launcher_is_for_train(cli: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = cli(command, "rows.jsonl")
     assert said.code == 2
     assert f"WORLD_SIZE=2: `loratune {command}` runs in one process" in said.err
     assert "these are for train" in said.err
+
+
+@pytest.mark.parametrize("processes", ["2", ""])
+def test_what_writes_nothing_may_be_asked_anywhere(cli: Any, monkeypatch: pytest.MonkeyPatch, processes: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    said = cli("show", "nowhere")
+    assert "WORLD_SIZE" not in said.err
+    if not processes:  # set to nothing is not set
+        assert "WORLD_SIZE" not in cli("merge", "nowhere", "--out", "out").err
+
+
+def test_a_launched_command_still_has_its_help() -> None:
+    code, out, err = finish(start("merge", "--help", WORLD_SIZE="2"))
+    assert code == 0, err
+    assert "--out" in out

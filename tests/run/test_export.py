@@ -220,3 +220,13 @@ def test_other_refusals(tmp_path: Path) -> None:
         export(str(tmp_path / "adapter"), str(tmp_path / "out"), to="gguf")
     with pytest.raises(RunFolderError, match="exists already"):
         export(str(tmp_path / "adapter"), str(tmp_path / "adapter"), to="peft")
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_vera_is_written_with_its_own_base_alone(tmp_path: Path, to: str, projected: bool) -> None:
+    _, adapter, _ = made(tmp_path, peft_type="VERA", r=4, save_projection=projected)
+    wide = saved(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=96)
+    with pytest.raises(AdapterFileError, match=r"expected \(64,\)"):
+        export(str(adapter), str(tmp_path / "out"), to=to, base=str(wide))
+    assert not (tmp_path / "out").exists()

@@ -23,9 +23,11 @@ def param_groups(
     ]
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         problems.append(f"weight_decay={weight_decay!r} is not a number from 0")
+    low_ranks = [term for term in terms if isinstance(term, LowRank)]
+    if b_ratio != 1.0 and parameters and not low_ranks:
+        problems.append(f"lora_plus_ratio={b_ratio!r}: no adapter here has a B")
     if problems:
         raise ConfigError(problems, hint="lr=2e-4, lora_plus_ratio=16 and weight_decay=0.01 are usual")
-    low_ranks = [term for term in terms if isinstance(term, LowRank)]
     behind_b = {id(p) for low_rank in low_ranks for p in (low_rank.outer, low_rank.bias) if p is not None}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in parameters:

@@ -224,9 +224,11 @@ class _Planner:
         if wanted is None:
             names = preset_of(self._family(), IA3)[1]
             return frozenset(path for path in chosen if any(name_matches(name, path) for name in names))
+        if self.of_file and isinstance(wanted, tuple):  # to peft they are ends of paths, whatever stands before them
+            return frozenset(path for path in chosen if path.endswith(wanted))
         matched = set(self._matching(wanted, "feedforward_modules")) if wanted else set()
         beyond = sorted(matched.difference(chosen))
-        if beyond and not self.of_file:
+        if beyond:
             self.problems.append(f"feedforward_modules: {beyond[0]} is no target")
         return frozenset(matched.intersection(chosen))
 

@@ -11,7 +11,8 @@ from loratune.adapt.plan import TargetPlan
 from loratune.adapt.target import Target
 from loratune.adapter import SavedAdapter
 from loratune.config import LoraConfig
-from loratune.config.methods import VERA
+from loratune.config.methods import IA3, VERA
+from loratune.errors import AdapterStateError
 from loratune.lora import Projections, Rescaling, Term, Vera, generator_for, random_projections
 from loratune.quant import adaptable
 
@@ -27,7 +28,7 @@ def fresh_vectors(
     drawn = {
         target.path: _started(config, target, generator_for(seed, ordinal, target.path)) for target in plan.targets
     }
-    return _terms(modules, config, plan, drawn, None, dict.fromkeys(drawn, dtype or torch.float32))
+    return _terms(modules, config, plan, drawn, None, dtype, torch.float32)
 
 
 def saved_vectors(
@@ -39,11 +40,8 @@ def saved_vectors(
     trainable: bool,
 ) -> dict[str, Term]:
     """Copies of a saved adapter's vectors, which fit the plan; projections that are not in it come from their seed."""
-    dtypes = {}
-    for path, vectors in saved.vectors.items():
-        own = next(iter(vectors.values())).dtype
-        dtypes[path] = dtype or (torch.promote_types(own, torch.float32) if trainable else own)
-    return _terms(modules, saved.config, plan, saved.vectors, saved.projections, dtypes)
+    finer = torch.float32 if trainable else None
+    return _terms(modules, saved.config, plan, saved.vectors, saved.projections, dtype, finer)
 
 
 def _started(config: LoraConfig, target: Target, generator: torch.Generator) -> _Vectors:
@@ -69,9 +67,11 @@ def _terms(
     plan: TargetPlan,
     vectors: Mapping[str, _Vectors],
     projections: tuple[Tensor, Tensor] | None,
-    dtypes: Mapping[str, torch.dtype],
+    dtype: torch.dtype | None,
+    finer: torch.dtype | None,
 ) -> dict[str, Term]:
-    if config.peft_type == VERA and projections is None:
+    """In `dtype`, or in their own, where they are to be trained at least in `finer`."""
+    if config.peft_type == VERA and projections is None and plan.targets:
         inner, outer = (max(getattr(t, name) for t in plan.targets) for name in ("in_features", "out_features"))
         projections = random_projections(config.r, inner, outer, config.projection_prng_key)
     # One for each device, which the layers there share.
@@ -81,8 +81,11 @@ def _terms(
         weight = adaptable(modules[target.path])
         assert weight is not None, f"{target.path} was planned as a target"
         device = weight.device
+        if target.method == IA3 and dtype is not None and dtype.itemsize < torch.float32.itemsize:
+            hint = "leave dtype out: (IA)³ has few values"
+            raise AdapterStateError(f"factors near 1 cannot be {dtype}, whose steps there are too wide", hint=hint)
         own = {
-            name: tensor.to(device, dtypes[target.path], copy=True).flatten()
+            name: tensor.to(device, _dtype(tensor, dtype, finer), copy=True).flatten()
             for name, tensor in vectors[target.path].items()
         }
         if projections is None:
@@ -92,3 +95,8 @@ def _terms(
             shared[device] = Projections(*(tensor.to(device, copy=True) for tensor in projections))
         terms[target.path] = Vera(own["d"], own["b"], shared[device], target.in_features, config.lora_dropout)
     return terms
+
+
+def _dtype(tensor: Tensor, dtype: torch.dtype | None, finer: torch.dtype | None) -> torch.dtype:
+    least = tensor.dtype if finer is None else torch.promote_types(tensor.dtype, finer)
+    return dtype or least

@@ -6,10 +6,10 @@ from loratune.adapter.difference import Difference, diff
 from loratune.adapter.format import config_to_json, count_parameters, read_adapter, read_config, write_adapter
 from loratune.adapter.gguf import gguf_tensors, read_gguf, write_gguf
 from loratune.adapter.hub import adapter_folder
-from loratune.adapter.keys import DTYPES, to_keys
+from loratune.adapter.keys import to_keys
 from loratune.adapter.plain import Plain, plain, same_update
 from loratune.adapter.spectrum import Inspection, effective_rank, inspect, singular_values
-from loratune.adapter.value import Factors, Origin, SavedAdapter, Stack
+from loratune.adapter.value import DTYPES, Factors, Origin, SavedAdapter, Stack
 from loratune.adapter.vectors import as_lora
 
 __all__ = [

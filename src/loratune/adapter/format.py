@@ -20,9 +20,9 @@ import safetensors.torch
 from torch import Tensor
 
 from loratune.adapter.card import about_of
-from loratune.adapter.keys import DTYPES, copied_tables, from_keys, name_in_base, surplus_keys, to_keys
+from loratune.adapter.keys import copied_tables, from_keys, name_in_base, surplus_keys, to_keys
 from loratune.adapter.stacks import with_stacks
-from loratune.adapter.value import Factors, Origin, SavedAdapter
+from loratune.adapter.value import DTYPES, Factors, Origin, SavedAdapter
 from loratune.adapter.vectors import Read, read_vectors
 from loratune.config import NO_TARGETS, LoraConfig
 from loratune.config.methods import LORA, Method, from_file, to_file

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.adapter.value import Factors, SavedAdapter
+from loratune.adapter.value import DTYPES, Factors, SavedAdapter
 from loratune.adapter.vectors import keys_of_vectors
-
-# What an adapter can be computed with.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Under a table's path: the rows of its that an adapter has its own of.
 _EXCHANGED = "token_adapter"

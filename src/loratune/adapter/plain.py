@@ -96,15 +96,18 @@ def _more(names: list[str]) -> str:
 def same_update(one: SavedAdapter, other: SavedAdapter) -> float:
     """The largest relative difference of two adapters' scaled updates, module by module, in fp64.
 
-    What is no low-rank update (vectors, tensors in the base's place) counts as it is.
+    What is no single low-rank update (stacks, vectors, tensors in the base's place) counts as it is.
     """
     worst = 0.0
     others = dict(other.named_tensors())
     for name, tensor in one.named_tensors():
-        if name.partition(": ")[0] not in one.factors:
+        path = name.partition(": ")[0]
+        if path not in one.factors or one.factors[path].stack is not None:
             size, apart = float(tensor.double().norm()), float((tensor.double() - others[name].double()).norm())
             worst = max(worst, apart / size if size else apart)
     for path, factors in one.factors.items():
+        if factors.stack is not None:
+            continue
         A, B = _scaled(factors, one.scale(path))
         C, D = _scaled(other.factors[path], other.scale(path))
         size = float(singular_values(A, B).norm())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loratune.config import LoraConfig
@@ -23,6 +24,10 @@ class Stack(NamedTuple):
     experts: int
     alpha: float
     parameter: str = ""
+
+
+# What an adapter can be computed with.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Factors(NamedTuple):

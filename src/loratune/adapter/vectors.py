@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from loratune.adapter.value import Factors, SavedAdapter
+from loratune.adapter.value import DTYPES, Factors, SavedAdapter
 from loratune.config import LoraConfig
 from loratune.config.methods import CALLED, IA3, VERA
 from loratune.errors import AdapterFileError
@@ -54,9 +54,13 @@ def read_vectors(tensors: Mapping[str, Tensor], method: str, *, projected: bool,
             continue
         vectors.setdefault(key[len(_PREFIX) : -len(suffix)], {})[name] = others.pop(key)
         shape = tuple(tensors[key].shape)
-        if not tensors[key].is_floating_point():
+        if tensors[key].dtype not in DTYPES:
             problems.append(f"{key!r} is {tensors[key].dtype}, not fp32, fp64, bf16 or fp16")
-        elif (name == "l") == (len(shape) < 2) or tensors[key].numel() != max(shape, default=0):
+        elif (
+            (name == "l") == (len(shape) < 2)
+            or tensors[key].numel() != max(shape, default=0)
+            or not tensors[key].numel()
+        ):
             problems.append(f"{key!r} is {shape}, not a vector")
     for path, found in vectors.items():
         missing = [end for name, end in _SUFFIXES[method].items() if name not in found]
@@ -78,7 +82,7 @@ def _projections(
         problems.append(f"{' and '.join(_PROJECTIONS)}: not both are there, and the config says save_projection=True")
         return None
     A, B = there
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not (A.is_floating_point() and B.is_floating_point()):
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not {A.dtype, B.dtype} <= set(DTYPES):
         problems.append(f"the projections {tuple(A.shape)} and {tuple(B.shape)} do not share a rank")
         return None
     for path, found in vectors.items():

@@ -44,7 +44,7 @@ def show(
     text: list[Any] = [f"{key} = {value}" for key, value in found["config"].items()]
     text += [f"{found['parameters']:,} parameters · ‖ΔW‖ {_figure(found['norm'], '.3g')}", ""]
     vectors = [
-        [x["path"], x["name"], f"{x['size']:,}", *(f"{x[name]:.4g}" for name in ("least", "mean", "largest"))]
+        [x["path"], x["name"], f"{x['size']:,}", *(_figure(x[name], ".4g") for name in ("least", "mean", "largest"))]
         for x in found["vectors"]
     ]
     text += [table(["layer", "vector", "values", "least", "mean", "largest"], vectors)] if vectors else []

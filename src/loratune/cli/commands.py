@@ -6,6 +6,7 @@ Rooms that need torch are imported inside the commands, so that `--help` answers
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,17 +39,17 @@ Config = Annotated[str | None, typer.Option("--config", help="settings in a TOML
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting as name=value; may be repeated")]
 
 
-# Commands that several processes run together; of any other each process would do the whole, and write the same files.
-_TOGETHER = ("train", "reproduce")
+# Commands that write, and that several processes do not do together: each would do the whole, into the same files.
+_ALONE = ("generate", "eval", "chat", "merge", "export", "combine", "compare", "serve", "report", "doctor")
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="print the version")] = False
 ) -> None:
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE") or "1"
     command = context.invoked_subcommand
-    if command not in (None, *_TOGETHER) and processes != "1":
+    if command in _ALONE and processes != "1" and "--help" not in sys.argv:
         hint = "start it without torchrun or accelerate launch; these are for train"
         raise ConfigError(f"WORLD_SIZE={processes}: `loratune {command}` runs in one process", hint=hint)
     if version:

@@ -78,9 +78,9 @@ def from_file(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     values = {names[key]: value for key, value in raw.items() if key in names}
     if method == VERA:
         words = {written: word for word, written in _ONLY.items()}
-        if values.get("bias") in _ONLY:
+        if isinstance(values.get("bias"), str) and values["bias"] in _ONLY:
             raise ConfigError(f"bias={values['bias']!r}: VeRA's files say {_ONLY[values['bias']]!r}")
-        if "bias" in values:
+        if isinstance(values.get("bias"), str):
             values["bias"] = words.get(values["bias"], values["bias"])
     return values, {key: value for key, value in raw.items() if key not in names}
 

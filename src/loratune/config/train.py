@@ -180,12 +180,11 @@ class TrainConfig(Settings):
     def prepare(cls, values: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         """Expand the method; a setting given beside it that says otherwise is a contradiction."""
         found = super().prepare(values, problems)
-        for name, implied in METHODS.get(str(found.get("method", "lora")), {}).items():
+        method = str(found.get("method", "lora"))
+        for name, implied in {"peft_type": LORA, **METHODS.get(method, {})}.items():
             given = found.get(name)
             if given is not None and given != implied:
-                problems.append(
-                    f"{name}={given!r} contradicts method={found['method']!r}, which means {name}={implied!r}"
-                )
+                problems.append(f"{name}={given!r} contradicts method={method!r}, which means {name}={implied!r}")
             found[name] = implied
         problems += _unfit(found)
         own = cls.model_fields
@@ -206,6 +205,8 @@ def _unfit(found: dict[str, Any]) -> Iterator[str]:
         )
     if method == "ia3" and found.get("lora_plus_ratio") is not None:
         yield f"lora_plus_ratio={found['lora_plus_ratio']!r} is for a B behind an A, and method='ia3' has one vector"
+    if method in ("vera", "ia3") and found.get("weight_decay"):
+        yield f"weight_decay={found['weight_decay']!r} is for matrices, and method={method!r} trains vectors alone"
     if method == "full" and found.get("quant") is not None:
         yield f"quant={found['quant']!r}: method='full' trains every weight, and a quantised one cannot be trained"
     if method == "full" and found.get("modules_to_save") is not None:

@@ -8,6 +8,7 @@ not the whole answer teaches the first token, and so does a question that the co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from loratune.errors import DataError
 # Tokens that two neighbouring windows both have, where they are long enough: what SQuAD is read with.
 _OVERLAP = 128
 _SHOWN = 40
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 # First and one past the last: of characters, or of tokens.
 Span = tuple[int, int]
 
@@ -118,7 +120,7 @@ def _span(context: str, text: object, start: object, what: str, problems: list[s
 
 def _whole(value: object) -> int | None:
     """A whole number, also where a column with nulls in it became one of floats, or a table one of texts."""
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -53,18 +53,26 @@ def _looked_up(name: str) -> Any:
     def adapted(self: OnParameters) -> Tensor | Updated | None:
         present = None if torch.compiler.is_compiling() else _PASS.get()
         asked = present[1] if present is not None and present[0] is self else None
-        if asked is not None and name in asked:
-            return asked[name]
-        base, terms = in_place_of(self, name), _terms(self, name)
-        if base is None or not terms:
-            return base
-        updated = Updated(base, terms, base_of(type(self)).__name__)
-        if asked is None:  # somebody else looks at it, and is given a tensor
-            return updated.dense()
-        asked[name] = updated
-        return updated
+        if asked is None:
+            updated = _updated(self, name)
+            # Somebody else looks at it, and is given a tensor.
+            return updated.dense() if isinstance(updated, Updated) else updated
+        # What was made where no gradients were wanted has none, and is not for those who want them.
+        key = f"{name} {torch.is_grad_enabled()} {torch.is_inference_mode_enabled()}"
+        if key not in asked:
+            updated = _updated(self, name)
+            if not isinstance(updated, Updated):
+                return updated
+            asked[key] = updated
+        return asked[key]
 
     return adapted
+
+
+def _updated(module: OnParameters, name: str) -> Tensor | Updated | None:
+    """The parameter with the active adapters' terms beside it, or as it is where there are none."""
+    base, terms = in_place_of(module, name), _terms(module, name)
+    return base if base is None or not terms else Updated(base, terms, base_of(type(module)).__name__)
 
 
 def _terms(module: OnParameters, name: str) -> tuple[Term, ...]:

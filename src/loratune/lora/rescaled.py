@@ -4,7 +4,8 @@ Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 arXiv:2205.05638, section 3.3, (IA)³: outputs of keys and values, inputs of a feed-forward block's second product.
 
 Like every adapter's, what it adds is counted from the base, so that several add up: (l - 1) ⊙ (W x + bias), and
-W ((l - 1) ⊙ x). In low precision l would lose what it learned: between 1 and 2 bf16 has steps of 1/128; l - 1 keeps it.
+W ((l - 1) ⊙ x). In low precision l would lose what it learned: between 1 and 2 bf16 has steps of 1/128. So l is kept in
+fp32, and l - 1 is what is rounded.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Updated:
         return self._dense_for("[]")[index]
 
     def _expert(self, number: int) -> Updated:
-        if self._slices is None:  # taken apart at once: the gradient of one slice alone has the size of all
+        if self._slices is None or not all(self._serves(lefts[0]) for lefts, _, _ in self._slices):
+            # Taken apart at once: the gradient of one slice alone has the size of all.
             self._slices = [(left.unbind(), right.unbind(), scale) for left, right, scale in self.terms]
         terms = tuple(Term(lefts[number], rights[number], scale) for lefts, rights, scale in self._slices)
         return Updated(self.weight[number], terms, self.owner)
@@ -128,7 +129,7 @@ class Updated:
 
     def dense(self) -> Tensor:
         """The sum, in W's dtype."""
-        if self._whole is None:
+        if self._whole is None or not self._serves(self._whole):
             whole = self.weight
             add = torch.baddbmm if self.ndim == 3 else torch.addmm
             with torch.autocast(whole.device.type, enabled=False):
@@ -136,6 +137,11 @@ class Updated:
                     whole = add(whole, left.to(whole.dtype), right.to(whole.dtype), alpha=scale)
             self._whole = whole
         return self._whole
+
+    def _serves(self, whole: Tensor) -> bool:
+        """Whether it has the graph that is wanted now; one that was formed without gradients has none."""
+        learns = any(part.requires_grad for term in self.terms for part in (term.left, term.right))
+        return whole.requires_grad or not (torch.is_grad_enabled() and learns)
 
     def _dense_for(self, name: str) -> Tensor:
         if (self.owner, name) not in _SAID:
@@ -151,8 +157,12 @@ def _of_sum(name: str) -> Callable[..., Any]:
 
 
 # Python looks these up at the class, past `__getattr__`.
-for _name in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "neg"):
+for _name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "radd", "rsub", "rmul", "rtruediv", "rpow", "rmatmul",
+    "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iter", "contains", "bool", "float", "int",
+):  # fmt: skip
     setattr(Updated, f"__{_name}__", _of_sum(f"__{_name}__"))
+Updated.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _is_number(index: Any) -> bool:
@@ -170,8 +180,8 @@ def _whole(value: Any, name: str) -> Any:
     return value
 
 
-def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Tensor | None:
-    if not isinstance(weight, Updated) or not isinstance(input, Tensor) or weight.ndim != 2:
+def _linear(func: Any, input: Any, weight: Any, bias: Any = None, **others: Any) -> Tensor | None:
+    if others or not isinstance(weight, Updated) or not isinstance(input, Tensor) or weight.ndim != 2:
         return None
     y: Tensor = func(input, weight.weight, bias)
     for left, right, scale in weight.terms:
@@ -180,9 +190,9 @@ def _linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Tensor | No
     return y
 
 
-def _matmul(func: Any, a: Any, b: Any) -> Tensor | None:
+def _matmul(func: Any, a: Any, b: Any, **others: Any) -> Tensor | None:
     """Of vectors, torch takes the dimensions of a product otherwise; that is left to the sum."""
-    if isinstance(a, Updated) == isinstance(b, Updated) or min(a.ndim, b.ndim) < 2:
+    if others or isinstance(a, Updated) == isinstance(b, Updated) or min(a.ndim, b.ndim) < 2:
         return None
     if isinstance(b, Updated):
         y: Tensor = func(a, b.weight)

@@ -7,7 +7,7 @@ low-rank update of the factors diag(d) A and diag(b) B, and whatever knows those
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,14 @@ class Projections(nn.Module):
         super().__init__()
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projections:
+        """Follows one layer to its device, and to no other dtype: it is the other layers' too."""
+        del recurse
+        for name, buffer in (("A", self.A), ("B", self.B)):
+            device = fn(buffer.new_empty(0)).device
+            self._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        return self
 
 
 def random_projections(r: int, in_features: int, out_features: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,8 @@ class Vera(LowRank):
 
     def frozen(self) -> tuple[Tensor, Tensor]:
         """This layer's A (r, in_features) and B (out_features, r), as they were drawn."""
-        return self.projections.A[:, : self.in_features], self.projections.B[: len(self.b)]
+        A, B = self.projections.A[:, : self.in_features], self.projections.B[: len(self.b)]
+        return A.to(self.d.device), B.to(self.b.device)  # layers of one model may be on several
 
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """diag(d) A and diag(b) B, in the vectors' dtype unless told."""
@@ -113,6 +122,8 @@ def vera_linears(
     x: Tensor, A: Tensor, projections: Sequence[VeraProjection], dropped: Linear | None = None
 ) -> tuple[Tensor, ...]:
     """What each projection gives for x (..., in_features), in x's dtype; A x is computed once.
+
+    Under autocast, and where torch draws the dropout, the formula is taken instead, which keeps both.
 
     Of the frozen factors nothing is kept for the backward pass, nor of x: only A x, (tokens, r), is. So there is no
     gradient of the gradient.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loratune.adapt.fit import check_fit
 from loratune.adapt.plan import plan_as_written
 from loratune.adapter import (
     Plain,
@@ -28,7 +29,7 @@ from loratune.adapter import (
     write_gguf,
 )
 from loratune.config.methods import VERA
-from loratune.errors import AdapterFileError, CheckError, ConfigError, ModelError, nearest
+from loratune.errors import CheckError, ConfigError, ModelError, nearest
 from loratune.files import new_folder
 from loratune.gguf import GgufModel, compare_model, refuse_family, shape_of, vocabulary_of, write_model
 from loratune.model import empty_model
@@ -112,13 +113,12 @@ def _low_rank(saved: SavedAdapter) -> tuple[SavedAdapter, list[str]]:
         return saved, []
     if not saved.base:
         raise ModelError("the adapter does not say which base it was trained on", hint="name it with --base")
-    targets = {
-        target.path: target.in_features for target in plan_as_written(empty_model(saved.base), saved.config).targets
-    }
-    missing = [path for path in saved.vectors if path not in targets]
-    if missing:
-        raise AdapterFileError(f"{missing[0]}: {saved.base} has no such target", hint="name its base with --base")
-    return as_lora(saved, targets), ["VeRA's vectors are multiplied into A and B, which are LoRA's then"]
+    model = empty_model(saved.base)
+    planned = plan_as_written(model, saved.config)
+    planned.check(saved.base)
+    check_fit(model, planned, saved, saved.base)
+    widths = {target.path: target.in_features for target in planned.targets}
+    return as_lora(saved, widths), ["VeRA's vectors are multiplied into A and B, which are LoRA's then"]
 
 
 def _gguf(saved: SavedAdapter, found: Plain, target: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from loratune.adapter import Inspection, SavedAdapter, adapter_folder, config_to_json, read_adapter
 from loratune.adapter import inspect as look_into
 from loratune.adapter.spectrum import layer_order
@@ -72,6 +74,10 @@ def show(run: str) -> dict[str, Any]:
 
 def _vectors(saved: SavedAdapter) -> Iterator[dict[str, Any]]:
     """Of methods that train vectors: each with its size and what its values are between."""
+
+    def known(value: Tensor) -> float | None:
+        return float(value) if value.isfinite() else None
+
     for path in sorted(saved.vectors, key=layer_order):
         for name, tensor in saved.vectors[path].items():
             values = tensor.float()
@@ -79,9 +85,9 @@ def _vectors(saved: SavedAdapter) -> Iterator[dict[str, Any]]:
                 "path": path,
                 "name": name,
                 "size": values.numel(),
-                "least": float(values.min()),
-                "mean": float(values.mean()),
-                "largest": float(values.max()),
+                "least": known(values.min()),
+                "mean": known(values.mean()),
+                "largest": known(values.max()),
             }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from loratune.adapter import adapter_folder, count_parameters
+from loratune.adapt.plan import plan_as_written
+from loratune.adapter import adapter_folder, count_parameters, read_config
+from loratune.config.methods import VERA
 from loratune.errors import AdapterFileError
 from loratune.lora import base_modules
 from loratune.quant import frozen_weight
@@ -29,9 +32,17 @@ def adapters_bytes(model: nn.Module, dtype: torch.dtype, paths: Sequence[str], c
     sizes = []
     for path in paths:
         with contextlib.suppress(AdapterFileError):
-            sizes.append(count_parameters(adapter_folder(path)))
+            sizes.append(_size(model, adapter_folder(path)))
     largest = max(sizes, default=0) or _RANK * _widths(model)
     return count * largest * (torch.float32.itemsize + _COPIES * dtype.itemsize)
+
+
+def _size(model: nn.Module, folder: Path) -> int:
+    """Numbers of an adapter as it is computed with: VeRA's are multiplied into factors, which its file has not."""
+    config = read_config(folder).config
+    if config.peft_type != VERA:
+        return count_parameters(folder)
+    return sum(target.multiplied for target in plan_as_written(model, config).targets)
 
 
 def _widths(model: nn.Module) -> int:

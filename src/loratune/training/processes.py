@@ -239,7 +239,7 @@ def join() -> Processes:
     Raises:
         ConfigError: the environment speaks of several, and does not say where they meet.
     """
-    if not dist.is_available() or not (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+    if not dist.is_available() or not (dist.is_initialized() or int(os.environ.get("WORLD_SIZE") or 1) > 1):
         return Processes()
     if not dist.is_initialized():
         _meet()

@@ -75,6 +75,11 @@ class LoraConfig(OurLoraConfig):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "adapter_config.json", config_to_json(saved))
 
+    def replace(self, **values: Any) -> Any:
+        """A copy with some settings changed, by PEFT's names, validated again."""
+        kept = {name: getattr(self, name) for name in self.model_fields_set if name != "peft_type"}
+        return type(self)(**{**to_file(self.peft_type, kept), **values})
+
     @property
     def base_model_name_or_path(self) -> str | None:
         return self._fact("base_model_name_or_path")

@@ -27,6 +27,9 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 # The adapter that is saved in the folder itself; others get a folder of their own in it.
 DEFAULT = "default"
 
+# What PEFT calls the model with adapters of a method.
+_MODELS = {PeftType.LORA: "LoraModel", PeftType.VERA: "VeraModel", PeftType.IA3: "IA3Model"}
+
 
 class PeftModel(nn.Module):
     """A model with adapters under PEFT's names.
@@ -214,7 +217,7 @@ class PeftModel(nn.Module):
         return model_status(
             self.get_layer_status(),
             base_model_type=type(self.get_base_model()).__name__,
-            adapter_model_type=type(self.base_model).__name__,
+            adapter_model_type=_MODELS[self.peft_type],
             peft_types={name: config.peft_type for name, config in self.peft_config.items()},
             trainable_params=trainable,
             total_params=total,

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from loratune.adapt import Adapters
+from loratune.adapt import Adapters, Target
+from loratune.config.methods import IA3, LORA, VERA
 from loratune.errors import AdapterStateError
 from loratune.lora import base_modules
 
@@ -19,6 +20,8 @@ Irregular = Literal["irregular"]
 
 # PEFT adapts GPT-2's Conv1D by its layer for Linear.
 _LAYERS = {"Conv1D": "Linear"}
+# What PEFT puts before the name of a method's layers.
+_PREFIXES: dict[str, str] = {LORA: "lora.", VERA: "vera.", IA3: ""}
 
 
 @dataclass
@@ -72,7 +75,7 @@ def layer_status(handle: Adapters, active: Sequence[str], *, enabled: bool, unde
     Raises:
         AdapterStateError: no adapter is left on the model.
     """
-    kinds = {target.path: target.kind for name in handle.names for target in handle.plan(name).targets}
+    kinds = {target.path: target for name in handle.names for target in handle.plan(name).targets}
     saved = {path for name in handle.names for path in handle.plan(name).saved}
     # In the model's order; of a module's parameters the last first, as PEFT wraps them.
     filed = {target.path: target.filed for name in handle.names for target in handle.plan(name).stacks}
@@ -133,10 +136,13 @@ def _on(path: str, filed: Mapping[str, str]) -> list[str]:
     return sorted((full for full in filed if full.rpartition(".")[0] == path), key=filed.__getitem__)
 
 
-def _type(path: str, kinds: Mapping[str, str], saved: Collection[str], filed: Collection[str]) -> str:
+def _type(path: str, kinds: Mapping[str, Target], saved: Collection[str], filed: Collection[str]) -> str:
     if path in saved:
         return "ModulesToSaveWrapper"
-    return "lora.ParamWrapper" if path in filed else f"lora.{_LAYERS.get(kinds[path], kinds[path])}"
+    if path in filed:
+        return "lora.ParamWrapper"
+    target = kinds[path]
+    return _PREFIXES[target.method] + _LAYERS.get(target.kind, target.kind)
 
 
 def _tensors(handle: Adapters, path: str, *, whole: bool) -> dict[str, list[nn.Parameter]]:
