@@ -2,6 +2,10 @@
 
 import sys
 
-from loratune.cli import main
+try:
+    from loratune.cli import main
 
-sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # while there is nobody yet who would hear it
+    code = 130
+sys.exit(code)

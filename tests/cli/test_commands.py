@@ -270,3 +270,15 @@ def test_reproduce_something_else(cli: Cli, finished: Path, tmp_path: Path) -> N
     said = cli("reproduce", copy)
     assert said.code == 4
     assert "the same bits were expected" in said.err
+
+
+def test_answers_take_no_other_files_place(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1 + 1 =\n")
+    said = cli("generate", finished, "--prompts", prompts, "--out", prompts)
+    assert said.code == 2
+    assert "it is there already" in said.err
+    assert prompts.read_text() == "1 + 1 =\n"
+    said = cli("generate", finished, "--prompts", prompts, "--out", tmp_path / "nowhere" / "a.jsonl")
+    assert said.code == 2
+    assert "there is no folder" in said.err

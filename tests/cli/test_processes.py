@@ -123,3 +123,19 @@ def test_a_launched_command_still_has_its_help() -> None:
     code, out, err = finish(start("merge", "--help", WORLD_SIZE="2"))
     assert code == 0, err
     assert "--out" in out
+
+
+def test_a_run_outlives_its_reader(base: str, data: str, tmp_path: Path, whole: bytes) -> None:
+    """`loratune train … 2>&1 | head -1`."""
+    process = start("train", base, data, "--out", tmp_path / "run", *LONG)
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_terminal_that_hangs_up_leaves_a_checkpoint(base: str, data: str, tmp_path: Path) -> None:
+    code, _, err = signalled(signal.SIGHUP, tmp_path / "run", base, data, *LONG)
+    assert code == 130, err
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,55 @@ def test_nameless_run_gets_a_name(base: str, data: str, tmp_path: Path, monkeypa
     assert run.path.parent.name == "runs"
     assert run.record["name"] == run.path.name
     assert (tmp_path / run.path / "adapter_model.safetensors").is_file()
+
+
+def test_a_checkpoint_written_after_damaged_ones_stays(quick: Quick, finished: Path, tmp_path: Path) -> None:
+    """They have higher numbers, and would otherwise count as newer."""
+    run = tmp_path / "run"
+    with pytest.raises(RunInterrupted):
+        quick(run, save_every=1, listen=stop_at(4))
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "tensors.safetensors").write_bytes(b"cut")
+    with pytest.raises(RunInterrupted):
+        quick(run, save_every=1, listen=stop_at(2))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    quick(run, save_every=1)
+    assert any("continued after step 2" in event["text"] for event in record_of(run)["events"])
+    assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(quick: Quick, finished: Path, tmp_path: Path) -> None:
+    for name, rate in (("run", 1e-2), ("other", 1e-3)):
+        with pytest.raises(RunInterrupted):
+            quick(tmp_path / name, lr=rate, listen=stop_at(3))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints")
+    quick(tmp_path / "run")
+    assert any("is of another run" in event["text"] for event in record_of(tmp_path / "run")["events"])
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_finished_run_without_its_adapter_is_not_said_to_be_done(quick: Quick, tmp_path: Path, damage: str) -> None:
+    quick(tmp_path / "run")
+    tensors = tmp_path / "run" / "adapter_model.safetensors"
+    tensors.unlink() if damage == "gone" else tensors.write_bytes(tensors.read_bytes()[:300])
+    with pytest.raises(RunFolderError, match=r"the run is finished, and .*adapter_model\.safetensors"):
+        quick(tmp_path / "run")
+
+
+def test_who_trained_meanwhile_is_not_overwritten(
+    quick: Quick, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While this run's base is loaded, another command begins and ends in the same folder."""
+    module = sys.modules["loratune.run.train"]
+    find_base = module.find_base  # type: ignore[attr-defined]
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        shutil.copytree(finished, tmp_path / "run")
+        return find_base(*args, **kwargs)
+
+    monkeypatch.setattr(module, "find_base", slowly)
+    with pytest.raises(RunFolderError, match="another process trained in it meanwhile"):
+        quick(tmp_path / "run", r=2)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)

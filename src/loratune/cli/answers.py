@@ -9,7 +9,7 @@ import typer
 
 from loratune.cli.adapters import AnyTokenizer, Json
 from loratune.cli.options import parse_given, with_settings
-from loratune.cli.output import emit, table, write
+from loratune.cli.output import emit, refuse_taken_file, table, write
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)
@@ -84,6 +84,8 @@ def generate(
     from loratune.run.answer import generate as answer
     from loratune.run.opened import open_run
 
+    if out is not None:
+        refuse_taken_file(out)
     corpus = read(prompts, answers=False, **parse_given({"columns": columns}))
     examples = corpus.examples[:limit]
     opened = open_run(run, base=base, device=device, quant=quant, any_tokenizer=any_tokenizer)
@@ -95,7 +97,7 @@ def generate(
         write(lines)
         return
     if out is not None:
-        write_bytes(Path(out), lines.encode())
+        write_bytes(Path(out).expanduser(), lines.encode())
     emit(
         {"out": out, "rows": rows if out is None else len(rows)},
         as_json=as_json,

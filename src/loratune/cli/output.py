@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loratune.errors import LoratuneError, PeerError
+from loratune.errors import ConfigError, LoratuneError, PeerError
 
 
 def stdout() -> Console:
@@ -26,6 +27,15 @@ def write(text: str) -> None:
     """To standard output as it is, at once: readers of a pipe wait for it."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def refuse_taken_file(out: str) -> None:
+    """Raise, before anything takes time, where a file cannot be written without losing another."""
+    path = Path(out).expanduser()
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"--out {out}: it is there already", hint="name a file that is not there yet")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {path.parent}", hint="make it first")
 
 
 def write_json(value: Any, *, indent: int | None = 2) -> None:

@@ -32,8 +32,18 @@ class Screen:
         self.peak = 0
         self.loss = float("nan")
         self.began = 0.0
+        self.gone = False
 
     def __call__(self, event: Event | Said | Begun) -> None:
+        """Show it; who reads the screen may go away, and the run goes on."""
+        if self.gone:
+            return
+        try:
+            self._show(event)
+        except (OSError, SystemExit):  # rich leaves where a pipe is closed
+            self.gone = True
+
+    def _show(self, event: Event | Said | Begun) -> None:
         if isinstance(event, Said):
             self._finish()
             self._line(event.topic, event.text)
@@ -47,9 +57,9 @@ class Screen:
             self._line(event.kind, event.text)
 
     def close(self) -> None:
-        if self.bar is not None:
+        if self.bar is not None and not self.gone:
             self.bar.stop()
-            self.bar = None
+        self.bar = None
 
     def _line(self, topic: str, text: str) -> None:
         # One check a line where there are several: they are what people read.

@@ -66,7 +66,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: a config file ends in .toml, .yaml or .yml")
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also whole numbers of thousands of digits
         raise ConfigError(f"{path}: {_why(error)}") from None
 
 
@@ -99,7 +99,8 @@ def _yaml(path: Path, text: str) -> Any:
         Loader.add_implicit_resolver(tag, regex, first)
     try:
         return yaml.load(text, Loader)  # noqa: S506
-    except (yaml.YAMLError, RecursionError) as error:
+    # Values of a tag that are none (!!int abc) come out as whatever their reader stumbles over.
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: {_why(error)}") from None
 
 
@@ -121,9 +122,9 @@ def _value(name: str, text: str) -> Any:
 def _structured(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         pass
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loratune.errors import RunFolderError
+from loratune.adapter import read_adapter
+from loratune.errors import AdapterFileError, RunFolderError
 from loratune.files import append_line, is_temporary, locked, sweep, write_bytes, write_json
 from loratune.training.events import Measured, measured_event
 
@@ -54,7 +55,7 @@ class RunFolder:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             hint = "name another folder with --out"
             raise RunFolderError(f"{self.path / RECORD} cannot be read: {error}", hint=hint) from None
         if not isinstance(record, dict) or "identity" not in record:
@@ -143,6 +144,22 @@ def choose_folder(out: str | None) -> RunFolder:
         path = Path("runs") / f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}-{secrets.randbelow(1000)}"
         if not path.exists():
             return RunFolder(path)
+
+
+def refuse_changed(folder: RunFolder, before: dict[str, Any] | None) -> None:
+    """Raise where the record is not what it was before the run was made ready."""
+    if folder.record() != before:
+        hint = "look at it, or use another --out"
+        raise RunFolderError(f"{folder.path}: another process trained in it meanwhile", hint=hint)
+
+
+def refuse_damaged(folder: RunFolder) -> None:
+    """Raise where the adapter of a finished run is gone or damaged."""
+    try:
+        read_adapter(folder.path)
+    except AdapterFileError as error:
+        hint = "restore its files from a copy, or train again with another --out"
+        raise RunFolderError([f"the run is finished, and {problem}" for problem in error.problems], hint=hint) from None
 
 
 def refuse_foreign(folder: RunFolder) -> dict[str, Any] | None:

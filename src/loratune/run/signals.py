@@ -29,12 +29,15 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once, as Python does."""
+    """SIGINT, SIGTERM and a terminal that hangs up ask the loop to stop after its step; a second one stops at once.
+
+    Who is not to hear a hang-up (`nohup`) does not hear it here either.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *_hang_up())}
 
     def ask(_number: int, _frame: Any) -> None:
         if stop.is_set():
@@ -49,3 +52,9 @@ def stop_signals() -> Iterator[threading.Event]:
         for number, handler in before.items():
             if signal.getsignal(number) is ask:
                 signal.signal(number, handler)
+
+
+def _hang_up() -> list[signal.Signals]:
+    """SIGHUP where there is one and it would end the process."""
+    number = getattr(signal, "SIGHUP", None)
+    return [number] if number is not None and signal.getsignal(number) is signal.SIG_DFL else []

@@ -21,7 +21,15 @@ from loratune.model import adapter_training, find_base, freed_memory_kept, given
 from loratune.quant import drop_originals
 from loratune.run.decide import keep_plan, warmup_steps
 from loratune.run.events import Noticed, RunListener
-from loratune.run.folder import RunFolder, WatchedFolder, choose_folder, refuse_foreign, refuse_other_run
+from loratune.run.folder import (
+    RunFolder,
+    WatchedFolder,
+    choose_folder,
+    refuse_changed,
+    refuse_damaged,
+    refuse_foreign,
+    refuse_other_run,
+)
 from loratune.run.journal import Journal
 from loratune.run.prepare import Rows, data_line
 from loratune.run.proof import Proof
@@ -36,7 +44,7 @@ from loratune.run.start import start_from_data
 from loratune.run.task import choose_head, next_command
 from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from loratune.training.checks import all_finite, same_everywhere
-from loratune.training.loop import Hooks, Loop, Progress, Work
+from loratune.training.loop import LOWER, Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
 from loratune.training.optimizer import make_optimizer
 from loratune.training.processes import Processes, join
@@ -113,9 +121,12 @@ def _run(
     if before is not None:
         refuse_other_run(folder, before, record, config.resume)
         if before["state"] == "finished":
+            processes.from_first(lambda: refuse_damaged(folder))
             journal.say("saved", f"{folder.path} is finished already; nothing was done")
             return Run(folder.path, before, folder.written_here)
     with folder.writing():
+        # Loading took a while, in which another process may have trained here.
+        processes.from_first(lambda: refuse_changed(folder, before))
         return _recorded(setup, folder, journal, before)
 
 
@@ -193,10 +204,11 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     def save(at: Progress) -> None:
         finite = all_finite(lora)
         if not finite.passed:
-            raise DivergedError(
-                f"step {at.step}: NaN or infinity in {finite.detail}", hint="lower --lr; the last checkpoint is kept"
-            )
-        save_checkpoint(folder.checkpoints, lora, optimizer, at, keep=decisions["keep"], write=folder.written_here)
+            raise DivergedError(f"step {at.step}: NaN or infinity in {finite.detail}", hint=LOWER)
+        save_checkpoint(
+            folder.checkpoints, lora, optimizer, at,
+            keep=decisions["keep"], run=journal.record["identity"], write=folder.written_here,
+        )  # fmt: skip
 
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
@@ -238,7 +250,8 @@ def _start(
     setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, optimizer: torch.optim.Optimizer, *, resume: bool
 ) -> Progress:
     """The first step's state, or that of the newest sound checkpoint."""
-    checkpoint, damaged = _newest(setup.processes, folder) if resume else (None, [])
+    run = journal.record["identity"]
+    checkpoint, damaged = _newest(setup.processes, folder, run) if resume else (None, [])
     if resume:
         journal.go_on_after(checkpoint.step if checkpoint else 0)
     for text in damaged:
@@ -256,9 +269,9 @@ def _start(
     return progress
 
 
-def _newest(processes: Processes, folder: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+def _newest(processes: Processes, folder: RunFolder, run: str) -> tuple[Checkpoint | None, list[str]]:
     """The newest sound checkpoint, read by one process for all, and what was wrong with newer ones."""
-    read, damaged = latest_checkpoint(folder.checkpoints) if processes.first else (None, [])
+    read, damaged = latest_checkpoint(folder.checkpoints, run) if processes.first else (None, [])
     found = processes.from_first(lambda: (read.step, read.state) if read else None)
     if found is None:
         return None, damaged

@@ -36,13 +36,22 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, lora: Adapters, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int, write: bool = True
+    folder: Path,
+    lora: Adapters,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
+    run: str = "",
+    write: bool = True,
 ) -> Path:
-    """Write `folder/step-N` and drop all but the newest `keep`.
+    """Write `folder/step-N` and drop all but the newest `keep` until then, and what is of later steps: a run that goes
+    on from an earlier one found those damaged.
 
     What is sharded is written whole, so that another number of processes can go on; all of them must call this.
 
     Args:
+        run: the identity of the run that it is of.
         write: whether this process is the one that writes.
     """
     tensors = {f"adapter.{i}": p.detach() for i, p in enumerate(lora.parameters())}
@@ -58,6 +67,7 @@ def save_checkpoint(
     if not write:
         return path
     state: dict[str, Any] = {
+        "run": run,
         "step": progress.step,
         "micro_batch_tokens": progress.micro_batch_tokens,
         # JSON has no infinity; None says that nothing was validated yet.
@@ -73,19 +83,26 @@ def save_checkpoint(
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
         state["sha256"] = _hash_of(temporary / _TENSORS)
         (temporary / _STATE).write_bytes(to_json({**state, "state_sha256": _hash_of_state(state)}))
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
+    there = _all(folder)
+    until = [other for other in there if other.name <= path.name]
+    for other in there:
+        if other not in until[-keep:]:
+            shutil.rmtree(other)
     return path
 
 
-def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose content matches its hash, and what was wrong with newer ones."""
+def latest_checkpoint(folder: Path, run: str = "") -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of this run whose content matches its hash, and what was wrong with newer ones."""
     damaged: list[str] = []
     for path in reversed(_all(folder)):
         try:
-            return _read(path), damaged
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            found = _read(path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
             damaged.append(f"{path.name} is damaged ({error})")
+            continue
+        if found.state.get("run") == run:
+            return found, damaged
+        damaged.append(f"{path.name} is of another run")
     return None, damaged
 
 

@@ -28,6 +28,9 @@ from loratune.training.processes import Processes
 from loratune.training.schedule import Schedule
 from loratune.training.sharding import is_sharded
 
+# What to do about a run that diverged: its folder is that of the rate it was started with.
+LOWER = "lower --lr, with another --out; its last checkpoint, if there was one, is kept"
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -217,7 +220,7 @@ class Loop:
         return float(total), sum(batch.computed_tokens for batch in micro_batches)
 
     def _diverged(self, what: str) -> NoReturn:
-        raise DivergedError(what, hint="lower --lr; the last checkpoint is kept")
+        raise DivergedError(what, hint=LOWER)
 
 
 def _seed_of(*parts: int) -> int:
