@@ -177,6 +177,11 @@ def test_nested_duplicate_keys_are_named(write: Write) -> None:
     )
     wrapped = '{"data": [{"text": "a"}, {"b": 1, "b": 2}]}'
     assert any("a.json:2: duplicate key 'b'" in p for p in problems_of(write("a.json", wrapped)))
+    twice = '{"data": [{"text": "a"}], "version": 1, "data": [{"text": "b"}]}'
+    assert any("'data' comes more than once" in p for p in problems_of(write("a.json", twice)))
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = json.dumps({"messages": json.dumps(said).replace('"role": "user"', '"role": "system", "role": "user"')})
+    assert any("duplicate key 'role'" in p for p in problems_of(write("a.jsonl", row)))
 
 
 def test_wrong_encodings_are_named(write: Write) -> None:

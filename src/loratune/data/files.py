@@ -131,16 +131,24 @@ def _wrapped(text: str, start: int, value: Mapping[str, Any], path: Path) -> tup
             f"{path}: an object with {found}: {'more than one list' if lists else 'no list'} of rows",
             hint="write an array of objects, or JSONL with one object a line",
         )
+    taken: list[tuple[list[Row], list[Problem]]] = []
     strict = StrictJson()
     at = _past_space(text, start + 1)
     while True:
         name, at = strict.next_value(text, at)
         at = _past_space(text, _past_space(text, at) + 1)
         if name == lists[0]:
-            rows, problems, _ = _array(text, at, path)
-            return rows, problems
-        _, at = strict.next_value(text, at)
-        at = _past_space(text, _past_space(text, at) + 1)
+            if taken:
+                hint = "one list holds all rows"
+                raise DataError(f"{path}: {name!r} comes more than once: which of its lists counts?", hint=hint)
+            rows, problems, at = _array(text, at, path)
+            taken.append((rows, problems))
+        else:
+            _, at = strict.next_value(text, at)
+        at = _past_space(text, at)
+        if text[at] == "}":
+            return taken[0]
+        at = _past_space(text, at + 1)
 
 
 def _array(text: str, start: int, path: Path) -> tuple[list[Row], list[Problem], int]:

@@ -161,10 +161,18 @@ def parsed(value: object, where: str, problems: list[str]) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         problems.append(f"{where} is a string that is not valid JSON ({error})")
         return None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # the last would win
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(name for name in found if names.count(name) > 1)!r}")
+    return found
 
 
 def checked_text(value: str, where: str, problems: list[str]) -> str:

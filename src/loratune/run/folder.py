@@ -139,7 +139,7 @@ def _event_of(line: str) -> Measured | None:
 def choose_folder(out: str | None) -> RunFolder:
     """The folder asked for, or a new one under `runs/` with a name to remember."""
     if out is not None:
-        return RunFolder(Path(out))
+        return RunFolder(Path(out).expanduser())
     while True:  # names repeat after about a hundred runs; a number keeps them apart then
         path = Path("runs") / f"{secrets.choice(_ADJECTIVES)}-{secrets.choice(_ANIMALS)}-{secrets.randbelow(1000)}"
         if not path.exists():
