@@ -158,7 +158,8 @@ def learning_rate(hidden: int, method: str = "lora") -> tuple[float, str]:
 
     10 × 5e-5 × (2000 / hidden)^0.78: LoRA's rate is about ten times full fine-tuning's and falls with the width.
 
-    The fit over Llama and Qwen models of Schulman and Thinking Machines Lab, "LoRA Without Regret" (2025).
+    The fit over Llama and Qwen models of Schulman and Thinking Machines Lab, "LoRA Without Regret" (2025). What trains
+    vectors alone learns at ten times that (docs/log.md).
     """
     factor = _RATES.get(method, 10)
     rate = factor * 5e-5 * (2000 / hidden) ** 0.78
