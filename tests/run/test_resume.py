@@ -311,3 +311,27 @@ def test_who_trained_meanwhile_is_not_overwritten(
     with pytest.raises(RunFolderError, match="another process trained in it meanwhile"):
         quick(tmp_path / "run", r=2)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"settings": None}, "'settings' is not an object"),
+        ({"settings": {"lr": 3}}, "setting 'lr' has not a value and a reason"),
+        ({"events": None}, "'events' is not a list"),
+        ({"events": [{}]}, "event 1 names no step"),
+        ({"hardware": "2"}, "'hardware' is not an object"),
+        ({"versions": ...}, "'versions' is missing"),
+        ({"created": ...}, "'created' is missing"),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_said_to_be_so(quick: Quick, tmp_path: Path, damage: dict[str, Any], said: str) -> None:
+    with pytest.raises(RunInterrupted):
+        quick(tmp_path / "run", listen=stop_at(2))
+    record = {**record_of(tmp_path / "run"), **damage}
+    kept = {name: value for name, value in record.items() if value is not ...}
+    (tmp_path / "run" / "record.json").write_text(json.dumps(kept))
+    with pytest.raises(RunFolderError, match=said):
+        quick(tmp_path / "run")
+    assert record_of(tmp_path / "run") == kept

@@ -60,6 +60,10 @@ class RunFolder:
             raise RunFolderError(f"{self.path / RECORD} cannot be read: {error}", hint=hint) from None
         if not isinstance(record, dict) or "identity" not in record:
             raise RunFolderError(f"{self.path / RECORD} is no record of a run")
+        problems = list(_damage(record))
+        if problems:
+            hint = "restore it from a copy, or train again with another --out"
+            raise RunFolderError([f"{self.path / RECORD}: {problem}" for problem in problems], hint=hint)
         return record
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -103,6 +107,29 @@ class RunFolder:
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_bytes(self.path / SAMPLES, lines.encode())
+
+
+# What every record has, from its first line on, and what each of these is.
+_PARTS = {
+    "identity": str, "identity_of": dict, "state": str, "created": str, "settings": dict, "base": dict, "data": dict,
+    "adapter": dict, "plan": dict, "checks": list, "result": dict, "events": list, "versions": dict, "hardware": dict,
+}  # fmt: skip
+_WORDS = {str: "a text", dict: "an object", list: "a list"}
+
+
+def _damage(record: dict[str, Any]) -> Iterator[str]:
+    """What of a record is missing, or is not what it is in every record."""
+    for name, kind in _PARTS.items():
+        if not isinstance(record.get(name), kind):
+            yield f"{name!r} is {'missing' if name not in record else 'not ' + _WORDS[kind]}"
+    settings = record.get("settings")
+    for name, entry in settings.items() if isinstance(settings, dict) else ():
+        if not isinstance(entry, dict) or not {"value", "reason"} <= entry.keys():
+            yield f"setting {name!r} has not a value and a reason"
+    events = record.get("events")
+    for number, event in enumerate(events if isinstance(events, list) else (), 1):
+        if not isinstance(event, dict) or not isinstance(event.get("step"), int):
+            yield f"event {number} names no step"
 
 
 class WatchedFolder(RunFolder):
