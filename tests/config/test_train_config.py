@@ -126,3 +126,11 @@ def test_a_method_has_no_setting_of_another(method: str, name: str, value: Any) 
     with pytest.raises(ConfigError, match=f"^{name}="):
         TrainConfig(method=method, **{name: value})  # type: ignore[arg-type]
     assert TrainConfig(method=method, exclude_modules=("q_proj",)).peft_type == method.upper()  # type: ignore[arg-type]
+
+
+def test_the_method_says_what_peft_calls_it() -> None:
+    assert TrainConfig(method="vera", peft_type="VERA").peft_type == "VERA"
+    assert "peft_type" not in TrainConfig().model_fields_set
+    for method, kind in (("lora", "VERA"), ("bitfit", "IA3"), ("vera", "LORA")):
+        with pytest.raises(ConfigError, match=f"peft_type='{kind}' contradicts method='{method}'"):
+            TrainConfig(method=method, peft_type=kind)  # type: ignore[arg-type]

@@ -181,7 +181,10 @@ class TrainConfig(Settings):
         """Expand the method; a setting given beside it that says otherwise is a contradiction."""
         found = super().prepare(values, problems)
         method = str(found.get("method", "lora"))
-        for name, implied in {"peft_type": LORA, **METHODS.get(method, {})}.items():
+        means = METHODS.get(method, {})
+        if "peft_type" in found:  # what the method says, too
+            means = {"peft_type": LORA, **means}
+        for name, implied in means.items():
             given = found.get(name)
             if given is not None and given != implied:
                 problems.append(f"{name}={given!r} contradicts method={method!r}, which means {name}={implied!r}")
