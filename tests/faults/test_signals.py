@@ -48,7 +48,7 @@ def test_stopped_at_a_moment(
     if phase == "step":
         assert ended.code == 130
         # The step it came in is done, and its checkpoint is there.
-        checkpoint, _ = latest_checkpoint(place.run / "checkpoints")
+        checkpoint, _ = latest_checkpoint(place.run / "checkpoints", place.record()["identity"])
         assert checkpoint is not None
         assert f"stopped after step {checkpoint.step} of 6, checkpoint saved" in ended.printed
         assert place.record()["state"] == "interrupted"

@@ -142,7 +142,7 @@ def test_out_of_memory_and_killed(
     assert any(event["kind"] == "out of memory" for event in little.record()["events"])
     assert warmed("command", words=little.train).code == 0
     agrees(little, unlimited)
-    checkpoint, _ = latest_checkpoint(little.run / "checkpoints")
+    checkpoint, _ = latest_checkpoint(little.run / "checkpoints", little.record()["identity"])
     assert checkpoint is not None
     assert checkpoint.state["micro_batch_tokens"] <= 2048
     counted("memory that ran out")
@@ -172,7 +172,7 @@ def test_divergence(
     assert ended.code == 6, ended.printed
     assert "lower --lr" in ended.printed
     assert place.record()["state"] == "failed"
-    checkpoint, damaged = latest_checkpoint(place.run / "checkpoints")
+    checkpoint, damaged = latest_checkpoint(place.run / "checkpoints", place.record()["identity"])
     assert damaged == []
     assert (checkpoint.step if checkpoint else 0) == kept
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.tensors.values()) if checkpoint else True
