@@ -39,6 +39,7 @@ def main() -> int:
     scores = {}
     for who, model in (("base", base), ("tuned", str(run))):
         answers = out / f"answers-{who}.jsonl"
+        answers.unlink(missing_ok=True)  # of a demo before this one
         loratune(
             "generate", model, "--prompts", str(data / "heldout.jsonl"), "--out", str(answers),
             "--max-new-tokens", "96", "--batch-size", "32",
