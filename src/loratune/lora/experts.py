@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loratune.lora.replaced import in_place_of
 from loratune.lora.stacked import StackedLowRank
 from loratune.lora.state import AdapterState
-from loratune.lora.swap import Adapting, base_of, put_on, take_off, wears
+from loratune.lora.swap import Adapting, base_of, leave, put_on, wears
 from loratune.lora.updated import Term, Updated
 
 # The module whose pass this is, and what of its parameters has been asked for in it.
@@ -103,10 +103,7 @@ def release_parameters(module: nn.Module, adapter: str) -> None:
     if holder:
         _show(module, holder)
         return
-    take_off(module, OnParameters.order)
-    del module.lora_parameters
-    if not isinstance(module, Adapting):
-        del module.lora_state
+    leave(module, OnParameters)
 
 
 def _show(module: nn.Module, holder: nn.ModuleDict) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from loratune.lora.state import AdapterState
-from loratune.lora.swap import Adapting, put_on, take_off, wears
+from loratune.lora.swap import Adapting, leave, put_on, wears
 
 
 class Tensors(nn.Module):
@@ -80,10 +80,7 @@ def give_back(module: nn.Module, adapter: str) -> None:
     if holder:
         _show(module, holder)
         return
-    take_off(module, Replacing.order)
-    del module.lora_replaced
-    if not isinstance(module, Adapting):
-        del module.lora_state
+    leave(module, Replacing)
 
 
 def _show(module: nn.Module, holder: nn.ModuleDict) -> None:

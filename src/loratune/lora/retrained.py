@@ -18,7 +18,7 @@ from loratune.lora.lookup import factor_of_rows
 from loratune.lora.replaced import in_place_of
 from loratune.lora.rows import Rows, TokenRows
 from loratune.lora.state import AdapterState
-from loratune.lora.swap import Adapting, put_on, take_off, wears
+from loratune.lora.swap import Adapting, leave, put_on, wears
 
 
 class OwnRows(nn.Module):
@@ -130,7 +130,4 @@ def end_retraining(module: nn.Module, adapter: str) -> None:
     del holder[adapter]
     if holder:
         return
-    take_off(module, Retraining.order)
-    del module.lora_rows
-    if not isinstance(module, Adapting):
-        del module.lora_state
+    leave(module, Retraining)

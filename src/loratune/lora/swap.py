@@ -181,3 +181,12 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 def _holders(module: nn.Module) -> tuple[str, ...]:
     """The children of a module in which adapters stand."""
     return tuple(mixin.holder for mixin in _parts(type(module))[0] if mixin.holder)
+
+
+def leave(module: nn.Module, kind: type[Adapting]) -> None:
+    """Give the module its class back from `kind`, without what that kept there; the last one takes the state along."""
+    take_off(module, kind.order)
+    assert kind.holder is not None, f"{kind.__name__} keeps nothing on a module"
+    delattr(module, kind.holder)
+    if not isinstance(module, Adapting):
+        delattr(module, "lora_state")
