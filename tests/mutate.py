@@ -4,14 +4,19 @@ mutmut writes every change of a function beside it, and a switch that picks one 
 pytest for each; here the tests are collected once, and each change is a fork that runs what reaches it, the quickest
 first, until something fails. Exit codes go where mutmut keeps them: 0 survived, 1 noticed, 33 reached by no test, 36
 too slow.
+
+Time is the processor's, not the clock's: how busy the machine is must not decide what counts as noticed. As a control
+some forks change nothing, and `control.json` says how many of those were called noticed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import tempfile
@@ -26,7 +31,11 @@ from _pytest.runner import runtestprotocol
 _SURVIVED, _NOTICED, _UNREACHED, _TOO_SLOW = 0, 1, 33, 36
 # Seconds that the tests of one change take together at most, and what they are given beyond what they take without it.
 _BUDGET, _LEAST, _TIMES = 8.0, 8.0, 4.0
-_JOBS = os.cpu_count() or 1
+# How many times as long by the clock: what waits for ever takes no time of the processor.
+_PATIENCE = 10.0
+_JOBS = int(os.environ.get("JOBS", os.cpu_count() or 1))
+_CONTROLS = 100
+_CONTROL = "control__mutmut_"
 
 
 class _Beside:
@@ -60,22 +69,26 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     if session.testsfailed or session.config.option.collectonly:
         return False
     folder = Path(session.config.rootpath)
-    reach, seconds = _in_fork(lambda: _reach(session))
+    reach, costs = _in_fork(lambda: _reach(session))
     todo = list(_untried(folder))
     random.Random(0).shuffle(todo)
     print(f"\n{len(session.items)} tests reach {len(reach)} functions, {len(todo)} changes to try", flush=True)
+    controls = {f"{_CONTROL}{number}": name for number, name in enumerate(todo[:: max(1, len(todo) // _CONTROLS)])}
+    todo = [*todo, *controls]
+    random.Random(1).shuffle(todo)
     items = {item.nodeid: item for item in session.items}
     running: dict[int, tuple[str, float]] = {}
     codes: dict[str, int] = {}
     while todo or running:
         while todo and len(running) < _JOBS:
             name = todo.pop()
-            chosen = _quickest(reach.get(_function(name), ()), seconds)
+            chosen = _quickest(reach.get(_function(controls.get(name, name)), ()), costs)
             if not chosen:
                 codes[name] = _UNREACHED
                 continue
-            limit = _LEAST + _TIMES * sum(seconds[test] for test in chosen)
-            running[_fork(name, [items[test] for test in chosen])] = (name, time.monotonic() + limit)
+            limit = _LEAST + _TIMES * _seconds(chosen, costs)
+            pid = _fork(name, [items[test] for test in chosen], limit)
+            running[pid] = (name, time.monotonic() + _PATIENCE * limit)
         _gather(running, codes)
         if len(codes) >= 50 or not running:
             _keep(folder, codes)
@@ -96,39 +109,76 @@ def _gather(running: dict[int, tuple[str, float]], codes: dict[str, int]) -> Non
         if ended:
             del running[pid]
             code = os.waitstatus_to_exitcode(status)
+            late |= code == -signal.SIGXCPU
             # A change that ends the process was noticed too.
             codes[name] = _TOO_SLOW if late else _SURVIVED if code == 0 else _NOTICED
 
 
-def _fork(name: str, items: Sequence[pytest.Item]) -> int:
+def _fork(name: str, items: Sequence[pytest.Item], limit: float) -> int:
+    """A process that tries a change, or none where it is a control, for so many seconds of the processor."""
     pid = os.fork()
     if not pid:
         _silence()
         from mutmut.mutation.trampoline import set_mutant_under_test
 
-        set_mutant_under_test(name)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
+        set_mutant_under_test("" if name.startswith(_CONTROL) else name)
         _end(_NOTICED if any(_failures(item, then) for item, then in _pairs(items)) else _SURVIVED)
     return pid
 
 
-def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, float]]:
+# A test's own seconds, and those of each fixture that it shares with others, by where the fixture is and its name.
+_Cost = tuple[float, dict[str, float]]
+
+
+def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, _Cost]]:
     """The tests that call each function, and how long each test takes."""
     from mutmut.mutation.trampoline import set_mutant_under_test
     from mutmut.state import state
 
     set_mutant_under_test("stats")
+    shared = _Shared()
+    session.config.pluginmanager.register(shared)
     reach: dict[str, list[str]] = {}
-    seconds: dict[str, float] = {}
+    costs: dict[str, _Cost] = {}
     for item, then in _pairs(session.items):
         state()._stats.clear()
-        begun = time.monotonic()
+        begun, made = _used(), shared.total
         failures = _failures(item, then)
         if failures:
             raise RuntimeError("\n".join([f"{item.nodeid} fails without a change", *failures]))
-        seconds[item.nodeid] = time.monotonic() - begun
+        own = _used() - begun - (shared.total - made)
+        costs[item.nodeid] = (own, shared.of(item))
         for function in state()._stats:
             reach.setdefault(function, []).append(item.nodeid)
-    return reach, seconds
+    return reach, costs
+
+
+class _Shared:
+    """Seconds of fixtures that live longer than a test: the first one pays for them, a fork of others would too."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        begun = _used()
+        try:
+            return (yield)  # type: ignore[return-value]
+        finally:
+            if fixturedef.scope != "function":
+                seconds = _used() - begun
+                self.total += seconds
+                self._seconds[self._name(fixturedef)] = seconds
+
+    def of(self, item: Any) -> dict[str, float]:
+        found = {self._name(one) for every in item._fixtureinfo.name2fixturedefs.values() for one in every}
+        return {name: self._seconds[name] for name in found & self._seconds.keys()}
+
+    @staticmethod
+    def _name(fixturedef: Any) -> str:
+        return f"{fixturedef.baseid}::{fixturedef.argname}"
 
 
 def _in_fork(make: Callable[[], Any]) -> Any:
@@ -157,14 +207,24 @@ def _pairs(items: Sequence[pytest.Item]) -> Iterator[tuple[pytest.Item, Any]]:
     yield from zip(items, [*items[1:], _Beside(items[0].session)], strict=True)
 
 
-def _quickest(tests: Sequence[str], seconds: dict[str, float]) -> list[str]:
+def _quickest(tests: Sequence[str], costs: dict[str, _Cost]) -> list[str]:
     chosen: list[str] = []
+    made: set[str] = set()
     left = _BUDGET
-    for test in sorted(tests, key=seconds.__getitem__):
-        left -= seconds[test]
-        if left >= 0:
+    for test in sorted(tests, key=lambda test: _seconds([test], costs)):
+        own, shared = costs[test]
+        more = own + sum(seconds for name, seconds in shared.items() if name not in made)
+        if more <= left:
             chosen.append(test)
+            made |= shared.keys()
+            left -= more
     return chosen
+
+
+def _seconds(tests: Sequence[str], costs: dict[str, _Cost]) -> float:
+    """What these take in one process: a fixture that several share is made once."""
+    shared = {name: seconds for test in tests for name, seconds in costs[test][1].items()}
+    return sum(costs[test][0] for test in tests) + sum(shared.values())
 
 
 def _function(mutant: str) -> str:
@@ -179,12 +239,26 @@ def _untried(folder: Path) -> Iterator[str]:
 
 
 def _keep(folder: Path, codes: dict[str, int]) -> None:
+    _keep_controls(folder / "control.json", [code for name, code in codes.items() if name.startswith(_CONTROL)])
     for path in sorted(folder.rglob("*.py.meta")):
         content = json.loads(path.read_text(encoding="utf-8"))
         known = content["exit_code_by_key"]
         if known.keys() & codes.keys():
             known.update({name: code for name, code in codes.items() if name in known})
             path.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def _keep_controls(path: Path, codes: Sequence[int]) -> None:
+    """How many forks without a change there were in all, and how many of them were called noticed."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tried": 0, "noticed": 0}
+    known["tried"] += len(codes)
+    known["noticed"] += sum(code in (_NOTICED, _TOO_SLOW) for code in codes)
+    path.write_text(json.dumps(known), encoding="utf-8")
+
+
+def _used() -> float:
+    """Seconds of the processor that this process and those that it waited for have used."""
+    return sum(os.times()[:4])
 
 
 def _silence() -> None:

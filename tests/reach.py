@@ -45,7 +45,7 @@ def _share(summary: Mapping[str, Any]) -> float:
     return 100 * float(reached) / float(summary["num_statements"] + summary["num_branches"])
 
 
-def mutants_text(outcomes: Mapping[str, Counter[str]], day: dt.date) -> str:
+def mutants_text(outcomes: Mapping[str, Counter[str]], control: Mapping[str, int], day: dt.date) -> str:
     """A table by file of those that were tried; one that no test reaches counts as not noticed."""
     total = sum(outcomes.values(), Counter())
     rows = [*sorted(outcomes.items()), ("all", total)]
@@ -55,7 +55,10 @@ def mutants_text(outcomes: Mapping[str, Counter[str]], day: dt.date) -> str:
         if _tried(found)
     ]
     drawn = f" of {total.total():,}, drawn at random," if total["untried"] else ""
-    head = f"Planted on {day}: {_tried(total):,} changes{drawn or ','} {_noticed(total):.1f} % noticed."
+    head = (
+        f"Planted on {day}: {_tried(total):,} changes{drawn or ','} {_noticed(total):.1f} % noticed. "
+        f"Of {control['tried']} runs without a change {control['noticed']} were called noticed."
+    )
     return "\n".join(
         [head, "", "| file | changes | noticed | of these by time | not noticed |", "|---|---:|---:|---:|---:|", *table]
     )
@@ -115,7 +118,8 @@ def main(what: str, path: str) -> None:
     if what == "coverage":
         text = coverage_text(json.loads(Path(path).read_text(encoding="utf-8")), today)
     else:
-        text = mutants_text(outcomes_in(Path(path)), today)
+        control = json.loads(Path(path, "control.json").read_text(encoding="utf-8"))
+        text = mutants_text(outcomes_in(Path(path)), control, today)
         missing = unexplained(survivors_in(Path(path)), EXPLAINED.read_text(encoding="utf-8"))
     PAGE.write_text(between(page, what, text), encoding="utf-8")
     print(text)

@@ -55,8 +55,8 @@ def tried(tmp_path: Path) -> Path:
 def test_mutants_by_file(tried: Path) -> None:
     outcomes = reach.outcomes_in(tried)
     assert outcomes == {"lora/dropout.py": Counter(killed=1, survived=1, unreached=1, late=1)}
-    text = reach.mutants_text(outcomes, DAY)
-    assert text.startswith("Planted on 2026-11-26: 4 changes, 50.0 % noticed.")
+    text = reach.mutants_text(outcomes, {"tried": 100, "noticed": 2}, DAY)
+    assert text.startswith("Planted on 2026-11-26: 4 changes, 50.0 % noticed. Of 100 runs without a change 2 were ")
     assert "\n| lora/dropout.py | 4 | 50 % | 1 | 2 |\n| all | 4 | 50 % | 1 | 2 |" in text
 
 
@@ -69,7 +69,7 @@ def test_some_were_not_tried(tried: Path) -> None:
     path = tried / "src" / "loratune" / "lora" / "dropout.py.meta"
     codes = json.loads(path.read_text())["exit_code_by_key"]
     path.write_text(json.dumps({"exit_code_by_key": {**codes, "loratune.lora.dropout.x_drop__mutmut_5": None}}))
-    text = reach.mutants_text(reach.outcomes_in(tried), DAY)
+    text = reach.mutants_text(reach.outcomes_in(tried), {"tried": 0, "noticed": 0}, DAY)
     assert text.startswith("Planted on 2026-11-26: 4 changes of 5, drawn at random, 50.0 % noticed.")
     path.write_text(json.dumps({"exit_code_by_key": {"loratune.lora.dropout.x_drop__mutmut_1": 77}}))
     with pytest.raises(SystemExit, match="ended with 77"):

@@ -80,11 +80,61 @@ def test_a_run_learns_as_on_a_cpu(family: str, wide: Any, chats: str, quick: Qui
     assert losses_of(there.path)[-1] < losses_of(there.path)[0]
 
 
-@pytest.mark.parametrize("changes", [{"quant": "nf4"}, {"quant": "int8"}, {"use_dora": True}])
-def test_a_method_learns_as_on_a_cpu(changes: Any, wide: Any, data: str, quick: Quick, tmp_path: Path) -> None:
-    plain = {"model": wide("llama"), "data": data, "lora_dropout": 0.0, **changes}
+METHODS: dict[str, dict[str, Any]] = {
+    "nf4": {"quant": "nf4"},
+    "int8": {"quant": "int8"},
+    "dora": {"use_dora": True},
+    "vera": {"method": "vera", "r": 8},
+    "ia3": {"method": "ia3", "r": None, "lora_dropout": None},
+    "embeddings": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
+    "rows of tokens": {"trainable_token_indices": list(range(3, 40))},
+    "whole modules": {"modules_to_save": ["lm_head"]},
+    "biases": {"family": "gpt2", "bias": "lora_only"},
+    "experts": {"family": "mixtral", "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_learns_as_on_a_cpu(name: str, wide: Any, data: str, quick: Quick, tmp_path: Path) -> None:
+    """Its checks hold there too: step 0, reload, merge, the base's bits."""
+    changes = {"family": "llama", "lora_dropout": 0.0, **METHODS[name]}
+    plain = {"model": wide(changes.pop("family")), "data": data, **changes}
     there, here = quick(tmp_path / "gpu", **plain, device="cuda"), quick(tmp_path / "cpu", **plain)
     assert losses_of(there.path) == pytest.approx(losses_of(here.path), rel=2e-3)
+    assert losses_of(there.path)[-1] < losses_of(there.path)[0]
+    assert [check["name"] for check in there.record["checks"] if not check["passed"]] == []
+
+
+@pytest.mark.parametrize("experts_implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_experts_in_each_of_transformers_ways(experts_implementation: str, dtype: torch.dtype) -> None:
+    """Gradients of A and B on CUDA against those of the loop over experts in fp64 on a CPU."""
+    torch.manual_seed(0)
+    base = tiny("mixtral", **WIDE).to(dtype)
+    config = lt.LoraConfig(
+        r=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"], target_modules="dummy-target-modules",
+        init_lora_weights=False,
+    )  # fmt: skip
+    exact = tiny("mixtral", **WIDE)
+    exact.load_state_dict(base.state_dict())
+    ids = torch.randint(3, VOCABULARY, (2, 60))
+    lora = lt.attach(base, config)
+    start = [p.detach().double() for p in lora.parameters()]
+
+    def gradients(model: Any, handle: Any) -> list[torch.Tensor]:
+        device = next(model.parameters()).device
+        model(input_ids=ids.to(device), labels=ids.to(device)).loss.backward()
+        return [p.grad.double().cpu() for p in handle.parameters()]
+
+    exact.double().set_experts_implementation("eager")
+    right = lt.attach(exact, config)
+    with torch.no_grad():
+        for p, t in zip(right.parameters(), start, strict=True):
+            p.copy_(t)
+    base.to("cuda").set_experts_implementation(experts_implementation)
+    bound = 1e-4 if dtype == torch.float32 else 0.15
+    for mine, theirs in zip(gradients(base, lora), gradients(exact, right), strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < bound
 
 
 def test_bf16_is_near_fp32(wide: Any, chats: str, quick: Quick, tmp_path: Path) -> None:
