@@ -32,7 +32,7 @@ _SURVIVED, _NOTICED, _UNREACHED, _TOO_SLOW = 0, 1, 33, 36
 # Seconds that the tests of one change take together at most, and what they are given beyond what they take without it.
 _BUDGET, _LEAST, _TIMES = 8.0, 8.0, 4.0
 # How many times as long by the clock: what waits for ever takes no time of the processor.
-_PATIENCE = 10.0
+_PATIENCE = 60.0
 _JOBS = int(os.environ.get("JOBS", os.cpu_count() or 1))
 _CONTROLS = 100
 _CONTROL = "control__mutmut_"
