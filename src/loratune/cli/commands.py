@@ -248,6 +248,7 @@ def doctor(as_json: Json = False) -> None:
         ["device", found["device"]],
         ["threads", found["threads"]],
         ["dtype", f"{found['dtype']}: {found['dtype_reason']}"],
+        ["fused blocks", f"by {found['kernels']}"],
     ]
     rows += [["memory", f"{gigabytes(found['available_bytes'])} free of {gigabytes(found['memory_bytes'])}"]]
     rows += [["matrix products", f"{found['gflops']:,} GFLOP/s"], ["tiny run", f"{found['tiny_run_seconds']} s"]]

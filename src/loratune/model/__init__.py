@@ -24,6 +24,7 @@ from loratune.model.fingerprint import exact_hash, fingerprint
 from loratune.model.fuse import fuse, fused, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
+from loratune.model.kernels import kernels_of
 from loratune.model.load import (
     Base,
     base_of,
@@ -72,6 +73,7 @@ __all__ = [
     "has_separate_head",
     "inside",
     "is_loaded",
+    "kernels_of",
     "hidden_at",
     "kind_of_device",
     "load_base",

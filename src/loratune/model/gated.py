@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on, together
 from loratune.model.fused import Fused
-from loratune.model.triton_trial import kernels_for
+from loratune.model.kernels import kernels_for
 from loratune.quant import frozen_weight
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.

@@ -19,6 +19,7 @@ from loratune.config.tasks import is_head
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import locked, new_folder
 from loratune.model.allocator import give_freed_memory_back
+from loratune.model.cache import cache_folder
 from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.hub import KINDS, fetched
@@ -286,7 +287,7 @@ def _converted(path: Path) -> Path:
     """The folder of safetensors made from a GGUF file, kept in the cache under the file's hash."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    target = _cache() / "gguf" / _file_hash(path)[:24]
+    target = cache_folder() / "gguf" / _file_hash(path)[:24]
     if (target / "config.json").is_file():
         return target
     if not _has_gguf():
@@ -323,13 +324,6 @@ def _has_gguf() -> bool:
     from importlib.util import find_spec
 
     return find_spec("gguf") is not None
-
-
-def _cache() -> Path:
-    root = os.environ.get("LORATUNE_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loratune"
 
 
 def _file_hash(path: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loratune.lora import put_on
 from loratune.model.fused import Fused
-from loratune.model.triton_trial import kernels_for
+from loratune.model.kernels import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) -> Tensor:

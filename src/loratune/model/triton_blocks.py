@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NAMED = f"kernels in Triton {triton.__version__}"
 # Elements that one program takes of a tensor without rows that belong together.
 _TILE = 1024
 _ROOT_HALF = tl.constexpr(0.5**0.5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loratune.estimation import matmul_rate
-from loratune.model import available_memory, device_name, pick_device, pick_dtype, tiny_model, total_memory
+from loratune.model import available_memory, device_name, kernels_of, pick_device, pick_dtype, tiny_model, total_memory
 from loratune.run.record import versions
 from loratune.run.train import train
 
@@ -35,6 +35,7 @@ def doctor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": total_memory(device),
         "available_bytes": available_memory(device),
+        "kernels": kernels_of(device).named,
         "dtype": str(precision.dtype).removeprefix("torch."),
         "dtype_reason": precision.reason,
         "gflops": round(matmul_rate(device, precision.dtype) / 1e9),

@@ -17,7 +17,7 @@ from loratune.adapt import Adapters, TargetPlan, by_kind, by_replaced
 from loratune.adapter import effective_rank
 from loratune.data.example import hash_of
 from loratune.data.tasks import DATA_TASKS
-from loratune.model import device_name, processor_name, tokenizer_hashes, total_memory
+from loratune.model import device_name, kernels_of, processor_name, tokenizer_hashes, total_memory
 from loratune.run.prepare import Prepared
 from loratune.run.setup import Setup
 
@@ -185,4 +185,5 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": torch.get_num_threads(),
         "memory_bytes": total_memory(device),
         "device": device_name(device) if device.type != "cpu" else "cpu",
+        "kernels": kernels_of(device).named,
     }

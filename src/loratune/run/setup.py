@@ -38,6 +38,7 @@ from loratune.model import (
     Base,
     Head,
     context_of,
+    kernels_of,
     total_memory,
     why_no_shared_prefixes,
     why_not_fused,
@@ -273,7 +274,8 @@ def _decide_fused(model: Any, decisions: Decisions) -> None:
     why_not = why_not_fused(model)
     if why_not is not None and wanted:
         raise ConfigError(f"fused: {why_not}", hint="leave --fused out")
-    decisions.decide("fused", why_not is None, why_not or "tried: the fused blocks give what the stock ones give")
+    by = f"tried: the fused blocks give what the stock ones give, by {kernels_of(model.device).named}"
+    decisions.decide("fused", why_not is None, why_not or by)
 
 
 def _decide_memory(

@@ -1,4 +1,7 @@
-"""Where the kernels written in Triton are used: on CUDA, if Triton is there and gives what the plain formulas give."""
+"""Which kernels compute the blocks of a device: those in Triton on CUDA, those in C on a CPU, or none.
+
+They are used where they can be had, and give what the plain formulas give.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,10 @@ from loratune.model.device import triton_available
 from loratune.model.fused import deviation, furthest
 
 # The kernels compute in fp32; in float64 they would lose half of the digits.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
 _TOLERANCE = 1e-5
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -27,30 +34,67 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _log = logging.getLogger("loratune")
 
 
+class Kernels(NamedTuple):
+    """What computes the blocks of a device.
+
+    Attributes:
+        module: the kernels, or None where torch's own operations do it.
+        named: which it is, and why it is no better.
+    """
+
+    module: ModuleType | None
+    named: str
+
+
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """`triton_blocks` if its kernels can compute what x goes into, else None; tried once for each device."""
-    if not x.is_cuda or x.dtype not in _DTYPES or torch.compiler.is_compiling():
+    """The kernels that can compute what x goes into, else None; tried once for each device."""
+    if x.dtype not in _DTYPES.get(x.device.type, ()) or not _plain(x):
         return None
-    return _tried(x.device)
+    return kernels_of(x.device).module
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x has the memory that it seems to have, and operations mean what they say."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 @lru_cache(maxsize=64)
-def _tried(device: torch.device) -> ModuleType | None:
-    if not triton_available(device):
-        return None
+def kernels_of(device: torch.device) -> Kernels:
+    """The kernels for a device, if they are there and give what the plain formulas give."""
     try:
-        # Importing loratune must not import Triton, nor may it be needed.
-        from loratune.model import triton_blocks
-
-        most, name = _furthest(triton_blocks, device)
+        module = _module_for(device)
+        most, name = _furthest(module, device)
+    except _MissingError as error:
+        return Kernels(None, f"torch's own operations: {error}")
     except Exception as error:  # noqa: BLE001 - Triton and the C compiler that it calls raise what they like
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
         if most <= _TOLERANCE:
-            return triton_blocks
+            return Kernels(module, str(module.NAMED))
         why = f"{name} deviates from the plain formula by {most:.1e}"
-    _log.warning("fused blocks take torch's own kernels, which is slower: those in Triton failed here (%s)", why)
-    return None
+    _log.warning("fused blocks take torch's own operations, which is slower: the kernels failed here (%s)", why)
+    return Kernels(None, f"torch's own operations: kernels failed ({why})")
+
+
+class _MissingError(Exception):
+    """There are no kernels to try."""
+
+
+def _module_for(device: torch.device) -> ModuleType:
+    """Importing loratune must import no Triton and compile nothing, nor may these be needed."""
+    if device.type == "cpu":
+        try:
+            from loratune.model import c_blocks
+        except OSError as error:
+            raise _MissingError(error) from None
+        return c_blocks
+    if not triton_available(device):
+        raise _MissingError("there is no Triton for it")
+    from loratune.model import triton_blocks
+
+    return triton_blocks
 
 
 def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:

@@ -1,0 +1,102 @@
+"""The norm, the gated product and the rotary embedding on a processor, each of which reads and writes once.
+
+The formulas are those of `norm`, `gated` and `rotary`; everything is computed in fp32 and rounded once. Importing this
+compiles `c_blocks.c` where that has not been done: `kernels.kernels_for` says where that may be. A tensor whose last
+dimension is not contiguous is copied first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loratune.model.c_build import library
+
+_library = library()
+_library.compiler.restype = ctypes.c_char_p
+NAMED = f"kernels in C, compiled by {_library.compiler().decode()}"
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_Number = ctypes.c_int64
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """w · x / √(mean x² + eps) and 1 / √(mean x² + eps).
+
+    Args:
+        x: (..., features) in fp32 or bf16; weight: (features,).
+
+    Returns:
+        (..., features) in x's dtype and (..., 1) in fp32.
+    """
+    x, w = x.contiguous(), weight.float().contiguous()
+    y, inverse = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    _call("norm_forward", x, (x, w, y, inverse), _rows(x), eps)
+    return y, inverse
+
+
+def norm_backward(gy: Tensor, y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x, (..., features) in gy's dtype, from that of y and what `norm_forward` gave."""
+    gy, y, w = gy.contiguous(), y.contiguous(), weight.float().contiguous()
+    gx = torch.empty_like(gy)
+    _call("norm_backward", gy, (gy, y, w, w.reciprocal(), inverse, gx), _rows(gy))
+    return gx
+
+
+def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up, all (..., features); the activation is silu, gelu or gelu_tanh."""
+    y = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, up = _flat(gate), _flat(up)
+    _call(f"gated_forward_{activation}", gate, (gate, up, y), (gate.stride(0), up.stride(0), *_rows(gate)))
+    return y
+
+
+def gated_backward(gy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of act(gate) · up, all (..., features)."""
+    g_gate, g_up = (torch.empty(t.shape, dtype=t.dtype) for t in (gate, up))
+    gy, gate, up = map(_flat, (gy, gate, up))
+    steps = (gy.stride(0), gate.stride(0), up.stride(0))
+    _call(f"gated_backward_{activation}", gate, (gy, gate, up, g_gate, g_up), (*steps, *_rows(gate)))
+    return g_gate, g_up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """x · cos + (-second half, first half of x) · sin, or with `back` the gradient of x from that of the result.
+
+    Args:
+        x: (..., heads, dim), heads and tokens in any order in memory; cos and sin: (..., 1, dim).
+
+    Returns:
+        Contiguous, in the dtype that x and cos have in common.
+    """
+    heads, dim = x.shape[-2:]
+    dtype = torch.result_type(x, cos)
+    y = torch.empty(x.shape, dtype=dtype)
+    flat = x.reshape(-1, heads, dim)
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    cos, sin = (angle.to(dtype).expand(*x.shape[:-2], 1, dim).reshape(-1, dim).contiguous() for angle in (cos, sin))
+    sizes = (flat.stride(0), flat.stride(1), flat.shape[0], heads, dim // 2, int(back))
+    _call(f"turn_{_NAMES[x.dtype]}", cos, (flat, cos, sin, y), sizes)
+    return y
+
+
+def _call(name: str, kind: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], *numbers: float) -> None:
+    """A function of the library, in `kind`'s dtype; tensors as their first elements' addresses."""
+    function = getattr(_library, f"{name}_{_NAMES[kind.dtype]}")
+    function(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *map(_Number, sizes),
+        *map(ctypes.c_float, numbers),
+    )
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // max(1, x.shape[-1]), x.shape[-1]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(rows, features), halves of wider rows as they lie."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()

@@ -1,0 +1,90 @@
+"""The blocks in C, compiled for this processor when they are first wanted, and kept for all runs after that."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from loratune.model.cache import cache_folder
+
+SOURCE = Path(__file__).with_name("c_blocks.c")
+# Contracted products and sums are rounded once instead of twice; no sum is reordered but where it says so itself.
+_FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-fopenmp", "-fPIC", "-shared",
+)  # fmt: skip
+_SECONDS = 120
+
+
+def library() -> ctypes.CDLL:
+    """The compiled blocks.
+
+    Raises:
+        OSError: they cannot be had here; with the reason.
+    """
+    if not sys.platform.startswith("linux"):
+        # Elsewhere the compiler's threads would not be torch's own, and two teams of them wait for each other.
+        raise OSError(f"they are compiled on Linux alone, not on {sys.platform}")
+    kept = cache_folder() / "kernels" / f"blocks-{_key()}.so"
+    if kept.is_file():
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="loratune-") as place:
+        made = Path(place) / kept.name
+        _compile(made)
+        try:
+            _keep(made, kept)
+        except OSError:  # no room, or a home that may not be written: compiled again the next time
+            return ctypes.CDLL(str(made))
+    return ctypes.CDLL(str(kept))
+
+
+def _key() -> str:
+    """Of all that the compiled file depends on: a home may be shared by machines."""
+    return hashlib.sha256("\n".join([SOURCE.read_text(encoding="utf-8"), *_FLAGS, _processor()]).encode()).hexdigest()[
+        :24
+    ]
+
+
+def _processor() -> str:
+    """What the processor can do, in the kernel's words."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join([os.uname().machine, *sorted({line for line in lines if line.startswith(wanted)})])
+
+
+def _compile(target: Path) -> None:
+    compiler = os.environ.get("CC") or "cc"
+    words = shlex.split(compiler)
+    if shutil.which(words[0]) is None:
+        raise OSError(f"there is no C compiler ({compiler})")
+    command = [*words, *_FLAGS, str(SOURCE), "-o", str(target), "-lm"]
+    try:
+        done = subprocess.run(  # noqa: S603 - the user's own compiler
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(f"the C compiler ({compiler}) did not end within {_SECONDS} s") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["without a word"]
+        raise OSError(f"the C compiler ({compiler}) failed: {said[0]}")
+
+
+def _keep(made: Path, kept: Path) -> None:
+    """In one step: processes that train together all come here at once."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=kept.parent)
+    os.close(number)
+    beside = Path(name)
+    try:
+        shutil.copyfile(made, beside)
+        beside.replace(kept)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,307 @@
+"""The kernels in C, those in Triton by its interpreter on a CPU, and the trial that decides where they are used."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loratune.model import c_build, gated, kernels, norm, rotary
+from loratune.model.device import triton_available
+from tests.model import kernel_cases
+from tests.model.kernel_cases import CASES
+
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(*args: str, **environment: str) -> str:
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str | None]:
+    """Each case with its traceback, from another process: Triton looks for its interpreter once, when imported."""
+    results: dict[str, str | None] = json.loads(run("-m", "tests.model.kernel_cases", TRITON_INTERPRET="1"))
+    return results
+
+
+@needs_triton
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_interpreted(name: str, interpreted: dict[str, str | None]) -> None:
+    assert interpreted.keys() == CASES.keys()
+    assert interpreted[name] is None, interpreted[name]
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """By the real compiler, down to machine code: the interpreter takes more than it does. Needs no GPU."""
+    compiled = run("-m", "tests.model.triton_compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert compiled.split() == ["_norm_forward", "_norm_backward", "_gated_forward", "_gated_backward", "_turn"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_on_a_gpu(name: str) -> None:
+    device = torch.device("cuda")
+    assert triton_available(device)
+    CASES[name](device)
+
+
+@pytest.mark.gpu
+def test_kernels_are_used_on_a_gpu() -> None:
+    found = kernels.kernels_for(torch.ones(1, device="cuda"))
+    assert found is not None
+    assert found.__name__ == "loratune.model.triton_blocks"
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_in_c(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cases, "written_in", "c_blocks")
+    CASES[name](CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    """Enough rows for several threads, which share them."""
+    from loratune.model import c_blocks
+
+    x, gate, up, gy = (t.to(dtype) for t in torch.randn(4, 1, 301, 96))
+    cos, sin = torch.randn(2, 1, 301, 1, 24).to(dtype)
+    weight = torch.rand(96) + 0.5
+
+    def everything() -> list[Tensor]:
+        y, inverse = c_blocks.norm_forward(x, weight, 1e-5)
+        found = [y, inverse, c_blocks.norm_backward(gy, y, weight, inverse)]
+        found += [c_blocks.gated_forward(gate, up, "gelu"), *c_blocks.gated_backward(gy, gate, up, "silu")]
+        return [*found, c_blocks.rotate(x.view(1, 301, 4, 24), cos, sin, back=True)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(3)
+        together = everything()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_what_is_no_number_stays_none() -> None:
+    from loratune.model import c_blocks
+
+    for dtype in (torch.float32, torch.bfloat16):
+        gate = torch.tensor([[torch.nan, torch.inf, -torch.nan, 2.0]], dtype=dtype)
+        for name in ("silu", "gelu", "gelu_tanh"):
+            found = c_blocks.gated_forward(gate, torch.ones_like(gate), name)
+            assert found.isnan().tolist() == [[True, False, True, False]]
+            assert found[0, 1] == torch.inf
+        y, _ = c_blocks.norm_forward(gate, torch.ones(4), 1e-5)
+        assert y.isnan().all()
+
+
+def test_nothing_is_written_for_no_tokens() -> None:
+    from loratune.model import c_blocks
+
+    for shape in ((0, 16), (1, 0, 16)):
+        empty = torch.empty(shape)
+        assert c_blocks.norm_forward(empty, torch.ones(16), 1e-5)[0].shape == shape
+        assert c_blocks.gated_forward(empty, empty, "silu").shape == shape
+
+
+def test_importing_loratune_imports_and_compiles_no_kernel() -> None:
+    code = "import sys, loratune.model, loratune.cli; print([m for m in sys.modules if m.startswith('loratune.model')])"
+    modules = run("-c", code)
+    assert "loratune.model.kernels" in modules
+    assert "loratune.model.triton_blocks" not in modules
+    assert "loratune.model.c_blocks" not in modules
+
+
+def test_a_cpu_takes_those_in_c_where_they_can_compute_it() -> None:
+    for x in (torch.ones(2), torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16)):
+        found = kernels.kernels_for(x)
+        assert found is not None
+        assert found.__name__ == "loratune.model.c_blocks"
+    for x in (torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float16), torch.ones(2, device="meta")):
+        assert kernels.kernels_for(x) is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_nothing_without_memory_of_its_own_reaches_them() -> None:
+    """Fake tensors, subclasses and functional transforms: what they hold is not where they say."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Other(Tensor):
+        pass
+
+    with FakeTensorMode():
+        assert kernels.kernels_for(torch.ones(2)) is None
+    assert kernels.kernels_for(torch.ones(2).as_subclass(Other)) is None
+    x, weight = torch.randn(3, 5, 8), torch.rand(8) + 0.5
+    with torch.no_grad():
+        each = torch.func.vmap(lambda row: norm.rms_norm(row, weight, 1e-5))(x)
+        torch.testing.assert_close(each, norm.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "capability", "available"),
+    [("cuda", True, 8, True), ("cuda", True, 6, False), ("cuda", False, 8, False), ("cpu", True, 8, False)],
+)
+def test_where_triton_is(
+    device: str, installed: bool, capability: int, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    assert triton_available(torch.device(device)) == available
+
+
+def plain_kernels(**faults: Any) -> Any:
+    """In the place of `triton_blocks`: the same by torch's own kernels, some of them at fault."""
+    halves = {name: gated._Halves(name) for name in kernels._ACTIVATIONS}
+    right = {
+        "NAMED": "planted",
+        "norm_forward": norm._forward,
+        "norm_backward": norm._backward,
+        "gated_forward": lambda gate, up, name: halves[name].composed(gate, up),
+        "gated_backward": lambda gy, gate, up, name: halves[name].gradients(gy, gate, up),
+        "rotate": lambda x, cos, sin, back=False: (rotary._turned_back if back else rotary._turned)(x, cos, sin),
+    }
+    return SimpleNamespace(**{**right, **faults})
+
+
+def off_by_a_little(gy: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    found = gated._Halves(name).gradients(gy, gate, up)
+    return (found[0] + (1e-3 if name == "gelu" else 0), found[1])
+
+
+def failing(*args: Any) -> Tensor:
+    raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Puts kernels in the place of those in Triton, on a CPU."""
+
+    def plant(kernels: Any) -> None:
+        module = ModuleType("loratune.model.triton_blocks")
+        vars(module).update(vars(kernels))
+        monkeypatch.setitem(sys.modules, "loratune.model.triton_blocks", module)
+        monkeypatch.setattr("loratune.model.triton_blocks", module, raising=False)
+        monkeypatch.setattr(sys.modules["loratune.model"], "triton_blocks", module, raising=False)
+
+    monkeypatch.setattr(kernels, "_module_for", lambda _: sys.modules["loratune.model.triton_blocks"])
+    kernels.kernels_of.cache_clear()
+    yield plant
+    kernels.kernels_of.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("faults", "says"),
+    [
+        ({}, None),
+        ({"norm_forward": failing}, "RuntimeError: Failed to find C compiler.)"),
+        ({"norm_backward": lambda *args: args[0]}, "the norm's gradient deviates"),
+        ({"rotate": lambda *args, **_: rotary._turned(*args)}, "the rotation's gradient deviates"),
+        ({"gated_forward": lambda *args: args[0] * torch.nan}, "the product with silu deviates"),
+        ({"gated_backward": off_by_a_little}, "the gradient of the product with gelu deviates"),
+    ],
+)
+def test_kernels_are_tried_before_they_are_used(
+    faults: dict[str, Any], says: str | None, planted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Planted: kernels that cannot be compiled, give NaN, or are off."""
+    planted(plain_kernels(**faults))
+    with caplog.at_level(logging.WARNING, "loratune"), torch.inference_mode():
+        for _ in range(2):
+            found = kernels.kernels_of(CPU)
+            assert (found.module is None) == (says is not None)
+            assert says is None or says.removesuffix(")") in found.named
+    assert len(caplog.messages) == (says is not None)
+    assert all(says in message for message in caplog.messages if says)
+
+
+def test_the_trial_is_none_of_what_the_caller_keeps(planted: Any) -> None:
+    planted(plain_kernels())
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        assert kernels.kernels_of(CPU).module is not None
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    ("dtype", "used"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.float64, False)]
+)
+def test_kernels_are_not_used_in_float64(
+    dtype: torch.dtype, used: bool, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They compute in fp32."""
+    planted(plain_kernels())
+    monkeypatch.setattr(kernels, "_plain", lambda _: True)
+    tensor: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
+    assert (kernels.kernels_for(tensor) is not None) == used
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; what is compiled is looked for there."""
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
+
+
+def test_they_are_compiled_once(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c_build.library()
+    (kept,) = cached.iterdir()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert c_build.library().compiler is not None
+    monkeypatch.setattr(c_build, "_processor", lambda: "another")
+    with pytest.raises(OSError, match=r"there is no C compiler \(no-such-compiler\)"):
+        c_build.library()
+    assert list(cached.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        ("no-such-compiler", "there is no C compiler (no-such-compiler)"),
+        ("false", "the C compiler (false) failed: without a word"),
+        ("cc --no-such-option", "the C compiler (cc --no-such-option) failed: "),
+        ("true", "cannot open shared object file"),
+    ],
+)
+def test_a_compiler_that_does_not(compiler: str, says: str, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks are computed all the same, and it is said by what."""
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(OSError) as failed:  # noqa: PT011 - its words are looked at
+        c_build.library()
+    assert says in str(failed.value)
+    assert not cached.exists() or not list(cached.iterdir())
+    named = run("-c", "import torch; from loratune.model import kernels_of; print(kernels_of(torch.device('cpu')))")
+    assert f"torch's own operations: {says}" in named or says == "cannot open shared object file" in named
+    assert "module=None" in named
+
+
+def test_a_cache_that_may_not_be_written(cached: Path) -> None:
+    cached.parent.write_text("a file in its place", encoding="utf-8")
+    assert c_build.library().compiler is not None
+
+
+def test_elsewhere_than_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(OSError, match="on Linux alone, not on darwin"):
+        c_build.library()
