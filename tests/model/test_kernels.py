@@ -206,6 +206,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(sys.modules["loratune.model"], "triton_blocks", module, raising=False)
 
     monkeypatch.setattr(kernels, "_module_for", lambda _: sys.modules["loratune.model.triton_blocks"])
+    monkeypatch.setattr(gated, "kernels_for", lambda _: None)  # what is planted is made of the plain formulas
     kernels.kernels_of.cache_clear()
     yield plant
     kernels.kernels_of.cache_clear()
@@ -247,14 +248,13 @@ def test_the_trial_is_none_of_what_the_caller_keeps(planted: Any) -> None:
 @pytest.mark.parametrize(
     ("dtype", "used"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.float64, False)]
 )
-def test_kernels_are_not_used_in_float64(
-    dtype: torch.dtype, used: bool, planted: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_not_used_in_float64(dtype: torch.dtype, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They compute in fp32."""
-    planted(plain_kernels())
+    planted = kernels.Kernels(ModuleType("planted"), "planted")
+    monkeypatch.setattr(kernels, "kernels_of", lambda _: planted)
     monkeypatch.setattr(kernels, "_plain", lambda _: True)
     tensor: Any = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))
-    assert (kernels.kernels_for(tensor) is not None) == used
+    assert kernels.kernels_for(tensor) is (planted.module if used else None)
 
 
 @pytest.fixture
