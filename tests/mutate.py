@@ -35,6 +35,8 @@ _BUDGET, _LEAST, _TIMES = 8.0, 8.0, 4.0
 _PATIENCE = 60.0
 _JOBS = int(os.environ.get("JOBS", os.cpu_count() or 1))
 _CONTROLS = 100
+# The share of tests that may fail with switches in the code.
+_LEFT_OUT = 0.01
 _CONTROL = "control__mutmut_"
 
 
@@ -141,16 +143,21 @@ def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, _Co
     session.config.pluginmanager.register(shared)
     reach: dict[str, list[str]] = {}
     costs: dict[str, _Cost] = {}
+    left_out: list[str] = []
     for item, then in _pairs(session.items):
         state()._stats.clear()
         begun, made = _used(), shared.total
         failures = _failures(item, then)
-        if failures:
-            raise RuntimeError("\n".join([f"{item.nodeid} fails without a change", *failures]))
+        if failures:  # it does not bear the switches themselves: a compiler does not trace them
+            left_out.append("\n".join([f"{item.nodeid} fails without a change", *failures[-1].splitlines()[-3:]]))
+            continue
         own = _used() - begun - (shared.total - made)
         costs[item.nodeid] = (own, shared.of(item))
         for function in state()._stats:
             reach.setdefault(function, []).append(item.nodeid)
+    print(*left_out, sep="\n", flush=True)
+    if len(left_out) > len(session.items) * _LEFT_OUT:
+        raise RuntimeError(f"{len(left_out)} tests fail without a change")
     return reach, costs
 
 
