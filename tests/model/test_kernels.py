@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.model import c_build, gated, kernels, norm, rotary
+from loratune.model import c_blocks, c_build, gated, kernels, norm, rotary
 from loratune.model.device import triton_available
 from tests.model import kernel_cases
 from tests.model.kernel_cases import CASES
@@ -80,8 +80,6 @@ def test_in_c(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     """Enough rows for several threads, which share them."""
-    from loratune.model import c_blocks
-
     x, gate, up, gy = (t.to(dtype) for t in torch.randn(4, 1, 301, 96))
     cos, sin = torch.randn(2, 1, 301, 1, 24).to(dtype)
     weight = torch.rand(96) + 0.5
@@ -104,8 +102,6 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
 
 
 def test_what_is_no_number_stays_none() -> None:
-    from loratune.model import c_blocks
-
     for dtype in (torch.float32, torch.bfloat16):
         gate = torch.tensor([[torch.nan, torch.inf, -torch.nan, 2.0]], dtype=dtype)
         for name in ("silu", "gelu", "gelu_tanh"):
@@ -117,8 +113,6 @@ def test_what_is_no_number_stays_none() -> None:
 
 
 def test_nothing_is_written_for_no_tokens() -> None:
-    from loratune.model import c_blocks
-
     for shape in ((0, 16), (1, 0, 16)):
         empty = torch.empty(shape)
         assert c_blocks.norm_forward(empty, torch.ones(16), 1e-5)[0].shape == shape
@@ -181,6 +175,8 @@ def plain_kernels(**faults: Any) -> Any:
         "gated_forward": lambda gate, up, name: halves[name].composed(gate, up),
         "gated_backward": lambda gy, gate, up, name: halves[name].gradients(gy, gate, up),
         "rotate": lambda x, cos, sin, back=False: (rotary._turned_back if back else rotary._turned)(x, cos, sin),
+        "attend_forward": c_blocks.attend_forward,
+        "attend_backward": c_blocks.attend_backward,
     }
     return SimpleNamespace(**{**right, **faults})
 
@@ -220,6 +216,18 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ({"norm_backward": lambda *args: args[0]}, "the norm's gradient deviates"),
         ({"rotate": lambda *args, **_: rotary._turned(*args)}, "the rotation's gradient deviates"),
         ({"gated_forward": lambda *args: args[0] * torch.nan}, "the product with silu deviates"),
+        (
+            {
+                "attend_forward": lambda q, k, v, table, window, scale: c_blocks.attend_forward(
+                    q, k, v, table, None, scale
+                )
+            },
+            "attention deviates",
+        ),
+        (
+            {"attend_backward": lambda gy, q, k, v, *told: c_blocks.attend_backward(gy, q, k, v.flip(0), *told)},
+            "attention's gradient deviates",
+        ),
         ({"gated_backward": off_by_a_little}, "the gradient of the product with gelu deviates"),
     ],
 )

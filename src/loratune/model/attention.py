@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
+from loratune.model.lane_attention import lane_attention, table_of
+from loratune.model.lane_attention import takes as takes_lanes
 from loratune.model.modes import evaluating
 from loratune.model.slot_attention import SlotStep, slot_attention
 from loratune.model.tree_attention import plan_of, tree_attention
@@ -85,6 +87,9 @@ def packed_attention(
     # Under autocast a rotation leaves queries and keys in fp32; products in the backward pass refuse two dtypes.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu" and dropout == 0.0:
+        table = table_of(segments, above, sliding_window)
+        if takes_lanes(query, key, value, table):
+            return lane_attention(query[0], key[0], value[0], table, sliding_window, scaling)[None], None
         plan = plan_of(segments, above, sliding_window)
         return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
     if query.device.type == "cuda" and dropout == 0.0:

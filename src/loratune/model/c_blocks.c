@@ -183,6 +183,8 @@ TURN(f32, f32, f32)
 TURN(bf16, bf16, bf16)
 TURN(bf16, f32, f32)
 
+#include "c_attention.c"
+
 const char *compiler(void) {
 #if defined(__clang__)
     return __VERSION__;

@@ -1,19 +1,21 @@
-"""The norm, the gated product and the rotary embedding on a processor, each of which reads and writes once.
+"""The norm, the gated product, the rotary embedding and attention on a processor.
 
-The formulas are those of `norm`, `gated` and `rotary`; everything is computed in fp32 and rounded once. Importing this
-compiles `c_blocks.c` where that has not been done: `kernels.kernels_for` says where that may be. A tensor whose last
-dimension is not contiguous is copied first.
+Each reads and writes once. The formulas are those of `norm`, `gated`, `rotary` and `lane_attention`; everything is
+computed in fp32 and rounded once. Importing this compiles `c_blocks.c` where that has not been done:
+`kernels.kernels_for` says where that may be. A tensor whose last dimension is not contiguous is copied first.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loratune.model.c_build import library
+from loratune.model.lane_attention import LaneTable
 
 _library = library()
 _library.compiler.restype = ctypes.c_char_p
@@ -80,6 +82,62 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     sizes = (flat.stride(0), flat.stride(1), flat.shape[0], heads, dim // 2, int(back))
     _call(f"turn_{_NAMES[x.dtype]}", cos, (flat, cos, sin, y), sizes)
     return y
+
+
+class _Work(ctypes.Structure):
+    """`work` of c_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("lanes", "ranges")),
+        *((name, _Number) for name in ("number", "tokens", "heads", "groups", "dim", "value_dim", "window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Steps(ctypes.Structure):
+    """`steps` of c_attention.c: elements from token to token and from head to head."""
+
+    _fields_ = (("token", _Number), ("head", _Number))
+
+
+def attend_forward(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> Tensor:
+    """softmax(s · Q Kᵀ + mask) V, each lane over the keys of its path and its own up to itself.
+
+    Args:
+        q: (tokens, heads, dim); k and v: (tokens, kv heads, their dim), each for heads // kv heads in turn; dims are
+            multiples of 16.
+
+    Returns:
+        (tokens, heads, v's dim).
+    """
+    y = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
+    _attend("attend_forward", (q, k, v, y), (), _work(q, k, v, table, window, scale))
+    return y
+
+
+def attend_backward(
+    gy: Tensor, q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of what `attend_forward` gave, in their shapes."""
+    gq, gk, gv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    sums = torch.empty((k.shape[0] + table.keys) * k.shape[1] * (k.shape[2] + v.shape[2]), dtype=torch.float32)
+    _attend("attend_backward", (gy, q, k, v, gq, gk, gv), (sums,), _work(q, k, v, table, window, scale))
+    return gq, gk, gv
+
+
+def _work(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> _Work:
+    sizes = (len(table.lanes), *k.shape[:2], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], window or 0)
+    return _Work(table.lanes.data_ptr(), table.ranges.data_ptr(), *sizes, scale)
+
+
+def _attend(name: str, tensors: Sequence[Tensor], room: Sequence[Tensor], work: _Work) -> None:
+    told: list[Any] = []
+    kept = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    for t in kept:
+        told += [ctypes.c_void_p(t.data_ptr()), _Steps(t.stride(0), t.stride(1))]
+    told += [ctypes.c_void_p(t.data_ptr()) for t in room]
+    if getattr(_library, f"{name}_{_NAMES[kept[0].dtype]}")(*told, ctypes.byref(work)):
+        raise MemoryError("no room for the scores of a few queries")
 
 
 def _call(name: str, kind: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int], *numbers: float) -> None:

@@ -103,7 +103,8 @@ def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
         return furthest(
             (deviation(mine.detach(), right.detach()), name)
-            for name, mine, right in (*_norms(kernels, device), *_products(kernels, device), *_turns(kernels, device))
+            for tried in (_norms, _products, _turns, *([_attention] if device.type == "cpu" else []))
+            for name, mine, right in tried(kernels, device)
         )
 
 
@@ -142,3 +143,26 @@ def _turns(kernels: ModuleType, device: torch.device) -> Pairs:
     yield "the rotation", kernels.rotate(x.detach(), cos.detach(), sin.detach()), y
     mine = kernels.rotate(gy.detach(), cos.detach(), sin.detach(), back=True)
     yield "the rotation's gradient", mine, torch.autograd.grad(y, x, gy)[0]
+
+
+def _attention(kernels: ModuleType, device: torch.device) -> Pairs:
+    """Two branches of one prefix, a row that starts afresh, and a window that cuts the prefix."""
+    from loratune.model.lane_attention import table_of
+
+    segments, above = (5, 4, 3, 20), ((), (0,), (0,), ())
+    node = torch.repeat_interleave(torch.arange(4), torch.tensor(segments))
+    position = torch.cat([torch.arange(5), torch.arange(5, 9), torch.arange(5, 8), torch.arange(20)])
+    age = position[:, None] - position
+    related = (node[:, None] == node) | ((node == 0) & (node[:, None] < 3))
+    q, k, v, gy = _drawn(device, (32, 4, 16), (32, 2, 16), (32, 2, 32), (32, 4, 32))
+    for window in (None, 4):
+        hidden = ~(related & (age >= 0) & (age < (window or 32)))
+        keys, values = (t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v))
+        scores = (q.transpose(0, 1) @ keys.mT * 0.3).masked_fill(hidden, -torch.inf)
+        y = (scores.softmax(-1) @ values).transpose(0, 1)
+        told = (table_of(segments, above, window), window, 0.3)
+        plain = [t.detach() for t in (gy, q, k, v)]
+        yield "attention", kernels.attend_forward(*plain[1:], *told), y
+        mine = kernels.attend_backward(*plain, *told)
+        for found, right in zip(mine, torch.autograd.grad(y, (q, k, v), gy), strict=True):
+            yield "attention's gradient", found, right

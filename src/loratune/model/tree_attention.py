@@ -107,8 +107,7 @@ def pairs_at_once(device_type: str, tokens: int, longest: int) -> int:
 @lru_cache(maxsize=4)
 def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> Plan:
     """How the attention of a packed row is computed, by the lengths of its segments and what stands above each."""
-    lanes = _lanes(segments, above or ((),) * len(segments), window)
-    batches = tuple(_side_by_side(batch, window) for batch in _batches(lanes))
+    batches = tuple(_side_by_side(batch, window) for batch in _batches(lanes_of(segments, above, window)))
     tiles = [tile for batch in batches for tile in batch.tiles]
     tokens = torch.cat([tile.tokens for tile in tiles])
     real = torch.ones(len(tokens), dtype=torch.bool)
@@ -121,11 +120,12 @@ def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None
     return Plan(batches, None if torch.equal(places, torch.arange(len(tokens))) else places, window)
 
 
-def _lanes(segments: Sequence[int], above: Sequence[tuple[int, ...]], window: int | None) -> Iterator[Lane]:
+def lanes_of(segments: Sequence[int], above: Sequence[tuple[int, ...]] | None, window: int | None) -> Iterator[Lane]:
+    """A lane for each segment; a segment with nothing above it starts afresh, as all do where `above` is None."""
     starts = [0]
     for length in segments:
         starts.append(starts[-1] + length)
-    for start, stop, path in zip(starts[:-1], starts[1:], above, strict=True):
+    for start, stop, path in zip(starts[:-1], starts[1:], above or ((),) * len(segments), strict=True):
         yield Lane(_in_sight([(starts[a], starts[a + 1]) for a in path], window), (start, stop))
 
 
