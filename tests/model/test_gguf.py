@@ -174,7 +174,7 @@ def smollm2() -> Path:
 @pytest.mark.model
 def test_smollm2(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = conversions(monkeypatch)
-    base = load_base(str(smollm2()), device="cpu")
+    base = load_base(str(smollm2()), device="cpu", dtype="fp32")  # in bf16 two first words tie
     assert len(read) == 1  # the tokenizer comes from the folder that was made, too
     (folder,) = (cache / "gguf").iterdir()
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())

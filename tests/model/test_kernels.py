@@ -217,11 +217,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ({"rotate": lambda *args, **_: rotary._turned(*args)}, "the rotation's gradient deviates"),
         ({"gated_forward": lambda *args: args[0] * torch.nan}, "the product with silu deviates"),
         (
-            {
-                "attend_forward": lambda q, k, v, table, window, scale: c_blocks.attend_forward(
-                    q, k, v, table, None, scale
-                )
-            },
+            {"attend_forward": lambda q, k, v, table, _, scale: c_blocks.attend_forward(q, k, v, table, None, scale)},
             "attention deviates",
         ),
         (

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from loratune.model import attention, c_blocks
 from loratune.model.kernels import Kernels
-from loratune.model.lane_attention import lane_attention, table_of, takes
+from loratune.model.lane_attention import lane_attention, takes
+from loratune.model.lanes import table_of
 from loratune.model.tree_attention import plan_of, tree_attention
 from tests.oracle.attention import Above, dense, trees, visibility
 
@@ -136,6 +137,18 @@ def test_keeps_its_inputs_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lane_attention(*inputs, table_of(*LONG, None), None, None)
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in inputs]
+
+
+def test_keeps_nothing_of_the_projection_that_values_were_a_part_of() -> None:
+    """Phi's queries, keys and values are one product's."""
+    together = torch.randn(12, 8, 16, requires_grad=True)
+    q, k, v = (part.transpose(0, 1) for part in (together * 2).split([4, 2, 2], 1))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = lane_attention(q, k, v, table_of((5, 4, 3), FRESH, None), None, None)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == together.numel() * together.itemsize
+    y.sum().backward()
+    assert together.grad is not None
 
 
 @settings(max_examples=50, deadline=None)

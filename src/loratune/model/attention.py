@@ -19,8 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
-from loratune.model.lane_attention import lane_attention, table_of
+from loratune.model.lane_attention import lane_attention
 from loratune.model.lane_attention import takes as takes_lanes
+from loratune.model.lanes import table_of
 from loratune.model.modes import evaluating
 from loratune.model.slot_attention import SlotStep, slot_attention
 from loratune.model.tree_attention import plan_of, tree_attention
@@ -87,16 +88,27 @@ def packed_attention(
     # Under autocast a rotation leaves queries and keys in fp32; products in the backward pass refuse two dtypes.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu" and dropout == 0.0:
-        table = table_of(segments, above, sliding_window)
-        if takes_lanes(query, key, value, table):
-            return lane_attention(query[0], key[0], value[0], table, sliding_window, scaling)[None], None
-        plan = plan_of(segments, above, sliding_window)
-        return tree_attention(query[0], key[0], value[0], plan, scaling)[None], None
+        return _on_a_cpu(query, key, value, segments, above, sliding_window, scaling), None
     if query.device.type == "cuda" and dropout == 0.0:
         mask = block_mask_of(segments, above, sliding_window, query.device)
         if mask is not None and takes(query, key, value, scaling, sliding_window is not None):
             return flex_tree_attention(query, key, value, mask, scaling), None
     return _by_segment(query, key, value, segments, above, sliding_window, dropout, scaling), None
+
+
+def _on_a_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    above: tuple[tuple[int, ...], ...] | None,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    table = table_of(segments, above, window)
+    if takes_lanes(query, key, value, table):
+        return lane_attention(query[0], key[0], value[0], table, window, scale)[None]
+    return tree_attention(query[0], key[0], value[0], plan_of(segments, above, window), scale)[None]
 
 
 def _by_segment(

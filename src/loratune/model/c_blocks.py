@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loratune.model.c_build import library
-from loratune.model.lane_attention import LaneTable
+from loratune.model.lanes import LaneTable
 
 _library = library()
 _library.compiler.restype = ctypes.c_char_p

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from loratune.model.device import triton_available
 from loratune.model.fused import deviation, furthest
+from loratune.model.lanes import table_of
 
 # The kernels compute in fp32; in float64 they would lose half of the digits.
 _DTYPES = {
@@ -103,7 +104,7 @@ def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
         return furthest(
             (deviation(mine.detach(), right.detach()), name)
-            for tried in (_norms, _products, _turns, *([_attention] if device.type == "cpu" else []))
+            for tried in (_norms, _products, _turns, *([_attention] if hasattr(kernels, "attend_forward") else []))
             for name, mine, right in tried(kernels, device)
         )
 
@@ -147,8 +148,6 @@ def _turns(kernels: ModuleType, device: torch.device) -> Pairs:
 
 def _attention(kernels: ModuleType, device: torch.device) -> Pairs:
     """Two branches of one prefix, a row that starts afresh, and a window that cuts the prefix."""
-    from loratune.model.lane_attention import table_of
-
     segments, above = (5, 4, 3, 20), ((), (0,), (0,), ())
     node = torch.repeat_interleave(torch.arange(4), torch.tensor(segments))
     position = torch.cat([torch.arange(5), torch.arange(5, 9), torch.arange(5, 8), torch.arange(20)])

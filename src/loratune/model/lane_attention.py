@@ -7,51 +7,18 @@ many, the matrix units of a processor make up for what products in bf16 write an
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loratune.model.kernels import kernels_for
-from loratune.model.tree_attention import lanes_of
+from loratune.model.lanes import LaneTable
 
 # Keys that a token sees on average, up to which these kernels are the faster ones. Measured.
 _FEW = 400
 # What the kernels take whole vectors of.
 _VECTOR = 16
-
-
-class LaneTable(NamedTuple):
-    """The lanes of a row as the kernels read them.
-
-    Attributes:
-        lanes: (lanes, 6) int64: the first token and the one after the last, how many keys are on its path, from which
-            of `ranges` to which its path goes, and how many keys are on the paths of the lanes before it.
-        ranges: (ranges, 2) int64, of tokens.
-        keys: how many are on all paths together.
-        seen: pairs of a token and one that it sees.
-    """
-
-    lanes: Tensor
-    ranges: Tensor
-    keys: int
-    seen: int
-
-
-@lru_cache(maxsize=4)
-def table_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None, window: int | None) -> LaneTable:
-    """The lanes of a packed row, by the lengths of its segments and what stands above each."""
-    rows: list[tuple[int, ...]] = []
-    ranges: list[tuple[int, int]] = []
-    keys = seen = 0
-    for lane in lanes_of(segments, above, window):
-        rows.append((*lane.own, lane.known, len(ranges), len(ranges) + len(lane.path), keys))
-        ranges += lane.path
-        keys += lane.known
-        most = lane.known + lane.length if window is None else window
-        seen += sum(min(lane.known + i + 1, most) for i in range(lane.length))
-    return LaneTable(torch.tensor(rows), torch.tensor(ranges or [(0, 0)]), keys, seen)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, table: LaneTable) -> bool:
@@ -76,12 +43,18 @@ def lane_attention(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     kernels = kernels_for(query)
-    by_token = [tensor.transpose(0, 1) for tensor in (query, key, value)]
+    by_token = [_alone(tensor).transpose(0, 1) for tensor in (query, key, value)]
     if not torch.is_grad_enabled():
         alone: Tensor = kernels.attend_forward(*by_token, table, window, scale)  # type: ignore[union-attr]
         return alone
     output: Tensor = _LaneAttention.apply(*by_token, table, window, scale, kernels)  # type: ignore[no-untyped-call]
     return output
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A copy of what is a part of something larger, which would be kept with it until the backward pass."""
+    part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if part else tensor
 
 
 class _LaneAttention(torch.autograd.Function):

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loratune.model.lanes import Lane, Range, lanes_of
+
 # What one more tile costs, in pairs of query and key, and what each of its keys adds to that. Measured.
 _TILE, _KEY = 6_000, 10
 # Pairs that are computed at once: what a processor's cache holds of their scores.
@@ -27,23 +29,6 @@ _PAIRS = 1 << 19
 _FEWEST_QUERIES, _QUERIES = 32, 128
 # The processor's softmax is nearly twice as fast on rows of whole vectors; worth a few pads, of this share at most.
 _VECTOR, _MOST_PADS = 32, 1 / 16
-
-Range = tuple[int, int]
-
-
-class Lane(NamedTuple):
-    """Tokens `own`, after the tokens of `path` (ranges in order) that its queries can see."""
-
-    path: tuple[Range, ...]
-    own: Range
-
-    @property
-    def length(self) -> int:
-        return self.own[1] - self.own[0]
-
-    @property
-    def known(self) -> int:
-        return sum(stop - start for start, stop in self.path)
 
 
 class Tile(NamedTuple):
@@ -118,30 +103,6 @@ def plan_of(segments: tuple[int, ...], above: tuple[tuple[int, ...], ...] | None
     places = torch.empty(sum(segments), dtype=torch.int64)
     places[tokens[real]] = torch.arange(len(tokens))[real]
     return Plan(batches, None if torch.equal(places, torch.arange(len(tokens))) else places, window)
-
-
-def lanes_of(segments: Sequence[int], above: Sequence[tuple[int, ...]] | None, window: int | None) -> Iterator[Lane]:
-    """A lane for each segment; a segment with nothing above it starts afresh, as all do where `above` is None."""
-    starts = [0]
-    for length in segments:
-        starts.append(starts[-1] + length)
-    for start, stop, path in zip(starts[:-1], starts[1:], above or ((),) * len(segments), strict=True):
-        yield Lane(_in_sight([(starts[a], starts[a + 1]) for a in path], window), (start, stop))
-
-
-def _in_sight(path: Sequence[Range], window: int | None) -> tuple[Range, ...]:
-    """The last tokens of a path, as far as the window of the next one reaches back; adjoining ranges are one."""
-    room = math.inf if window is None else window - 1
-    found: list[Range] = []
-    for start, stop in reversed(path):
-        begin = int(max(start, stop - room))
-        if begin < stop:
-            if found and found[-1][0] == stop:
-                found[-1] = (begin, found[-1][1])
-            else:
-                found.append((begin, stop))
-            room -= stop - begin
-    return tuple(reversed(found))
 
 
 def _batches(lanes: Iterator[Lane]) -> Iterator[list[Lane]]:
