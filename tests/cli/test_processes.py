@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.conftest import QUICK
 
-LONG = (*QUICK, "--max-steps=150", "--checks=off", "--samples=0", "--eval-every=75", "--save-every=20")
+LONG = (*QUICK, "--max-steps=600", "--checks=off", "--samples=0", "--eval-every=300", "--save-every=60")
 
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:
@@ -68,7 +68,7 @@ def continued(folder: Path, whole: bytes, *words: object) -> Any:
     assert "\x1b" not in out + err
     assert "continued after step" in err
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
-    assert steps_done(folder) == 150
+    assert steps_done(folder) == 600
     return json.loads(out)
 
 
@@ -76,7 +76,7 @@ def test_interrupted_by_the_keyboard(base: str, data: str, tmp_path: Path, whole
     code, out, err = signalled(signal.SIGINT, tmp_path / "run", base, data, *LONG)
     assert (code, out) == (130, "")
     assert "checkpoint saved" in err
-    assert 30 <= steps_done(tmp_path / "run") < 150
+    assert 30 <= steps_done(tmp_path / "run") < 600
     said = continued(tmp_path / "run", whole, base, data, *LONG)
     assert said["record"]["state"] == "finished"
 
