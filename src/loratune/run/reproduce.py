@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,6 +18,8 @@ from loratune.errors import CheckError, RunFolderError
 from loratune.run.decide import DEFAULT
 from loratune.run.events import Begun, Event, RunListener, Said
 from loratune.run.folder import METRICS, RunFolder, differences, refuse_taken
+from loratune.run.journal import CHANGED
+from loratune.run.record import changed_conditions, changed_versions
 from loratune.run.train import train
 
 # How far a loss may be from the run's, relative, where other bits are to be expected.
@@ -25,8 +27,8 @@ BAND = 0.02
 _ADAPTER = "adapter_model.safetensors"
 # Settings that say where a run is, how it is watched, and what is done beside it.
 _BESIDE = frozenset({"out", "resume", "log_with", "keep", "save_every", "samples", "checks", "device", "shard"})
-# What memory forced on the first run need not happen again.
-_FORCED = frozenset({"out of memory", "micro-batch"})
+# What memory forced on the first run need not happen again; and it may have gone on elsewhere than it began.
+_FORCED = frozenset({"out of memory", "micro-batch", CHANGED})
 
 
 @dataclass(frozen=True)
@@ -170,33 +172,21 @@ def _refuse_another(path: Path, record: dict[str, Any], now: dict[str, Any], *, 
     found, hints = differences(record, now), []
     if found:
         hints.append("--base and --data say where the run's own are now")
-    if not any_versions and record["versions"] != now["versions"]:
-        found += _versions(record, now)
+    changed = changed_versions(record, now)
+    if changed and not any_versions:
+        found += _said(changed)
         hints.append("install those, or compare losses with --any-versions")
     if found:
         raise RunFolderError([f"{path} cannot be done again here", *found], hint="; ".join(hints))
 
 
-def _spread(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Over how many processes a run went, which order its sums."""
-    return {name: record["plan"][name] for name in ("processes", "sharded")}
-
-
-def _versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before, after = record["versions"], now["versions"]
-    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    return [f"{name}: {before.get(name, 'none')} there, {after.get(name, 'none')} now" for name in changed]
+def _said(changed: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{name}: {before} there, {after} now" for name, before, after in changed]
 
 
 def _elsewhere(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Why other bits are no fault."""
-    before, after = ({**one["hardware"], **_spread(one)} for one in (record, now))
-    found = [
-        f"{name}: {before[name]} there, {after.get(name)} now"
-        for name in before
-        if name != "memory_bytes" and before[name] != after.get(name)
-    ]
-    found += _versions(record, now)
+    found = _said(changed_conditions(record, now))
     return found + [f"{e['kind']} there: {e['text']}" for e in record["events"] if e["kind"] in _FORCED]
 
 
