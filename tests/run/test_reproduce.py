@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from loratune.errors import CheckError, RunFolderError, RunInterrupted
 from loratune.run import reproduce, train
+from loratune.run.events import Begun
+from tests.malformed.cases import Counted
 from tests.models import additions, saved, write_jsonl
 from tests.run.conftest import QUICK
 from tests.run.test_resume import record_of, stop_at
@@ -173,6 +175,58 @@ def test_no_run(tmp_path: Path, copy: Path) -> None:
         reproduce(tmp_path)
     (copy / "metrics.jsonl").unlink()
     with pytest.raises(RunFolderError, match=r"metrics.jsonl is not there"):
+        reproduce(copy)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 3, "lo', "metrics.jsonl:4 is not JSON"),
+        ("3", "metrics.jsonl:4 is 3, not an object"),
+        ("{}", "metrics.jsonl:4 is no step and no validation"),
+        ('{"step": "two", "val_loss": 1.0}', "metrics.jsonl:4.step is 'two', not a whole number"),
+        ('{"step": 2, "val_loss": null}', "metrics.jsonl:4 is no step and no validation"),
+        ('{"step": 2, "loss": 1.0}', "metrics.jsonl:4 is no step and no validation"),
+        ("\xff", "metrics.jsonl:4 is not JSON"),
+        ('{"step": 2, "val_loss": ' + "9" * 5000 + "}", "metrics.jsonl:4 is not JSON"),
+        ("[" * 100_000, "metrics.jsonl:4 is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("then", ["reproduce", "resume"])
+def test_damaged_metrics_are_refused_before_training(
+    then: str, line: str, said: str, copy: Path, quick: Quick, counted: Counted
+) -> None:
+    lines = (copy / "metrics.jsonl").read_bytes().split(b"\n")
+    assert {"loss", "step"} <= json.loads(lines[3]).keys()
+    lines[3] = line.encode("latin-1")
+    (copy / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    if then == "resume":
+        changed(copy, lambda record: record.update(state="interrupted"))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    heard: list[Any] = []
+    with pytest.raises(RunFolderError) as caught:
+        reproduce(copy, listen=heard.append) if then == "reproduce" else quick(copy, listen=heard.append)
+    assert said in str(caught.value)
+    assert str(copy / "metrics.jsonl") in str(caught.value)
+    assert not any(isinstance(event, Begun) for event in heard)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    counted("malformed input")
+
+
+def test_metrics_that_lack_steps(copy: Path) -> None:
+    text = (copy / "metrics.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join([*lines[:3], *lines[4:]]))
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: step 2 is missing"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text("".join(lines[:-2]))
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: step 6 is missing"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text(text[:-9])
+    with pytest.raises(RunFolderError, match=r"the last line of metrics.jsonl is half-written"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="step 1 is missing"):
         reproduce(copy)
 
 

@@ -125,6 +125,7 @@ def _run(
             processes.from_first(lambda: refuse_damaged(folder))
             journal.say("saved", f"{folder.path} is finished already; nothing was done")
             return Run(folder.path, before, folder.written_here)
+        processes.from_first(lambda: len(folder.metrics(whole=False)))  # damaged, they are refused before all work
     with folder.writing():
         # Loading took a while, in which another process may have trained here.
         processes.from_first(lambda: refuse_changed(folder, before))
