@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,16 @@ _RENAME_SWAP = 2
 
 def to_json(value: Any) -> bytes:
     """JSON as this project writes it: indent 2, sorted keys, a final newline, no NaN."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return _in_utf8(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_json_lines(values: Iterable[Any]) -> bytes:
+    return _in_utf8("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def _in_utf8(text: str) -> bytes:
+    """JSON as bytes; what UTF-8 has none for (names of files that are not UTF-8 have it) comes as JSON's escape."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

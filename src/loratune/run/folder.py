@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from loratune.adapter import read_adapter
 from loratune.errors import AdapterFileError, RunFolderError
-from loratune.files import append_line, is_temporary, locked, sweep, write_bytes, write_json
+from loratune.files import append_line, is_temporary, locked, sweep, to_json_lines, write_bytes, write_json
 from loratune.report.folder import METRICS, RECORD, SAMPLES, damaged_metrics, read_metrics
 from loratune.training.events import Measured, measured_event
 
@@ -121,8 +121,7 @@ class RunFolder:
         return [(line.text, event) for line, event in events if event is not None]
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_bytes(self.path / SAMPLES, lines.encode())
+        write_bytes(self.path / SAMPLES, to_json_lines(samples))
 
 
 # What every record has, from its first line on, and what each of these is.
