@@ -92,6 +92,7 @@ def load_base(
     source = _source_of(name, weights=True)
     with quietly(), _as_model_error(name):
         model, info = _load(source.folder, head, dtype=precision.dtype)
+    _refuse_no_context(name, model)
     fresh = fresh_modules(model, _not_found(info), head.task)
     _refuse_incomplete(name, info, fresh)
     _say_unused(name, info, head)
@@ -166,6 +167,7 @@ def base_of(
     fresh = fresh_modules(model, (), head.task)
     device = next(model.parameters()).device
     name = str(model.name_or_path or type(model).__name__)
+    _refuse_no_context(name, model)
     model.eval().requires_grad_(False)
     return Base(
         model,
@@ -197,6 +199,7 @@ def empty_model(name: str, head: Head = LANGUAGE_MODEL) -> PreTrainedModel:
     with quietly(), _as_model_error(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **head.config())
         model: PreTrainedModel = head.auto.from_config(config)
+    _refuse_no_context(name, model)
     return model
 
 
@@ -247,8 +250,17 @@ def _load(folder: str, head: Head = LANGUAGE_MODEL, **options: Any) -> tuple[Pre
 def context_of(model: PreTrainedModel) -> int | None:
     """The most positions the model was made for, where its config says."""
     text = model.config.get_text_config()
-    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(length) if length else None
+    for name in ("max_position_embeddings", "n_positions"):
+        # XLNet's is a property, which says -1: there is no limit.
+        if getattr(text, name, None) is not None and not isinstance(getattr(type(text), name, None), property):
+            return int(getattr(text, name))
+    return None
+
+
+def _refuse_no_context(name: str, model: PreTrainedModel) -> None:
+    length = context_of(model)
+    if length is not None and length < 1:
+        raise ModelError(f"{name}: its config says that it has {length} positions", hint="correct its config.json")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------
