@@ -298,8 +298,11 @@ def read_metrics(folder: Path) -> Lines[Metric]:
     Raises:
         RunFolderError: with each line that is no JSON or has a value of another type.
     """
-    path, problems = folder / METRICS, list[str]()
-    found = read_lines(path, Metric, problems) if path.is_file() else Lines[Metric]((), is_cut=False)
+    path = folder / METRICS
+    if not path.is_file():
+        return Lines((), is_cut=False)
+    problems: list[str] = []
+    found = read_lines(path, Metric, problems)
     if problems:
         raise damaged_metrics(path, problems)
     return found

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from loratune.report import write_report
+from loratune.report.folder import METRICS
 from loratune.run.events import Begun, Event, Noticed, RunListener, Said, StepDone, Validated
 from loratune.run.folder import RunFolder
 from loratune.run.record import CONDITIONS, changed_conditions, now
@@ -44,13 +45,18 @@ class Journal:
         """
         self.record["events"] = list(_until(step, self.record["events"]))
         self.record["result"] = {}
-        for event in self.folder.keep_metrics(step):
+        kept = self.folder.keep_metrics(step)
+        for event in kept:
             self._note_result(event)
+        logged = len({event.step for event in kept if isinstance(event, StepDone)})
         changed = changed_conditions(self.record, self._conditions)
         self.record.update(self._conditions)
         if changed:
             what = ", ".join(f"{name} {before} before, {after} now" for name, before, after in changed)
             self.hear(Noticed(step, CHANGED, f"{what}: equal within rounding, not in bits"))
+        if logged < step:
+            text = f"{METRICS} has {logged} of the {step} steps that were done before: the others are in no curve"
+            self.hear(Noticed(step, "metrics", text))
 
     def say(self, topic: str, text: str) -> None:
         self._pass_on(Said(topic, text))
