@@ -7,7 +7,7 @@
     ├── DataError              3   a row, file or template cannot be trained on
     ├── CheckError             4   a self-check found that something is not what it must be
     ├── OutOfMemoryError       5
-    ├── DivergedError          6   the loss or the weights became non-finite
+    ├── DivergedError          6   the loss or the weights became non-finite, or the model only guesses
     ├── RegressionError        7   a comparison was lost
     ├── RunInterrupted         130 stopped on request, a checkpoint is saved
     ├── ModelError             1   a base model cannot be loaded or is not usable

@@ -16,13 +16,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _STAGED = ".staged"
 _COMMITTED = ".committed"
+_OLD = ".old"
 # How Rust, in which safetensors is written, ends the message of what the system refused.
 _REFUSED_IN_RUST = re.compile(r"\(os error (\d+)\)")
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
@@ -33,7 +34,16 @@ _RENAME_SWAP = 2
 
 def to_json(value: Any) -> bytes:
     """JSON as this project writes it: indent 2, sorted keys, a final newline, no NaN."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return _in_utf8(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_json_lines(values: Iterable[Any]) -> bytes:
+    return _in_utf8("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def _in_utf8(text: str) -> bytes:
+    """JSON as bytes; what UTF-8 has none for (names of files that are not UTF-8 have it) comes as JSON's escape."""
+    return text.encode(errors="backslashreplace")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -123,7 +133,7 @@ def _in_one_step(folder: Path, contents: Mapping[str, bytes]) -> bool:
     exists = os.path.lexists(folder)
     if exists and not _can_be_exchanged(folder, contents):
         return False
-    beside = _beside(folder)
+    beside = folder.parent / f".{folder.name}.{os.getpid()}{_STAGED}"
     try:
         beside.mkdir()
     except OSError:  # a parent that is not ours, say, where the folder itself is
@@ -198,19 +208,22 @@ def recover(folder: Path) -> None:
     """`finish`, and drop an incomplete or replaced set: for who writes here, since it may be another writer's."""
     finish(folder)
     shutil.rmtree(folder / _STAGED, ignore_errors=True)
-    shutil.rmtree(_beside(folder), ignore_errors=True)
+    for beside in _made_for(folder, _STAGED):
+        shutil.rmtree(beside, ignore_errors=True)
 
 
-def _beside(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}{_STAGED}"
+def _made_for(folder: Path, end: str) -> list[Path]:
+    """What writers left beside a folder: by the number of their process, since anything else is somebody's own."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.\d+{re.escape(end)}")
+    found = folder.parent.glob(f".{glob.escape(folder.name)}.*{end}")
+    return sorted(path for path in found if ours.fullmatch(path.name))
 
 
 def finish(folder: Path) -> None:
     """Finish what was killed: a complete set moves in, a folder that was moved aside comes back."""
     if not folder.exists():
-        for aside in folder.parent.glob(f".{glob.escape(folder.name)}.*.old"):
+        for aside in _made_for(folder, _OLD)[:1]:
             aside.replace(folder)
-            break
     committed = folder / _COMMITTED
     if _is_ours(committed):
         # Its writer, or another reader, may be moving the same files: whoever comes second finds them in place.
@@ -250,7 +263,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if not path.exists():
             temporary.replace(path)
         elif not _exchange(temporary, path):
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            aside = path.with_name(f".{path.name}.{os.getpid()}{_OLD}")
             path.replace(aside)
             temporary.replace(path)
             # Under this name no `recover` takes what is left of it for the old folder.

@@ -385,3 +385,13 @@ def test_no_bytes_meet_a_traceback(tmp_path_factory: pytest.TempPathFactory, dat
     path.write_bytes(data)
     with contextlib.suppress(DataError):
         assert read(path).examples
+
+
+def test_a_data_set_with_a_time_that_python_does_not_have() -> None:
+    import datasets
+    import pyarrow as pa
+
+    when = pa.array([0, 2**62], pa.timestamp("us"))
+    found = datasets.Dataset(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], "when": when}))
+    with pytest.raises(DataError, match=r"rows:2: cannot be read: date value out of range"):
+        read(found)

@@ -82,6 +82,20 @@ def test_a_folder_moved_aside_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / ".axb.123.old").exists(), "another folder's"
 
 
+def test_folders_of_somebody_with_such_names_are_left_alone(tmp_path: Path) -> None:
+    """Ours have the number of a process in their name."""
+    for name in (".it.mine.old", ".it.old", ".it.staged", ".it.mine.staged", ".it.12.mine.old"):
+        fill(tmp_path / name)
+    files.finish(tmp_path / "it")
+    assert not (tmp_path / "it").exists()
+    files.write_together(tmp_path / "it", NEW)
+    assert tree(tmp_path / "it") == NEW
+    with files.new_folder(tmp_path / "it") as folder:
+        (folder / "a").write_bytes(b"new")
+    for name in (".it.mine.old", ".it.old", ".it.staged", ".it.mine.staged", ".it.12.mine.old"):
+        assert tree(tmp_path / name) == OLD
+
+
 def test_an_error_in_the_block_leaves_the_old_folder(tmp_path: Path) -> None:
     fill(tmp_path / "it")
 

@@ -61,6 +61,7 @@ def _configs() -> Iterator[Case]:
         "num_key_value_heads": [3, 0],
         "vocab_size": [0, -1, 399, "400"],
         "intermediate_size": [65, "64"],
+        "max_position_embeddings": [-5, 0, "128", None],
         "hidden_act": ["nothing", 3],
         "rope_parameters": [3, {"rope_type": "nothing"}, []],
         "quantization_config": [{"quant_method": "gptq", "bits": 4}],

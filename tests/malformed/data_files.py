@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,7 +123,7 @@ def _json() -> Iterator[Case]:
 
 
 def _parquet() -> Iterator[Case]:
-    def table(**columns: list[object]) -> bytes:
+    def table(**columns: Any) -> bytes:
         sink = io.BytesIO()
         pq.write_table(pa.table(columns), sink)
         return sink.getvalue()
@@ -141,6 +142,34 @@ def _parquet() -> Iterator[Case]:
         "parquet: structs", written("rows.parquet", table(prompt=["a"], completion=[{"x": 1}])), "rows.parquet:1"
     )
     yield refused("parquet: other columns", written("rows.parquet", table(a=["a"], b=["b"])))
+    odd = {
+        "a time beyond Python's": (pa.array([0, 2**40], pa.timestamp("s")), "timestamp[ms]"),
+        "a time before Python's": (pa.array([0, -(2**40)], pa.timestamp("s")), "timestamp[ms]"),
+        "a day beyond Python's": (pa.array([0, 2**30], pa.date32()), "date32[day]"),
+        "a time beyond Python's in a list": (pa.array([[0], [2**62]], pa.list_(pa.timestamp("us"))), "timestamp[us]"),
+        "a span beyond Python's": (pa.array([0, 2**62], pa.duration("s")), "duration[s]"),
+    }
+    for name, (column, kind) in odd.items():
+        yield refused(
+            f"parquet: {name}",
+            written("rows.parquet", table(prompt=["a", "b"], completion=["c", "d"], when=column)),
+            "rows.parquet:2",
+            f"'when' of type {kind}" if "list" not in name else "'when' of type list<",
+        )
+    yield accepted(
+        "parquet: times",
+        written("rows.parquet", table(prompt=["a"], completion=["b"], when=pa.array([1], pa.timestamp("ns")))),
+        1,
+    )
+    # Arrow keeps text as bytes and does not look at them.
+    ends = pa.py_buffer(b"".join(end.to_bytes(4, "little") for end in (0, 1, 2)))
+    text = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"a\xff")])
+    yield refused(
+        "parquet: text that is no UTF-8",
+        written("rows.parquet", table(prompt=text, completion=["c", "d"])),
+        "rows.parquet:2",
+        "'prompt'",
+    )
     for name, content in {
         "empty": b"",
         "noise": bytes(range(256)) * 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratune.errors import CheckError, RunFolderError
+from loratune.errors import CheckError, RunFolderError, RunInterrupted
 from loratune.run import reproduce, train
+from loratune.run.events import Begun
+from tests.malformed.cases import Counted
 from tests.models import additions, saved, write_jsonl
 from tests.run.conftest import QUICK
+from tests.run.test_resume import record_of, stop_at
 
 Quick = Callable[..., Any]
 
@@ -30,6 +33,16 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads((folder / "record.json").read_text())
     change(record)
     (folder / "record.json").write_text(json.dumps(record))
+
+
+def scaled(folder: Path, at: int, factor: float) -> None:
+    """Change the loss of one step in the metrics."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines):
+        metric = json.loads(line)
+        if metric["step"] == at and "loss" in metric:
+            lines[number] = json.dumps({**metric, "loss": metric["loss"] * factor})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_the_same_bits(finished: Path, tmp_path: Path) -> None:
@@ -85,11 +98,135 @@ def test_an_interrupted_run_too(quick: Quick, tmp_path: Path) -> None:
     assert reproduce(tmp_path / "run").same_bits
 
 
+@contextlib.contextmanager
+def other_threads() -> Iterator[int]:
+    """One thread more than before; yields how many those were."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        yield before
+    finally:
+        torch.set_num_threads(before)
+
+
+def conditions(folder: Path) -> list[tuple[int, str]]:
+    events = json.loads((folder / "record.json").read_text())["events"]
+    return [(event["step"], event["text"]) for event in events if event["kind"] == "conditions"]
+
+
+def test_a_run_that_went_on_under_other_conditions(quick: Quick, tmp_path: Path) -> None:
+    """The record's own are those of the last steps; what the first ones had is told by an event."""
+    run = tmp_path / "run"
+    with other_threads() as threads, pytest.raises(RunInterrupted):
+        quick(run, listen=stop_at(2))
+    quick(run)
+    text = f"cores {threads + 1} before, {threads} now: equal within rounding, not in bits"
+    assert conditions(run) == [(2, text)]
+    assert record_of(run)["hardware"]["cores"] == threads
+    scaled(run, 1, 1.001)  # as other bits may come to
+    found = reproduce(run)
+    assert not found.same_bits
+    assert found.elsewhere == (f"conditions there: {text}",)
+
+
+def test_a_run_that_went_on_as_before_has_no_such_event(quick: Quick, tmp_path: Path) -> None:
+    with pytest.raises(RunInterrupted):
+        quick(tmp_path / "run", listen=stop_at(2))
+    quick(tmp_path / "run")
+    assert conditions(tmp_path / "run") == []
+    scaled(tmp_path / "run", 1, 1.001)
+    with pytest.raises(CheckError, match="the same bits were expected"):
+        reproduce(tmp_path / "run")
+
+
+def test_conditions_of_steps_that_are_lost(quick: Quick, tmp_path: Path) -> None:
+    """Conditions changed after step 4, whose checkpoint is damaged then: steps 1 and 2 were done under those before."""
+    run = tmp_path / "run"
+    with other_threads(), pytest.raises(RunInterrupted):
+        quick(run, save_every=2, keep=3, listen=stop_at(4))
+    with pytest.raises(RunInterrupted):
+        quick(run, save_every=2, keep=3, listen=stop_at(5))
+    for step in (4, 5):
+        (run / "checkpoints" / f"step-{step:08d}" / "tensors.safetensors").write_bytes(b"")
+    quick(run, save_every=2, keep=3)
+    assert [step for step, _ in conditions(run)] == [2]
+
+
+def test_conditions_of_a_run_that_dies_before_its_first_step(quick: Quick, tmp_path: Path) -> None:
+    """Nothing was computed under its conditions, and the record keeps those of what was."""
+    run = tmp_path / "run"
+    with pytest.raises(RunInterrupted):
+        quick(run, listen=stop_at(2))
+
+    def die(event: Any) -> None:
+        if getattr(event, "topic", "") == "checks":
+            raise ValueError("enough")
+
+    with other_threads() as threads, pytest.raises(ValueError, match="enough"):
+        quick(run, listen=die)
+    assert record_of(run)["hardware"]["cores"] == threads
+    quick(run)
+    assert conditions(run) == []
+    assert reproduce(run).same_bits
+
+
 def test_no_run(tmp_path: Path, copy: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run"):
         reproduce(tmp_path)
     (copy / "metrics.jsonl").unlink()
     with pytest.raises(RunFolderError, match=r"metrics.jsonl is not there"):
+        reproduce(copy)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 3, "lo', "metrics.jsonl:4 is not JSON"),
+        ("3", "metrics.jsonl:4 is 3, not an object"),
+        ("{}", "metrics.jsonl:4 is no step and no validation"),
+        ('{"step": "two", "val_loss": 1.0}', "metrics.jsonl:4.step is 'two', not a whole number"),
+        ('{"step": 2, "val_loss": null}', "metrics.jsonl:4 is no step and no validation"),
+        ('{"step": 2, "loss": 1.0}', "metrics.jsonl:4 is no step and no validation"),
+        ("\xff", "metrics.jsonl:4 is not JSON"),
+        ('{"step": 2, "val_loss": ' + "9" * 5000 + "}", "metrics.jsonl:4 is not JSON"),
+        ("[" * 100_000, "metrics.jsonl:4 is not JSON"),
+    ],
+)
+@pytest.mark.parametrize("then", ["reproduce", "resume"])
+def test_damaged_metrics_are_refused_before_training(
+    then: str, line: str, said: str, copy: Path, quick: Quick, counted: Counted
+) -> None:
+    lines = (copy / "metrics.jsonl").read_bytes().split(b"\n")
+    assert {"loss", "step"} <= json.loads(lines[3]).keys()
+    lines[3] = line.encode("latin-1")
+    (copy / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    if then == "resume":
+        changed(copy, lambda record: record.update(state="interrupted"))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    heard: list[Any] = []
+    with pytest.raises(RunFolderError) as caught:
+        reproduce(copy, listen=heard.append) if then == "reproduce" else quick(copy, listen=heard.append)
+    assert said in str(caught.value)
+    assert str(copy / "metrics.jsonl") in str(caught.value)
+    assert not any(isinstance(event, Begun) for event in heard)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    counted("malformed input")
+
+
+def test_metrics_that_lack_steps(copy: Path) -> None:
+    text = (copy / "metrics.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join([*lines[:3], *lines[4:]]))
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: step 2 is missing"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text("".join(lines[:-2]))
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: step 6 is missing"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text(text[:-9])
+    with pytest.raises(RunFolderError, match=r"the last line of metrics.jsonl is half-written"):
+        reproduce(copy)
+    (copy / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="step 1 is missing"):
         reproduce(copy)
 
 
@@ -137,12 +274,7 @@ def test_an_adapter_that_was_changed(copy: Path) -> None:
 
 
 def test_a_curve_that_was_changed(copy: Path) -> None:
-    lines = (copy / "metrics.jsonl").read_text().splitlines()
-    for number, line in enumerate(lines):
-        metric = json.loads(line)
-        if metric["step"] == 3 and "loss" in metric:
-            lines[number] = json.dumps({**metric, "loss": metric["loss"] * 1.001})
-    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    scaled(copy, 3, 1.001)
     with pytest.raises(CheckError, match=r"other bits from step 3 on: losses within 0.10%"):
         reproduce(copy)
     # Elsewhere it is what may happen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from loratune.cli.progress import Screen
 from loratune.errors import RunFolderError, RunInterrupted
 from loratune.run.events import Noticed, Said, StepDone
 from tests.models import additions, tiny, write_jsonl
@@ -335,3 +338,32 @@ def test_a_damaged_record_is_said_to_be_so(quick: Quick, tmp_path: Path, damage:
     with pytest.raises(RunFolderError, match=said):
         quick(tmp_path / "run")
     assert record_of(tmp_path / "run") == kept
+
+
+def test_metrics_that_are_gone_are_said(quick: Quick, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunInterrupted):
+        quick(tmp_path / "run", listen=stop_at(2))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    heard: list[Any] = []
+    quick(tmp_path / "run", listen=heard.append)
+    text = "metrics.jsonl has 0 of the 2 steps that were done before: the others are in no curve"
+    assert Noticed(2, "metrics", text) in heard
+    assert text in [event["text"] for event in record_of(tmp_path / "run")["events"]]
+    assert steps_of(tmp_path / "run") == [3, 4, 5, 6]
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished)
+    assert "metrics" not in {event["kind"] for event in record_of(finished)["events"]}
+
+
+def test_a_run_whose_steps_are_all_done_shows_no_figures_of_none(quick: Quick, tmp_path: Path) -> None:
+    """It was stopped after its last step, before it was checked and written."""
+
+    def die(event: Any) -> None:
+        if isinstance(event, Said) and event.topic == "verify":
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        quick(tmp_path / "run", listen=die)
+    said = io.StringIO()
+    quick(tmp_path / "run", listen=Screen(Console(file=said)))
+    assert "steps · all of them were done before" in said.getvalue()
+    assert "nan" not in said.getvalue()

@@ -220,11 +220,15 @@ def test_stopped_in_parts_and_continued_alone(base: str, pair: Pair) -> None:
     assert record_of(pair.folder / "stopped")["state"] == "interrupted"
     train(base, str(pair.folder / "sums.jsonl"), out=str(pair.folder / "stopped"), **DROPPING)
     assert_same_run(pair.folder / "stopped", pair.alone(DROPPING))
+    events = {event["kind"]: event for event in record_of(pair.folder / "stopped")["events"]}
+    assert events["conditions"]["step"] == 2
+    assert "processes 2 before, 1 now, sharded True before, False now" in events["conditions"]["text"]
 
 
 def test_stopped_alone_and_continued_in_parts(pair: Pair) -> None:
     assert [outcome.code for outcome in pair.outcomes["from one"]] == [0, 0]
     assert "continued after step 3" in pair.outcomes["from one"][0].err
+    assert "processes 1 before, 2 now" in pair.outcomes["from one"][0].err
     assert_same_run(pair.folder / "from one", pair.alone(DROPPING))
 
 
@@ -233,6 +237,7 @@ def test_as_many_processes_go_on_to_the_same_bits(pair: Pair) -> None:
     assert [outcome.code for outcome in pair.outcomes["cut again"]] == [0, 0]
     whole, cut = (tensors_of(pair.folder / name) for name in ("whole", "cut"))
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+    assert "conditions" not in {event["kind"] for event in record_of(pair.folder / "cut")["events"]}
 
 
 @pytest.mark.parametrize(

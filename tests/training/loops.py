@@ -19,12 +19,15 @@ from loratune.training.loop import Hooks, Loop, Progress, Work
 from loratune.training.optimizer import make_optimizer
 from loratune.training.processes import Processes
 from loratune.training.schedule import Schedule
-from tests.models import PAD, tiny
+from tests.models import PAD, VOCABULARY, tiny
 
 
 @dataclass
 class Training:
-    """One loop over `rows`, four a step; `heard` holds its events, `saved` the steps at which it saved."""
+    """One loop over `rows`, four a step.
+
+    `heard` holds its events, `saved` the steps at which it saved, `dropped` those it took back.
+    """
 
     rows: Sequence[Rendered]
     family: str = "llama"
@@ -59,6 +62,7 @@ class Training:
         self.order = Order(len(self.rows), 4, self.seed)
         self.heard: list[Any] = []
         self.saved: list[int] = []
+        self.dropped: list[int] = []
 
     def run(self, until: int | None = None, save: Callable[[Progress], None] | None = None) -> Training:
         """Train to the end, or stop after `until` steps as a signal would."""
@@ -73,12 +77,14 @@ class Training:
             save_every=self.save_every,
             patience=self.patience,
             device=torch.device("cpu"),
+            choices=VOCABULARY,
         )
         hooks = Hooks(
             self.heard.append,
             self.evaluate,
             save or (lambda progress: self.saved.append(progress.step)),
             lambda: until is not None and self.progress.step >= until,
+            self.dropped.append,
         )
         self.model.train()
         Loop(self.model, self.lora, work, self.updater, self.schedule, self.processes, self.progress, hooks).run()

@@ -246,6 +246,51 @@ def test_gradient_that_is_not_finite() -> None:
     handle.remove()
 
 
+def test_weights_that_grew_until_nothing_comes_through() -> None:
+    """A step may be so wide that hidden states overflow: finite weights, equal logits, and no gradient ever again."""
+    training = Training(ROWS, lr=1e10, save_every=1)
+    with pytest.raises(DivergedError, match=r"step 2: loss 5.99146, every one of 400 answers is as likely"):
+        training.run()
+    assert all(bool(weight.isfinite().all()) for weight in training.weights())
+    assert len(training.steps_heard()) == 1
+    assert (training.saved, training.dropped) == ([1], [1])
+    assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 6.1])
+def test_no_gradient_alone_is_no_divergence(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is learned, to the last bit of fp32; or a step has nothing for the tokens, or the expert, that trains."""
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda m, batch: real(m, batch) * 0 + loss * batch.supervised)
+    training = Training(ROWS).run()
+    assert [event.loss for event in training.steps_heard()] == pytest.approx([loss] * 5)
+    assert [event.grad_norm for event in training.steps_heard()] == [0.0] * 5
+
+
+def test_a_base_that_guesses_is_no_divergence() -> None:
+    """A head of zeros gives no gradient and equal logits, whatever the adapter does."""
+    training = Training(ROWS, changes={"tie_word_embeddings": False})
+    with torch.no_grad():
+        training.model.lm_head.weight.zero_()
+    training.run()
+    assert [event.loss for event in training.steps_heard()] == pytest.approx([math.log(400)] * 5)
+    assert [event.grad_norm for event in training.steps_heard()] == [0.0] * 5
+
+
+@pytest.mark.parametrize("loss", [math.log(400), math.log(400) * (1 + 1e-6)])
+def test_the_loss_of_guessing_alone_is_no_divergence(loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gradient there is a way on."""
+    real = loop.summed_loss
+
+    def guessing(model: Any, batch: Any) -> torch.Tensor:
+        found = real(model, batch)
+        return found - found.detach() + loss * batch.supervised
+
+    monkeypatch.setattr(loop, "summed_loss", guessing)
+    training = Training(ROWS).run()
+    assert all(event.grad_norm > 0 for event in training.steps_heard())
+
+
 class Memory:
     """Pretends that a micro-batch of more than `most` tokens does not fit, in one of the ways torch says so."""
 

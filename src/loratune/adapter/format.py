@@ -49,7 +49,7 @@ def write_adapter(folder: Path, adapter: SavedAdapter, *, card: str, beside: Map
     bad = [f"{name} {why}" for name, tensor in adapter.named_tensors() if (why := _unfit(tensor))]
     if bad:
         raise AdapterFileError(bad, hint="nothing was written")
-    contents = {TENSOR_FILE: _tensor_bytes(adapter), CARD_FILE: card.encode(), **(beside or {})}
+    contents = {TENSOR_FILE: _tensor_bytes(adapter), CARD_FILE: card.encode(errors="replace"), **(beside or {})}
     # Also where nothing is known: one that another adapter left in the folder would speak for this one.
     contents[ORIGIN_FILE] = to_json({"format": 1, **asdict(adapter.origin)})
     contents[CONFIG_FILE] = to_json(config_to_json(adapter))

@@ -9,7 +9,7 @@ import typer
 
 from loratune.cli.adapters import AnyTokenizer, Json
 from loratune.cli.options import parse_given, with_settings
-from loratune.cli.output import emit, refuse_taken_file, table, write
+from loratune.cli.output import emit, refuse_taken_file, table, write_json
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="run folder, adapter folder or model", show_default=False)
@@ -75,12 +75,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer every prompt of a file; one JSON object a line."""
-    import json
 
     from loratune.cli.progress import counting
     from loratune.data.read import read
     from loratune.engine import Sampling
-    from loratune.files import write_bytes
+    from loratune.files import to_json_lines, write_bytes
     from loratune.run.answer import generate as answer
     from loratune.run.opened import open_run
 
@@ -92,12 +91,12 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with counting(len(examples), "answers") as done:
         rows = answer(opened, examples, sampling, batch_size=batch_size, done=done)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if out is None and not as_json:
-        write(lines)
+        for row in rows:
+            write_json(row, indent=None)
         return
     if out is not None:
-        write_bytes(Path(out).expanduser(), lines.encode())
+        write_bytes(Path(out).expanduser(), to_json_lines(rows))
     emit(
         {"out": out, "rows": rows if out is None else len(rows)},
         as_json=as_json,

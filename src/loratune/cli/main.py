@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from loratune.cli.commands import app
-from loratune.cli.output import complain, stderr, write_json
+from loratune.cli.output import complain, output_refused, stderr, take_every_character, write_json
 from loratune.errors import ConfigError, LoratuneError, OutOfMemoryError, RunInterrupted
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     # tokenizers warns about forks that data loaders make; nothing here forks after tokenising.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    take_every_character()
     try:
         app(args=arguments, prog_name="loratune")
     except SystemExit as leave:
@@ -25,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoratuneError as error:
         return complain(error, as_json=as_json)
     except Exception as error:  # noqa: BLE001 - the last door: no traceback passes it
-        return complain(_out_of_memory(error) or _refused(error) or _internal(error), as_json=as_json)
+        return complain(_known(error) or _internal(error), as_json=as_json)
     return 0
+
+
+def _known(error: Exception) -> LoratuneError | None:
+    return _out_of_memory(error) or _refused(error) or _not_utf8(error)
 
 
 def _out_of_memory(error: Exception) -> LoratuneError | None:
@@ -43,9 +51,18 @@ def _out_of_memory(error: Exception) -> LoratuneError | None:
 
 def _refused(error: Exception) -> LoratuneError | None:
     """What the system refused: a full disk, a folder that is somebody else's."""
-    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+    if not isinstance(error, OSError) or error.strerror is None:
         return None
+    if error.filename is None:  # help, which typer prints
+        return output_refused(error) if error.errno in _FULL else None
     return LoratuneError(f"{error.filename}: {error.strerror}", hint="free some space or use another folder")
+
+
+def _not_utf8(error: Exception) -> LoratuneError | None:
+    """A name that is not UTF-8, given to a library that takes no other ones."""
+    if not isinstance(error, UnicodeEncodeError) or not 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF:
+        return None
+    return LoratuneError(f"{error.object[:200]!r} is not UTF-8", hint="rename the file or folder, or use another one")
 
 
 def _left(code: int, *, as_json: bool) -> int:

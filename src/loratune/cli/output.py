@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,52 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+# How standard output encodes what its encoding has no bytes for.
+_REPLACED = "loratune.replaced"
+
+
+def take_every_character() -> None:
+    """Let standard output replace what it cannot encode; names of files that are not UTF-8 keep their bytes."""
+    codecs.register_error(_REPLACED, _replaced)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=_REPLACED)
+
+
+def _replaced(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = [ord(character) for character in error.object[error.start : error.end]]
+    # As `surrogateescape` has it (PEP 383).
+    return b"".join(bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else b"?" for code in codes), error.end
+
+
+class OutputError(LoratuneError):
+    """Standard output takes nothing more."""
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Turns what the system says against standard output, a full disk say, into an error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has gone; typer ends quietly then
+        raise
+    except OSError as error:
+        raise output_refused(error) from None
+
+
+def output_refused(error: OSError) -> OutputError:
+    """The error for it; what is left in its buffer, which would fail once more as Python ends, goes nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OutputError(f"standard output: {error.strerror or error}", hint="free some space, or send it elsewhere")
+
+
 def write(text: str) -> None:
     """To standard output as it is, at once: readers of a pipe wait for it."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with _printing():
+        sys.stdout.write(text)
 
 
 def refuse_taken_file(out: str) -> None:
@@ -39,7 +84,13 @@ def refuse_taken_file(out: str) -> None:
 
 
 def write_json(value: Any, *, indent: int | None = 2) -> None:
-    write(json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
+    """Where the encoding of standard output lacks a character, as an escape of JSON."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=str)
+    write(text + "\n")
 
 
 def emit(result: Any, *, as_json: bool, text: Iterable[Any] = ()) -> None:
@@ -48,8 +99,9 @@ def emit(result: Any, *, as_json: bool, text: Iterable[Any] = ()) -> None:
         write_json(result)
         return
     console = stdout()
-    for item in text:
-        console.print(escape(item) if isinstance(item, str) else item)
+    with _printing():
+        for item in text:
+            console.print(escape(item) if isinstance(item, str) else item)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> Table:
@@ -70,11 +122,14 @@ def complain(error: LoratuneError, *, as_json: bool) -> int:
     """Say what went wrong, unless another process has said it; returns the exit code."""
     if isinstance(error, PeerError) and error.said:
         return error.exit_code
-    if as_json:
+    if as_json and not isinstance(error, OutputError):
         kind, problems, hint = type(error).__name__, list(error.problems), error.hint
         content = {"error": {"kind": kind, "problems": problems, "hint": hint, "exit_code": error.exit_code}}
-        write_json(content)
-    else:
+        with suppress(OutputError):
+            write_json(content)
+            return error.exit_code
+    with suppress(OSError):
         sys.stdout.flush()
+    with suppress(OSError):
         stderr().print(f"[bold red]error[/] {escape(str(error))}")
     return error.exit_code

@@ -111,7 +111,8 @@ class Screen:
             return
         self.close()
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
-        self._line(f"{self.steps}", f"steps · {self._figures()} · {minutes:02d}:{seconds:02d}")
+        figures = self._figures() if self.seconds else "all of them were done before"
+        self._line(f"{self.steps}", f"steps · {figures} · {minutes:02d}:{seconds:02d}")
         self.steps = 0
 
 

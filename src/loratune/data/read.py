@@ -156,8 +156,35 @@ def _parquet(path: Path) -> tuple[list[Row], list[Problem]]:
     except arrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable Parquet file: {reason}", hint="write it again") from None
-    each = (row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
-    return [(Place(path.name, number), _without_nulls(row)) for number, row in enumerate(each, 1)], []
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    number = 0
+    for batch in table.to_batches(max_chunksize=1024):
+        for row, faults in _rows_of_batch(batch):
+            number += 1
+            place = Place(path.name, number)
+            problems += [(place, fault) for fault in faults]
+            rows += [] if faults else [(place, _without_nulls(row))]
+    return rows, problems
+
+
+# What values raise that Arrow can hold and Python cannot: times out of range, text that is not UTF-8.
+_NO_VALUE = (OverflowError, ValueError)
+
+
+def _rows_of_batch(batch: Any) -> Iterable[tuple[dict[str, Any], list[str]]]:
+    """Each row, and what of it cannot be read."""
+    try:
+        yield from ((row, []) for row in batch.to_pylist())
+    except _NO_VALUE:
+        for number in range(batch.num_rows):
+            row, faults = {}, []
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                try:
+                    row[name] = column[number].as_py()
+                except _NO_VALUE as error:
+                    faults.append(f"{name!r} of type {column.type} cannot be read: {error}")
+            yield row, faults
 
 
 def _hub(name: str) -> tuple[list[Row], list[Problem]]:
@@ -177,9 +204,15 @@ def _arrow(data: datasets.Dataset, name: str) -> tuple[list[Row], list[Problem]]
     inner = {column: getattr(feature, "feature", feature) for column, feature in data.features.items()}
     labels = {column: feature for column, feature in inner.items() if hasattr(feature, "int2str")}
     rows: list[Row] = []
-    for number, row in enumerate(data.with_format(None), 1):
-        named = {column: _label(labels[column], value) if column in labels else value for column, value in row.items()}
-        rows.append((Place(name, number), _without_nulls(named)))
+    try:
+        for number, row in enumerate(data.with_format(None), 1):
+            named = {
+                column: _label(labels[column], value) if column in labels else value for column, value in row.items()
+            }
+            rows.append((Place(name, number), _without_nulls(named)))
+    except _NO_VALUE as error:
+        hint = "leave out the column with that value"
+        raise DataError(f"{Place(name, len(rows) + 1)}: cannot be read: {error}", hint=hint) from None
     return rows, []
 
 

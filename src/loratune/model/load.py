@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from loratune.config.tasks import is_head
 from loratune.errors import ConfigError, MissingExtraError, ModelError
 from loratune.files import locked, new_folder
+from loratune.model.agreement import not_found, refuse_incomplete, refuse_more_layers, say_unused
 from loratune.model.allocator import give_freed_memory_back
 from loratune.model.cache import cache_folder
 from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
@@ -27,8 +27,6 @@ from loratune.model.kept_products import keep_few_products
 from loratune.model.quiet import quietly
 from loratune.model.task import LANGUAGE_MODEL, Head, fresh_modules, inside, is_loaded, refuse_loaded
 from loratune.quant import known_by, quantize, quantized_format, refuse_format
-
-_log = logging.getLogger("loratune")
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,11 @@ def load_base(
     source = _source_of(name, weights=True)
     with quietly(), _as_model_error(name):
         model, info = _load(source.folder, head, dtype=precision.dtype)
-    fresh = fresh_modules(model, _not_found(info), head.task)
-    _refuse_incomplete(name, info, fresh)
-    _say_unused(name, info, head)
+    _refuse_no_context(name, model)
+    fresh = fresh_modules(model, not_found(info), head.task)
+    refuse_incomplete(name, info, fresh)
+    refuse_more_layers(name, info, model)
+    say_unused(name, info, head)
     model.name_or_path = model.config._name_or_path = name
     tokenizer = _tokenizer_in(source, name)
     _name_pad(model, tokenizer, head)
@@ -167,6 +167,7 @@ def base_of(
     fresh = fresh_modules(model, (), head.task)
     device = next(model.parameters()).device
     name = str(model.name_or_path or type(model).__name__)
+    _refuse_no_context(name, model)
     model.eval().requires_grad_(False)
     return Base(
         model,
@@ -198,6 +199,7 @@ def empty_model(name: str, head: Head = LANGUAGE_MODEL) -> PreTrainedModel:
     with quietly(), _as_model_error(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, **head.config())
         model: PreTrainedModel = head.auto.from_config(config)
+    _refuse_no_context(name, model)
     return model
 
 
@@ -248,8 +250,17 @@ def _load(folder: str, head: Head = LANGUAGE_MODEL, **options: Any) -> tuple[Pre
 def context_of(model: PreTrainedModel) -> int | None:
     """The most positions the model was made for, where its config says."""
     text = model.config.get_text_config()
-    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(length) if length else None
+    for name in ("max_position_embeddings", "n_positions"):
+        # XLNet's is a property, which says -1: there is no limit.
+        if getattr(text, name, None) is not None and not isinstance(getattr(type(text), name, None), property):
+            return int(getattr(text, name))
+    return None
+
+
+def _refuse_no_context(name: str, model: PreTrainedModel) -> None:
+    length = context_of(model)
+    if length is not None and length < 1:
+        raise ModelError(f"{name}: its config says that it has {length} positions", hint="correct its config.json")
 
 
 # -- sources -----------------------------------------------------------------------------------------------------
@@ -308,7 +319,7 @@ def _convert(path: Path, target: Path) -> None:
     with quietly(), silence, _as_model_error(str(path)), new_folder(target) as folder:
         # Values become fp32, which holds every dequantised one exactly.
         model, info = _load(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        _refuse_incomplete(str(path), info)
+        refuse_incomplete(str(path), info)
         # transformers refuses to save a model that it believes to be quantised; this one no longer is.
         if hasattr(model, "hf_quantizer"):
             del model.hf_quantizer
@@ -336,30 +347,6 @@ def _sha256(text: str) -> str:
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
-
-
-def _not_found(info: dict[str, Any]) -> set[str]:
-    """Weights that the files lack, or have in another shape."""
-    return {*info.get("missing_keys", ()), *(key for key, _, _ in info.get("mismatched_keys", ()))}
-
-
-def _refuse_incomplete(name: str, info: dict[str, Any], fresh: Sequence[str] = ()) -> None:
-    """Weights that the files lack would be drawn at random, which nobody asks for but of a new head."""
-    missing = sorted(key for key in info.get("missing_keys", ()) if not inside(key, fresh))
-    problems = [f"{name}: {key} is missing in its files" for key in missing]
-    for key, there, expected in sorted(info.get("mismatched_keys", ())):
-        if not inside(key, fresh):
-            problems.append(f"{name}: {key} is {tuple(there)} in its files, {tuple(expected)} by its config")
-    if problems:
-        raise ModelError(problems, hint="the model's files are incomplete, or of another architecture than its config")
-
-
-def _say_unused(name: str, info: dict[str, Any], head: Head) -> None:
-    """Weights that the config has no place for may be another head's, or a sign that it is not theirs."""
-    unused = sorted(info.get("unexpected_keys", ()))
-    if unused and head == LANGUAGE_MODEL:
-        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
-        _log.warning("%s: %d tensors in its files are no part of the model: %s", name, len(unused), shown)
 
 
 @contextmanager

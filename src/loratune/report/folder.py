@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loratune.errors import RunFolderError
 from loratune.report.decode import decode
+from loratune.report.lines import Lines, parse, read_lines
 
 FORMAT = 1
 RECORD, METRICS, SAMPLES = "record.json", "metrics.jsonl", "samples.jsonl"
@@ -259,8 +259,8 @@ def read_run(folder: Path, record: Mapping[str, Any] | None = None) -> Run:
     problems: list[str] = []
     damage: list[str] = []
     decoded = _read_record(folder, problems) if record is None else decode(Record, dict(record), RECORD, problems)
-    metrics = _read_lines(folder / METRICS, Metric, problems, damage)
-    samples = _read_lines(folder / SAMPLES, Sample, problems, damage)
+    metrics = _values(folder / METRICS, Metric, problems, damage)
+    samples = _values(folder / SAMPLES, Sample, problems, damage)
     if problems:
         raise RunFolderError(problems, hint=f"restore the files of {folder} from a copy, or train again")
     return Run(decoded, metrics, samples, tuple(damage))
@@ -271,7 +271,7 @@ def _read_record(folder: Path, problems: list[str]) -> Record:
     if not path.is_file():
         what = f"{folder} has no {RECORD}" if folder.is_dir() else f"{folder} is not a folder"
         raise RunFolderError(what, hint="name a folder that `loratune train` wrote")
-    content = _parse(path.read_bytes(), RECORD, problems)
+    content = parse(path.read_bytes(), RECORD, problems)
     if not isinstance(content, Mapping):
         if not problems:
             problems.append(f"{RECORD} holds a {type(content).__name__}, not an object")
@@ -282,32 +282,32 @@ def _read_record(folder: Path, problems: list[str]) -> Record:
     return decode(Record, content, RECORD, problems)
 
 
-def _read_lines(path: Path, kind: type[T], problems: list[str], damage: list[str]) -> tuple[T, ...] | None:
-    """One value for each line; None where there is no file. A last line without its end may be a broken one."""
+def _values(path: Path, kind: type[T], problems: list[str], damage: list[str]) -> tuple[T, ...] | None:
+    """What the lines say; None where there is no file."""
     if not path.is_file():
         return None
-    *lines, rest = path.read_bytes().split(b"\n")
-    found = [
-        decode(kind, value, f"{path.name}:{number}", problems)
-        for number, line in enumerate(lines, start=1)
-        if line.strip() and (value := _parse(line, f"{path.name}:{number}", problems)) is not _BROKEN
-    ]
-    if rest.strip():
-        half: list[str] = []
-        value = _parse(rest, path.name, half)
-        if half:
-            damage.append(f"The last line of {path.name} is half-written and was left out.")
-        else:
-            found.append(decode(kind, value, f"{path.name}:{len(lines) + 1}", problems))
-    return tuple(found)
+    found = read_lines(path, kind, problems)
+    if found.is_cut:
+        damage.append(f"The last line of {path.name} is half-written and was left out.")
+    return tuple(line.value for line in found.lines)
 
 
-_BROKEN = object()
+def read_metrics(folder: Path) -> Lines[Metric]:
+    """The lines of `metrics.jsonl`; none where there is no such file.
+
+    Raises:
+        RunFolderError: with each line that is no JSON or has a value of another type.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        return Lines((), is_cut=False)
+    problems: list[str] = []
+    found = read_lines(path, Metric, problems)
+    if problems:
+        raise damaged_metrics(path, problems)
+    return found
 
 
-def _parse(content: bytes, place: str, problems: list[str]) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # bad syntax, bad UTF-8, an endless number; endless nesting
-        problems.append(f"{place} is not JSON: {error}")
-        return _BROKEN
+def damaged_metrics(path: Path, problems: Sequence[str]) -> RunFolderError:
+    hint = "restore it from a copy, or train again with another --out"
+    return RunFolderError([f"{path} is damaged", *problems], hint=hint)

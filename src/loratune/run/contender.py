@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from loratune.data.example import Corpus
 from loratune.engine import Sampling
 from loratune.estimation import Shape, step_flops
 from loratune.run.answer import evaluate, generate
-from loratune.run.folder import METRICS
+from loratune.run.events import StepDone, Validated
+from loratune.run.folder import RunFolder
 from loratune.run.opened import Opened, open_run
 from loratune.run.train import train
 
@@ -90,21 +90,15 @@ def _curve(folder: Path, opened: Opened, record: dict[str, Any]) -> list[dict[st
     assert opened.lora is not None, "the run that was just finished has an adapter"
     plan, shape = opened.lora.plan(), Shape.of(opened.base.model)
     recompute = record["settings"]["recompute"]["value"] == "on"
-    steps: dict[int, dict[str, Any]] = {}
-    reached: dict[int, float] = {}
-    for line in (folder / METRICS).read_text().splitlines():
-        metric = json.loads(line)
-        if "val_loss" in metric:
-            reached[metric["step"]] = metric["val_loss"]
-        else:
-            steps[metric["step"]] = metric  # one that was done again after an interruption comes later
+    events = RunFolder(folder).metrics()
+    reached = {event.step: event.val_loss for event in events if isinstance(event, Validated)}
+    steps = {event.step: event for event in events if isinstance(event, StepDone)}
     done = {"tokens": 0, "flops": 0.0, "seconds": 0.0}
     points = [{"step": 0, "val_loss": reached[0], **done}]
-    for step, metric in sorted(steps.items()):
-        computed, scored = metric["computed_tokens"], metric["supervised_tokens"]
-        done["tokens"] += metric["tokens"]
-        done["flops"] += step_flops(plan, shape, computed, scored, recompute=recompute)
-        done["seconds"] += metric["step_seconds"]
+    for step, event in sorted(steps.items()):
+        done["tokens"] += event.tokens
+        done["flops"] += step_flops(plan, shape, event.computed_tokens, event.supervised_tokens, recompute=recompute)
+        done["seconds"] += event.step_seconds
         if step in reached:
             points.append({"step": step, "val_loss": reached[step], **done})
     return points

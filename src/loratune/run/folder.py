@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from loratune.adapter import read_adapter
 from loratune.errors import AdapterFileError, RunFolderError
-from loratune.files import append_line, is_temporary, locked, sweep, write_bytes, write_json
+from loratune.files import append_line, is_temporary, locked, sweep, to_json_lines, write_bytes, write_json
+from loratune.report.folder import METRICS, RECORD, SAMPLES, damaged_metrics, read_metrics
 from loratune.training.events import Measured, measured_event
 
-RECORD, METRICS, SAMPLES, CHECKPOINTS = "record.json", "metrics.jsonl", "samples.jsonl", "checkpoints"
-LOCK = ".lock"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 
 _ADJECTIVES = (
     "amber",
@@ -93,20 +93,35 @@ class RunFolder:
 
     def keep_metrics(self, last: int) -> list[Measured]:
         """Keep the events up to step `last`, and return them: what a run logged after its checkpoint goes."""
-        found = self._metrics(last)
+        found = [(line, event) for line, event in self._logged() if event.step <= last]
         if (self.path / METRICS).is_file():
-            write_bytes(self.path / METRICS, "".join(line + "\n" for line, _ in found).encode())
+            write_bytes(self.path / METRICS, b"".join(line + b"\n" for line, _ in found))
         return [event for _, event in found]
 
-    def _metrics(self, last: int) -> list[tuple[str, Measured]]:
-        """Lines and events up to step `last`."""
-        path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [(line, event) for line in lines if (event := _event_of(line)) is not None and event.step <= last]
+    def metrics(self, *, whole: bool = True) -> list[Measured]:
+        """The events of `metrics.jsonl`.
+
+        Args:
+            whole: whether the run has ended, so that the last line must not be cut off.
+
+        Raises:
+            RunFolderError: with each line that is no step and no validation.
+        """
+        return [event for _, event in self._logged(whole=whole)]
+
+    def _logged(self, *, whole: bool = False) -> list[tuple[bytes, Measured]]:
+        """Lines and events."""
+        found = read_metrics(self.path)
+        events = [(line, measured_event(line.content)) for line in found.lines]
+        problems = [f"{METRICS}:{line.number} is no step and no validation" for line, event in events if event is None]
+        if whole and found.is_cut:
+            problems.append(f"the last line of {METRICS} is half-written")
+        if problems:
+            raise damaged_metrics(self.path / METRICS, problems)
+        return [(line.text, event) for line, event in events if event is not None]
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_bytes(self.path / SAMPLES, lines.encode())
+        write_bytes(self.path / SAMPLES, to_json_lines(samples))
 
 
 # What every record has, from its first line on, and what each of these is.
@@ -149,18 +164,10 @@ class WatchedFolder(RunFolder):
         yield
 
     def keep_metrics(self, last: int) -> list[Measured]:
-        return [event for _, event in self._metrics(last)]
+        return [event for event in self.metrics(whole=False) if event.step <= last]
 
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         pass
-
-
-def _event_of(line: str) -> Measured | None:
-    """The event of a metrics line; None of one that a kill cut off."""
-    try:
-        return measured_event(json.loads(line))
-    except (ValueError, RecursionError):
-        return None
 
 
 def choose_folder(out: str | None) -> RunFolder:

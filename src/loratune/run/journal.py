@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from loratune.report import write_report
+from loratune.report.folder import METRICS
 from loratune.run.events import Begun, Event, Noticed, RunListener, Said, StepDone, Validated
 from loratune.run.folder import RunFolder
-from loratune.run.record import now
+from loratune.run.record import CONDITIONS, changed_conditions, now
 from loratune.training.checks import Check, require
 from loratune.training.events import Listener
+
+# The kind of event that tells of another machine, other versions or another number of processes.
+CHANGED = "conditions"
 
 
 class Journal:
@@ -22,6 +26,7 @@ class Journal:
         self.record = record
         self.listeners = tuple(listeners)
         self.trackers: list[Listener] = []
+        self._conditions = {key: record[key] for key in CONDITIONS}
         self._peak = 0
         self._tokens = 0
         self._seconds = 0.0
@@ -29,15 +34,29 @@ class Journal:
     def open(self, before: dict[str, Any] | None) -> None:
         """Write the record of a run that starts, or goes on from `before`."""
         if before is not None:
-            self.record.update({key: before[key] for key in ("created", "events", "result")})
+            # Its conditions too: they hold for all that is done so far, until a step is done under other ones.
+            self.record.update({key: before[key] for key in ("created", "events", "result", *CONDITIONS)})
         self.folder.write_record(self.record)
 
     def go_on_after(self, step: int) -> None:
-        """Forget what came after this step; what came before is in the metrics, also where a kill left no record."""
-        self.record["events"] = [event for event in self.record["events"] if event["step"] <= step]
+        """Forget what came after this step; what came before is in the metrics, also where a kill left no record.
+
+        Where this process works under other conditions than the ones before did, an event says so.
+        """
+        self.record["events"] = list(_until(step, self.record["events"]))
         self.record["result"] = {}
-        for event in self.folder.keep_metrics(step):
+        kept = self.folder.keep_metrics(step)
+        for event in kept:
             self._note_result(event)
+        logged = len({event.step for event in kept if isinstance(event, StepDone)})
+        changed = changed_conditions(self.record, self._conditions)
+        self.record.update(self._conditions)
+        if changed:
+            what = ", ".join(f"{name} {before} before, {after} now" for name, before, after in changed)
+            self.hear(Noticed(step, CHANGED, f"{what}: equal within rounding, not in bits"))
+        if logged < step:
+            text = f"{METRICS} has {logged} of the {step} steps that were done before: the others are in no curve"
+            self.hear(Noticed(step, "metrics", text))
 
     def say(self, topic: str, text: str) -> None:
         self._pass_on(Said(topic, text))
@@ -96,3 +115,12 @@ class Journal:
     def _pass_on(self, event: Event | Said | Begun) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def _until(step: int, events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Events up to this step. Where conditions changed later, they change here now: what is kept was done before."""
+    for event in events:
+        if event["step"] <= step:
+            yield event
+        elif event.get("kind") == CHANGED:
+            yield {**event, "step": step}

@@ -187,3 +187,27 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "device": device_name(device) if device.type != "cpu" else "cpu",
         "kernels": kernels_of(device).named,
     }
+
+
+# What of a record tells under which conditions its run is computed: other ones may give other bits.
+CONDITIONS = ("versions", "hardware", "plan")
+
+
+def changed_conditions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, before, after) of what differs in machine, number of processes and versions of packages."""
+    return _changed(_machine(before), _machine(after)) + changed_versions(before, after)
+
+
+def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return _changed(before["versions"], after["versions"])
+
+
+def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
+    # Over how many processes a run goes orders its sums.
+    spread = {name: record["plan"].get(name) for name in ("processes", "sharded")}
+    return {**record["hardware"], "memory_bytes": None, **spread}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = sorted({*old, *new})
+    return [(name, old.get(name, "none"), new.get(name, "none")) for name in names if old.get(name) != new.get(name)]

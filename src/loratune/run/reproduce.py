@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loratune.errors import CheckError, RunFolderError
+from loratune.report.folder import METRICS
 from loratune.run.decide import DEFAULT
-from loratune.run.events import Begun, Event, RunListener, Said
-from loratune.run.folder import METRICS, RunFolder, differences, refuse_taken
+from loratune.run.events import Begun, Event, RunListener, Said, StepDone
+from loratune.run.folder import RunFolder, differences, refuse_taken
+from loratune.run.journal import CHANGED
+from loratune.run.record import changed_conditions, changed_versions
 from loratune.run.train import train
+from loratune.training.events import Measured
 
 # How far a loss may be from the run's, relative, where other bits are to be expected.
 BAND = 0.02
 _ADAPTER = "adapter_model.safetensors"
+_AS_LEFT = "the folder must be as the run left it"
 # Settings that say where a run is, how it is watched, and what is done beside it.
 _BESIDE = frozenset({"out", "resume", "log_with", "keep", "save_every", "samples", "checks", "device", "shard"})
-# What memory forced on the first run need not happen again.
-_FORCED = frozenset({"out of memory", "micro-batch"})
+# What memory forced on the first run need not happen again; and it may have gone on elsewhere than it began.
+_FORCED = frozenset({"out of memory", "micro-batch", CHANGED})
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,12 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
         raise RunFolderError(f"{folder.path}: the run is {record['state']}", hint="let `loratune train` finish it")
     for name in (METRICS, _ADAPTER):
         if not (folder.path / name).is_file():
-            raise RunFolderError(f"{folder.path / name} is not there", hint="the folder must be as the run left it")
+            raise RunFolderError(f"{folder.path / name} is not there", hint=_AS_LEFT)
+    steps = {event.step for event in folder.metrics() if isinstance(event, StepDone)}
+    done = record["result"].get("steps")
+    lacking = next(step for step in count(1) if step not in steps)
+    if lacking <= max(1, *steps, done if isinstance(done, int) else 0):
+        raise RunFolderError(f"{folder.path / METRICS}: step {lacking} is missing", hint=_AS_LEFT)
     return record
 
 
@@ -170,40 +180,28 @@ def _refuse_another(path: Path, record: dict[str, Any], now: dict[str, Any], *, 
     found, hints = differences(record, now), []
     if found:
         hints.append("--base and --data say where the run's own are now")
-    if not any_versions and record["versions"] != now["versions"]:
-        found += _versions(record, now)
+    changed = changed_versions(record, now)
+    if changed and not any_versions:
+        found += _said(changed)
         hints.append("install those, or compare losses with --any-versions")
     if found:
         raise RunFolderError([f"{path} cannot be done again here", *found], hint="; ".join(hints))
 
 
-def _spread(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Over how many processes a run went, which order its sums."""
-    return {name: record["plan"][name] for name in ("processes", "sharded")}
-
-
-def _versions(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before, after = record["versions"], now["versions"]
-    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-    return [f"{name}: {before.get(name, 'none')} there, {after.get(name, 'none')} now" for name in changed]
+def _said(changed: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{name}: {before} there, {after} now" for name, before, after in changed]
 
 
 def _elsewhere(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Why other bits are no fault."""
-    before, after = ({**one["hardware"], **_spread(one)} for one in (record, now))
-    found = [
-        f"{name}: {before[name]} there, {after.get(name)} now"
-        for name in before
-        if name != "memory_bytes" and before[name] != after.get(name)
-    ]
-    found += _versions(record, now)
+    found = _said(changed_conditions(record, now))
     return found + [f"{e['kind']} there: {e['text']}" for e in record["events"] if e["kind"] in _FORCED]
 
 
 def _compared(
     path: Path, record: Mapping[str, Any], again: Path, now: Mapping[str, Any], *, kept: bool
 ) -> Reproduction:
-    before, after = _metrics(path), _metrics(again)
+    before, after = (_numbers(RunFolder(folder).metrics()) for folder in (path, again))
     other = [step for step in sorted({*before, *after}) if before.get(step) != after.get(step)]
     losses = [{step: numbers["loss"] for step, numbers in one.items() if "loss" in numbers} for one in (before, after)]
     held_out = [
@@ -219,13 +217,14 @@ def _compared(
     )
 
 
-def _metrics(folder: Path) -> dict[int, dict[str, float]]:
+def _numbers(events: Iterable[Measured]) -> dict[int, dict[str, float]]:
     """Step → its numbers that do not depend on the clock or the memory."""
     found: dict[int, dict[str, float]] = {}
-    for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
-        metric = json.loads(line)
-        numbers = {name: metric[name] for name in ("loss", "grad_norm", "lr", "val_loss") if name in metric}
-        found.setdefault(metric["step"], {}).update(numbers)
+    for event in events:
+        numbers = {
+            name: getattr(event, name) for name in ("loss", "grad_norm", "lr", "val_loss") if hasattr(event, name)
+        }
+        found.setdefault(event.step, {}).update(numbers)
     return found
 
 

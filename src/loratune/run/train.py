@@ -15,6 +15,7 @@ from torch import nn
 from loratune.adapt import Adapters, attach
 from loratune.config import TrainConfig
 from loratune.data.pack import batches
+from loratune.data.tasks import DATA_TASKS
 from loratune.errors import DivergedError, LoratuneError, RunInterrupted
 from loratune.evaluation import held_out_loss
 from loratune.model import adapter_training, find_base, freed_memory_kept, given_back, quietly, recompute_activations
@@ -42,7 +43,7 @@ from loratune.run.smaller import smaller_ranks
 from loratune.run.spread import spread_out
 from loratune.run.start import start_from_data
 from loratune.run.task import choose_head, next_command
-from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
+from loratune.training.checkpoint import Checkpoint, drop_checkpoint, latest_checkpoint, restore, save_checkpoint
 from loratune.training.checks import all_finite, same_everywhere
 from loratune.training.loop import LOWER, Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
@@ -124,6 +125,7 @@ def _run(
             processes.from_first(lambda: refuse_damaged(folder))
             journal.say("saved", f"{folder.path} is finished already; nothing was done")
             return Run(folder.path, before, folder.written_here)
+        processes.from_first(lambda: len(folder.metrics(whole=False)))  # damaged, they are refused before all work
     with folder.writing():
         # Loading took a while, in which another process may have trained here.
         processes.from_first(lambda: refuse_changed(folder, before))
@@ -210,6 +212,10 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
             keep=decisions["keep"], run=journal.record["identity"], write=folder.written_here,
         )  # fmt: skip
 
+    def drop(step: int) -> None:
+        if folder.written_here:
+            drop_checkpoint(folder.checkpoints, step)
+
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
         journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
@@ -218,7 +224,7 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
         def asked_to_stop() -> bool:
             return processes.some(stop.is_set())
 
-        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop)
+        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop, drop)
         Loop(objective, lora, _work(setup), optimizer, schedule, processes, progress, hooks).run()
         save(progress)
         stopped = asked_to_stop() and not progress.ended(schedule)
@@ -292,7 +298,16 @@ def _work(setup: Setup) -> Work:
         save_every=decisions["save_every"],
         patience=decisions["early_stop"],
         device=setup.device,
+        choices=_choices(setup),
     )
+
+
+def _choices(setup: Setup) -> int:
+    """Among how many answers a supervised token, row or word is one; 0 where each has another number of them."""
+    head = setup.base.head
+    if DATA_TASKS[head.task].writes:
+        return int(setup.model.config.get_text_config().vocab_size)
+    return len(head.labels)
 
 
 def _evaluation(setup: Setup, objective: nn.Module, processes: Processes) -> Callable[[], float] | None:

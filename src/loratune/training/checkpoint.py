@@ -63,7 +63,7 @@ def save_checkpoint(
     tensors |= {f"optimizer.{name}": leaves[name] for name in first.values()}
     tensors |= {f"best.{i}": tensor for i, tensor in enumerate(progress.best)}
     tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-    path = folder / f"step-{progress.step:08d}"
+    path = _path(folder, progress.step)
     if not write:
         return path
     state: dict[str, Any] = {
@@ -89,6 +89,13 @@ def save_checkpoint(
         if other not in until[-keep:]:
             shutil.rmtree(other)
     return path
+
+
+def drop_checkpoint(folder: Path, step: int) -> None:
+    """Delete the checkpoint of this step, if there is one."""
+    path = _path(folder, step)
+    if path.is_dir():
+        shutil.rmtree(path)
 
 
 def latest_checkpoint(folder: Path, run: str = "") -> tuple[Checkpoint | None, list[str]]:
@@ -153,6 +160,10 @@ def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def _divided(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """What an optimizer keeps of a parameter, as the parameter itself is kept."""
     return {key: divided_like(v, parameter) if isinstance(v, Tensor) else v for key, v in values.items()}
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _all(folder: Path) -> list[Path]:

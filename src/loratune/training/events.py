@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,12 +48,12 @@ Event = Measured | Noticed
 Listener = Callable[[Event], None]
 
 
-def measured_event(values: Any) -> Measured | None:
-    """The event that `dataclasses.asdict` made these of; None where they are no event's."""
+def measured_event(values: Mapping[str, Any]) -> Measured | None:
+    """The event that `dataclasses.asdict` made these of, and maybe a later version; None where they are no event's."""
     for kind in (StepDone, Validated):
-        names = {field.name for field in fields(kind)}
-        if isinstance(values, dict) and values.keys() == names and all(map(_is_number, values.values())):
-            return kind(**values)
+        own: dict[str, Any] = {field.name: values.get(field.name) for field in fields(kind)}
+        if all(map(_is_number, own.values())):
+            return kind(**own)
     return None
 
 

@@ -30,11 +30,17 @@ from loratune.training.sharding import is_sharded
 
 # What to do about a run that diverged: its folder is that of the rate it was started with.
 LOWER = "lower --lr, with another --out; its last checkpoint, if there was one, is kept"
+# A loss is summed over many tokens in fp32: so near two are the same, relative.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run goes through: its rows, their order, and how a step is laid out."""
+    """What a run goes through: its rows, their order, and how a step is laid out.
+
+    Attributes:
+        choices: among how many answers a supervised token is one: the vocabulary, labels; 0 where that varies.
+    """
 
     rows: Sequence[Rendered]
     order: Order
@@ -46,6 +52,7 @@ class Work:
     save_every: int | None
     patience: int
     device: torch.device
+    choices: int
 
 
 @dataclass(slots=True)
@@ -71,12 +78,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls: `evaluate` gives the held-out loss, `save` writes a checkpoint, `stop` asks to end."""
+    """What the loop calls: `evaluate` gives the held-out loss, `save` writes a checkpoint, `stop` asks to end.
+
+    `drop` takes back the checkpoint of a step, if there is one.
+    """
 
     emit: Listener
     evaluate: Callable[[], float] | None
     save: Callable[[Progress], None]
     stop: Callable[[], bool]
+    drop: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,8 @@ class Loop:
         all processes.
 
         Raises:
-            DivergedError: a loss or gradient is not finite; the weights are those before that step.
+            DivergedError: a loss or gradient is not finite, or the adapter has grown until every answer is as likely as
+                every other and nothing reaches it any more; the weights are those before that step.
             OutOfMemoryError: not even one row at a time fits, or a sharded model ran out of memory.
         """
         work, progress = self.work, self.progress
@@ -123,8 +135,11 @@ class Loop:
         loss, computed = self._gradients_within_memory(rows)
         norm = clipped_norm(self.lora.parameters(), self.work.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self.optimizer.zero_grad()
             self._diverged(f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}")
+        if norm == 0 and self._is_flat(rows, loss):
+            self.hooks.drop(progress.step)  # its weights are finite, and no good
+            text = f"every one of {self.work.choices} answers is as likely, gradient norm 0"
+            self._diverged(f"step {progress.step + 1}: loss {loss:g}, {text}")
         lr = self.schedule.lr(progress.step)
         set_lr(self.optimizer, lr, self.schedule.peak)
         self.optimizer.step()
@@ -219,7 +234,28 @@ class Loop:
             total += loss.detach()
         return float(total), sum(batch.computed_tokens for batch in micro_batches)
 
+    def _is_flat(self, rows: Sequence[Rendered], loss: float) -> bool:
+        """Whether the loss is that of guessing, and is so by the adapter.
+
+        What a run has learned, and rows that nothing trained sees, give no gradient either, at other losses. Hidden
+        states that overflow become zeros in the last norm, and logits that are all alike.
+        """
+        guessing = math.log(max(1, self.work.choices))
+        if not math.isclose(loss, guessing, rel_tol=_ROUNDING):
+            return False
+        return not math.isclose(self._base_loss(rows), guessing, rel_tol=_ROUNDING)
+
+    @torch.no_grad()
+    def _base_loss(self, rows: Sequence[Rendered]) -> float:
+        work, processes = self.work, self.processes
+        limit = self.progress.micro_batch_tokens
+        step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=processes.part)
+        with self.lora.disabled():
+            loss = sum(float(summed_loss(self.model, batch.to(work.device))) for batch in step)
+        return processes.sums(loss)[0] / sum(row.units for row in rows)
+
     def _diverged(self, what: str) -> NoReturn:
+        self.optimizer.zero_grad()
         raise DivergedError(what, hint=LOWER)
 
 
