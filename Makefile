@@ -18,7 +18,7 @@ STAMP  := .venv/.setup
 LLAMA  := .venv/.llama
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 # What reaches the code that `make mutants` changes.
-MUTANTS := tests/lora tests/test_loss.py tests/data tests/adapter tests/adapt tests/engine tests/model tests/quant tests/training
+MUTANTS := tests/lora tests/test_loss.py tests/test_task_losses.py tests/data tests/adapter tests/adapt tests/engine tests/model tests/quant tests/training
 # A test file stays on one worker, so that a model it loads is loaded once.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
