@@ -300,6 +300,20 @@ def test_a_compiler_that_does_not(compiler: str, says: str, cached: Path, monkey
     assert "module=None" in named
 
 
+def test_what_cannot_be_loaded_is_not_kept(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler for another processor, say: once it is another one, all is well."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no library > "$2"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(OSError, match=r"ELF|too short"):
+        c_build.library()
+    assert not cached.exists()
+    monkeypatch.delenv("CC")
+    assert c_build.library().compiler is not None
+    assert len(list(cached.iterdir())) == 1
+
+
 def test_a_cache_that_may_not_be_written(cached: Path) -> None:
     cached.parent.write_text("a file in its place", encoding="utf-8")
     assert c_build.library().compiler is not None

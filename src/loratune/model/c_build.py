@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from loratune.model.cache import cache_folder
@@ -38,11 +39,10 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="loratune-") as place:
         made = Path(place) / kept.name
         _compile(made)
-        try:
+        found = ctypes.CDLL(str(made))  # what cannot be loaded is not kept
+        with suppress(OSError):  # no room, or a home that may not be written: compiled again the next time
             _keep(made, kept)
-        except OSError:  # no room, or a home that may not be written: compiled again the next time
-            return ctypes.CDLL(str(made))
-    return ctypes.CDLL(str(kept))
+    return found
 
 
 def _key() -> str:
