@@ -79,6 +79,14 @@ def test_long_lanes(window: int | None) -> None:
     assert max(off(found(LONG, window, tensors), exact)) < 1e-6
 
 
+@pytest.mark.parametrize("window", [16, 17, 31, 100])
+def test_a_window_that_moves_along_a_long_lane(window: int) -> None:
+    """What lies before the window of a block of queries is left out, vector by vector."""
+    tree: Tree = ((300, 90), ((), (0,)))
+    tensors = drawn(390, (4, 2), (16, 32), torch.float32)
+    assert max(off(found(tree, window, tensors), right(tree, window, tensors, 0.25))) < 1e-6
+
+
 @pytest.mark.parametrize("window", [None, 40])
 def test_bf16_is_rounded_once(window: int | None) -> None:
     """Nearer to the exact value of the same inputs than products in bf16 are."""

@@ -133,6 +133,9 @@ static inline int64_t lowest(const work *w, const lane *l, int64_t t) {
     return low > 0 ? low : 0;
 }
 
+/* The first key, by whole vectors, that a token from t on may see: what lies before it is left out. */
+static inline int64_t first_seen(const work *w, const lane *l, int64_t t) { return lowest(w, l, t) / PADDED * PADDED; }
+
 #define ATTEND(T)                                                                                                      \
     /* The keys or values of a lane's path and its own: by key (keys, dim) and by feature (dim, keys). */              \
     static void gather_##T(const T *x, steps at, int64_t head, const work *w, const lane *l, int64_t dim,              \
@@ -190,14 +193,14 @@ static inline int64_t lowest(const work *w, const lane *l, int64_t t) {
                 gather_##T(v, v_at, head, w, l, wide, all, values, NULL);                                              \
                 for (int64_t t = 0; t < length; t += step) {                                                           \
                     int64_t end = t + step < length ? t + step : length, number = (end - t) * w->groups;               \
-                    int64_t seen = padded(l->known + end);                                                             \
+                    int64_t from = first_seen(w, l, t), seen = padded(l->known + end) - from;                          \
                     rows_##T(q, q_at, head, w, l->own_start + t, l->own_start + end, dim, w->scale, queries);          \
-                    product(number, seen, dim, queries, dim, 1, keys_t, all, scores, seen, 0);                         \
+                    product(number, seen, dim, queries, dim, 1, keys_t + from, all, scores, seen, 0);                  \
                     for (int64_t r = 0; r < number; r++) {                                                             \
-                        int64_t token = t + r / w->groups;                                                             \
-                        softmax_row(scores + r * seen, lowest(w, l, token), l->known + token + 1, seen);               \
+                        int64_t token = t + r / w->groups, high = l->known + token + 1 - from;                         \
+                        softmax_row(scores + r * seen, lowest(w, l, token) - from, high, seen);                        \
                     }                                                                                                  \
-                    product(number, wide, seen, scores, seen, 1, values, wide, out, wide, 0);                          \
+                    product(number, wide, seen, scores, seen, 1, values + from * wide, wide, out, wide, 0);            \
                     put_##T(y, y_at, head, w, l->own_start + t, l->own_start + end, wide, 1.0f, out);                  \
                 }                                                                                                      \
             }                                                                                                          \
@@ -233,19 +236,21 @@ static inline int64_t lowest(const work *w, const lane *l, int64_t t) {
                 memset(g_values, 0, (size_t)(all * wide) * sizeof(float));                                             \
                 for (int64_t t = 0; t < length; t += step) {                                                           \
                     int64_t end = t + step < length ? t + step : length, number = (end - t) * w->groups;               \
-                    int64_t start = l->own_start + t, stop = l->own_start + end, seen = padded(l->known + end);        \
+                    int64_t start = l->own_start + t, stop = l->own_start + end, from = first_seen(w, l, t);           \
+                    int64_t seen = padded(l->known + end) - from;                                                      \
                     rows_##T(q, q_at, head, w, start, stop, dim, w->scale, queries);                                   \
                     rows_##T(gy, gy_at, head, w, start, stop, wide, 1.0f, grads);                                      \
-                    product(number, seen, dim, queries, dim, 1, keys_t, all, p, seen, 0);                              \
-                    product(number, seen, wide, grads, wide, 1, values_t, all, dp, seen, 0);                           \
+                    product(number, seen, dim, queries, dim, 1, keys_t + from, all, p, seen, 0);                       \
+                    product(number, seen, wide, grads, wide, 1, values_t + from, all, dp, seen, 0);                    \
                     for (int64_t r = 0; r < number; r++) {                                                             \
-                        int64_t token = t + r / w->groups, low = lowest(w, l, token), high = l->known + token + 1;     \
+                        int64_t token = t + r / w->groups, low = lowest(w, l, token) - from;                           \
+                        int64_t high = l->known + token + 1 - from;                                                    \
                         softmax_row(p + r * seen, low, high, seen);                                                    \
                         softmax_back(p + r * seen, dp + r * seen, low, high, seen);                                    \
                     }                                                                                                  \
-                    product(seen, wide, number, p, 1, seen, grads, wide, g_values, wide, 1);                           \
-                    product(seen, dim, number, dp, 1, seen, queries, dim, g_keys, dim, 1);                             \
-                    product(number, dim, seen, dp, seen, 1, keys, dim, out, dim, 0);                                   \
+                    product(seen, wide, number, p, 1, seen, grads, wide, g_values + from * wide, wide, 1);             \
+                    product(seen, dim, number, dp, 1, seen, queries, dim, g_keys + from * dim, dim, 1);                \
+                    product(number, dim, seen, dp, seen, 1, keys + from * dim, dim, out, dim, 0);                      \
                     put_##T(gq, gq_at, head, w, start, stop, dim, w->scale, out);                                      \
                 }                                                                                                      \
                 for (int64_t j = 0; j < l->known + length; j++) {                                                      \
