@@ -300,6 +300,18 @@ def test_a_compiler_that_does_not(compiler: str, says: str, cached: Path, monkey
     assert "module=None" in named
 
 
+@pytest.mark.parametrize("name", ["c_blocks.c", "c_attention.c"])
+def test_each_source_has_a_compiled_file_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version never runs what an older one compiled."""
+    for path in c_build.SOURCE.parent.glob("*.c"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = c_build._key()
+    monkeypatch.setattr(c_build, "SOURCE", tmp_path / c_build.SOURCE.name)
+    assert c_build._key() == before
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "/* changed */", encoding="utf-8")
+    assert c_build._key() != before
+
+
 def test_what_cannot_be_loaded_is_not_kept(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler for another processor, say: once it is another one, all is well."""
     compiler = tmp_path / "cc"

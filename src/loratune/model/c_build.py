@@ -47,9 +47,8 @@ def library() -> ctypes.CDLL:
 
 def _key() -> str:
     """Of all that the compiled file depends on: a home may be shared by machines."""
-    return hashlib.sha256("\n".join([SOURCE.read_text(encoding="utf-8"), *_FLAGS, _processor()]).encode()).hexdigest()[
-        :24
-    ]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.c"))]
+    return hashlib.sha256("\n".join([*sources, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
