@@ -177,6 +177,7 @@ def plain_kernels(**faults: Any) -> Any:
         "rotate": lambda x, cos, sin, back=False: (rotary._turned_back if back else rotary._turned)(x, cos, sin),
         "attend_forward": c_blocks.attend_forward,
         "attend_backward": c_blocks.attend_backward,
+        "in_tiles": c_blocks.in_tiles,
     }
     return SimpleNamespace(**{**right, **faults})
 
@@ -300,7 +301,7 @@ def test_a_compiler_that_does_not(compiler: str, says: str, cached: Path, monkey
     assert "module=None" in named
 
 
-@pytest.mark.parametrize("name", ["c_blocks.c", "c_attention.c"])
+@pytest.mark.parametrize("name", sorted(path.name for path in c_build.SOURCE.parent.glob("*.c")))
 def test_each_source_has_a_compiled_file_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer version never runs what an older one compiled."""
     for path in c_build.SOURCE.parent.glob("*.c"):

@@ -14,16 +14,16 @@ Above = tuple[tuple[int, ...], ...]
 
 def visibility(segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:
     """Bool (tokens, tokens): which token (row) sees which, pair by pair from what a tree and a window are."""
-    node = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
+    node = [segment for segment, length in enumerate(segments) for _ in range(length)]
     depth = [sum(segments[a] for a in path) for path in above]
-    position = torch.cat([torch.arange(d, d + n) for d, n in zip(depth, segments, strict=True)])
-    seen = torch.zeros(len(node), len(node), dtype=torch.bool)
-    for i in range(len(node)):
-        for j in range(len(node)):
-            related = node[j] == node[i] or int(node[j]) in above[int(node[i])]
-            age = int(position[i] - position[j])
-            seen[i, j] = related and age >= 0 and (window is None or age < window)
-    return seen
+    position = [token for d, length in zip(depth, segments, strict=True) for token in range(d, d + length)]
+
+    def sees(i: int, j: int) -> bool:
+        related = node[j] == node[i] or node[j] in above[node[i]]
+        age = position[i] - position[j]
+        return related and age >= 0 and (window is None or age < window)
+
+    return torch.tensor([[sees(i, j) for j in range(len(node))] for i in range(len(node))])
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, segments: tuple[int, ...], above: Above, window: int | None) -> Tensor:

@@ -183,7 +183,10 @@ TURN(f32, f32, f32)
 TURN(bf16, bf16, bf16)
 TURN(bf16, f32, f32)
 
+#include "c_lanes.c"
 #include "c_attention.c"
+#include "c_tiles.c"
+#include "c_tile_attention.c"
 
 const char *compiler(void) {
 #if defined(__clang__)

@@ -19,7 +19,9 @@ from loratune.model.lanes import LaneTable
 
 _library = library()
 _library.compiler.restype = ctypes.c_char_p
-NAMED = f"kernels in C, compiled by {_library.compiler().decode()}"
+# Whether attention of bf16 has the processor's matrix unit for its products.
+TILES = bool(_library.tiles())
+NAMED = f"kernels in C, compiled by {_library.compiler().decode()}{', with AMX' if TILES else ''}"
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _Number = ctypes.c_int64
 
@@ -85,22 +87,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
 
 
 class _Work(ctypes.Structure):
-    """`work` of c_attention.c."""
+    """`work` of c_lanes.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("lanes", "ranges")),
+        *((name, ctypes.c_void_p) for name in ("runs", "lanes", "ranges")),
         *((name, _Number) for name in ("number", "tokens", "heads", "groups", "dim", "value_dim", "window")),
         ("scale", ctypes.c_float),
     )
 
 
 class _Steps(ctypes.Structure):
-    """`steps` of c_attention.c: elements from token to token and from head to head."""
+    """`steps` of c_lanes.c: elements from token to token and from head to head."""
 
     _fields_ = (("token", _Number), ("head", _Number))
 
 
-def attend_forward(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> Tensor:
+def attend_forward(
+    q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
     """softmax(s · Q Kᵀ + mask) V, each lane over the keys of its path and its own up to itself.
 
     Args:
@@ -108,26 +112,48 @@ def attend_forward(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: in
             multiples of 16.
 
     Returns:
-        (tokens, heads, v's dim).
+        (tokens, heads, v's dim), and where products are in bf16 log2 of Σ exp(s · q · k), (tokens, heads) in fp32.
     """
     y = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
-    _attend("attend_forward", (q, k, v, y), (), _work(q, k, v, table, window, scale))
-    return y
+    work = _work(q, k, v, table, window, scale)
+    if not in_tiles(q.dtype):
+        _attend(f"attend_forward_{_NAMES[q.dtype]}", (q, k, v, y), (), work)
+        return y, None
+    totals = torch.empty(q.shape[:2], dtype=torch.float32)
+    _attend("attend_forward_tiles", (q, k, v, y), (totals,), work)
+    return y, totals
 
 
 def attend_backward(
-    gy: Tensor, q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float
+    gy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    totals: Tensor | None,
+    table: LaneTable,
+    window: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from that of what `attend_forward` gave, in their shapes."""
+    """The gradients of q, k and v, in their shapes, from that of y; y and totals are what `attend_forward` gave."""
     gq, gk, gv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     sums = torch.empty((k.shape[0] + table.keys) * k.shape[1] * (k.shape[2] + v.shape[2]), dtype=torch.float32)
-    _attend("attend_backward", (gy, q, k, v, gq, gk, gv), (sums,), _work(q, k, v, table, window, scale))
+    work = _work(q, k, v, table, window, scale)
+    if totals is None:
+        _attend(f"attend_backward_{_NAMES[q.dtype]}", (gy, q, k, v, gq, gk, gv), (sums,), work)
+    else:
+        _attend("attend_backward_tiles", (gy, q, k, v, y, gq, gk, gv), (totals, sums), work)
     return gq, gk, gv
 
 
+def in_tiles(dtype: torch.dtype) -> bool:
+    """Whether products of attention are in bf16, by the processor's matrix unit, rather than in fp32."""
+    return TILES and dtype == torch.bfloat16
+
+
 def _work(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> _Work:
-    sizes = (len(table.lanes), *k.shape[:2], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], window or 0)
-    return _Work(table.lanes.data_ptr(), table.ranges.data_ptr(), *sizes, scale)
+    sizes = (len(table.runs), *k.shape[:2], q.shape[1] // k.shape[1], k.shape[2], v.shape[2], window or 0)
+    return _Work(*(part.data_ptr() for part in (table.runs, table.lanes, table.ranges)), *sizes, scale)
 
 
 def _attend(name: str, tensors: Sequence[Tensor], room: Sequence[Tensor], work: _Work) -> None:
@@ -136,7 +162,7 @@ def _attend(name: str, tensors: Sequence[Tensor], room: Sequence[Tensor], work: 
     for t in kept:
         told += [ctypes.c_void_p(t.data_ptr()), _Steps(t.stride(0), t.stride(1))]
     told += [ctypes.c_void_p(t.data_ptr()) for t in room]
-    if getattr(_library, f"{name}_{_NAMES[kept[0].dtype]}")(*told, ctypes.byref(work)):
+    if getattr(_library, name)(*told, ctypes.byref(work)):
         raise MemoryError("no room for the scores of a few queries")
 
 

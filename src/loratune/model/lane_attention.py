@@ -1,7 +1,8 @@
-"""Attention over a tree of segments by the kernels in C, for tokens that see few others.
+"""Attention over a tree of segments by the kernels in C.
 
-Each lane of each key head goes from its keys to its result in one piece, in fp32 (`c_attention.c`). Where tokens see
-many, the matrix units of a processor make up for what products in bf16 write and read: `tree_attention`.
+Each lane of each key head goes from its keys to its result in one piece: in bf16 with the products of a processor's
+matrix unit where it has one (`c_tile_attention.c`), else in fp32 (`c_attention.c`). The latter is for tokens that see
+few others: where they see many, torch's products are faster, in spite of what they write and read (`tree_attention`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from loratune.model.kernels import kernels_for
 from loratune.model.lanes import LaneTable
 
-# Keys that a token sees on average, up to which these kernels are the faster ones. Measured.
+# Keys that a token sees on average, up to which products in fp32 here are the faster ones. Measured.
 _FEW = 400
 # What the kernels take whole vectors of.
 _VECTOR = 16
@@ -23,10 +24,12 @@ _VECTOR = 16
 
 def takes(query: Tensor, key: Tensor, value: Tensor, table: LaneTable) -> bool:
     """Whether the kernels are there for (batch, heads, tokens, dim), and faster."""
-    if table.seen > _FEW * query.shape[2] or not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype or query.shape[-1] % _VECTOR or value.shape[-1] % _VECTOR:
         return False
-    whole = query.shape[-1] % _VECTOR == 0 and value.shape[-1] % _VECTOR == 0
-    return whole and all(kernels_for(t) is not None for t in (query, key, value))
+    kernels, *others = (kernels_for(t) for t in (query, key, value))
+    if kernels is None or None in others:
+        return False
+    return table.seen <= _FEW * query.shape[2] or bool(kernels.in_tiles(query.dtype))
 
 
 def lane_attention(
@@ -45,7 +48,7 @@ def lane_attention(
     kernels = kernels_for(query)
     by_token = [_alone(tensor).transpose(0, 1) for tensor in (query, key, value)]
     if not torch.is_grad_enabled():
-        alone: Tensor = kernels.attend_forward(*by_token, table, window, scale)  # type: ignore[union-attr]
+        alone: Tensor = kernels.attend_forward(*by_token, table, window, scale)[0]  # type: ignore[union-attr]
         return alone
     output: Tensor = _LaneAttention.apply(*by_token, table, window, scale, kernels)  # type: ignore[no-untyped-call]
     return output
@@ -64,10 +67,11 @@ class _LaneAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float, kernels: Any
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.kernels, ctx.told = kernels, (table, window, scale)
-        found: Tensor = kernels.attend_forward(q, k, v, *ctx.told)
-        return found
+        y: Tensor
+        y, totals = kernels.attend_forward(q, k, v, *ctx.told)
+        ctx.save_for_backward(q, k, v, *((None, None) if totals is None else (y, totals)))
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

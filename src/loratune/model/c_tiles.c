@@ -1,0 +1,141 @@
+/* Products of bf16 in tiles, summed in fp32, by the matrix unit of a processor (AMX).
+
+   A matrix is stored tile by tile, 16 rows of 16 words each, so that what a product reads lies in one piece. A word of
+   a left factor is two neighbours of a row, of a right factor two neighbours of a column, of a product one fp32.
+   Included by c_blocks.c. */
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__)
+#define AMX
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef struct {
+    uint32_t words[16][16];
+} __attribute__((aligned(64))) tile;
+
+/* How many tiles from one to the next along rows, and along columns. */
+typedef struct {
+    int64_t down, along;
+} strides;
+
+/* Each thread sets its own unit before products, and gives it back after them. */
+static void set_matrix_unit(void) {
+    struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } __attribute__((aligned(64))) shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16;
+    _tile_loadconfig(&shapes);
+}
+
+/* Up to 2 x 2 tiles of the product in the unit's registers 0 to 3, factors in 4 to 7. */
+static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, int64_t inner, const tile *a,
+                                                            strides a_at, const tile *b, strides b_at, tile *c,
+                                                            strides c_at, int add) {
+    tile *c01 = c + c_at.along, *c10 = c + c_at.down, *c11 = c10 + c_at.along;
+    if (add) {
+        _tile_loadd(0, c, 64);
+        if (wide > 1) _tile_loadd(1, c01, 64);
+        if (tall > 1) _tile_loadd(2, c10, 64);
+        if (tall > 1 && wide > 1) _tile_loadd(3, c11, 64);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < inner; k++, a += a_at.along, b += b_at.down) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (wide > 1) {
+            _tile_loadd(7, b + b_at.along, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (tall > 1) {
+            _tile_loadd(5, a + a_at.down, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (wide > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 64);
+    if (wide > 1) _tile_stored(1, c01, 64);
+    if (tall > 1) _tile_stored(2, c10, 64);
+    if (tall > 1 && wide > 1) _tile_stored(3, c11, 64);
+}
+
+/* C (+)= A B, all counted in tiles. */
+static void tile_product(int64_t rows, int64_t columns, int64_t inner, const tile *a, strides a_at, const tile *b,
+                         strides b_at, tile *c, strides c_at, int add) {
+    for (int64_t n = 0; n < columns; n += 2)
+        for (int64_t m = 0; m < rows; m += 2) {
+            const tile *left = a + m * a_at.down, *right = b + n * b_at.along;
+            tile *to = c + m * c_at.down + n * c_at.along;
+            int tall = rows - m > 1, wide = columns - n > 1;
+            if (tall && wide) few_tiles(2, 2, inner, left, a_at, right, b_at, to, c_at, add);
+            else if (tall) few_tiles(2, 1, inner, left, a_at, right, b_at, to, c_at, add);
+            else if (wide) few_tiles(1, 2, inner, left, a_at, right, b_at, to, c_at, add);
+            else few_tiles(1, 1, inner, left, a_at, right, b_at, to, c_at, add);
+        }
+}
+/* Rows become columns. */
+static void transposed(tile *t) {
+    __m512i x[16], y[16];
+    for (int i = 0; i < 16; i++) x[i] = _mm512_load_si512(t->words[i]);
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0x88);
+            y[i + 4 + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        _mm512_store_si512(t->words[j], _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88));
+        _mm512_store_si512(t->words[8 + j], _mm512_shuffle_i32x4(y[j], y[8 + j], 0xdd));
+    }
+}
+
+/* Rows of a left factor, (rows, columns) of whole tiles: tile after tile along a row. Turned, they are columns of a
+   right factor, in the same order. */
+static void row_tiles(const bf16 *from, int64_t rows, int64_t columns, int turned, tile *to) {
+    for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t c = 0; c < columns; c += 32, to++) {
+            for (int i = 0; i < 16; i++) memcpy(to->words[i], from + (r + i) * columns + c, 64);
+            if (turned) transposed(to);
+        }
+}
+
+/* Rows of a right factor, (rows, columns) of whole tiles: tile after tile along a row. Turned, they are columns of a
+   left factor, in the same order. */
+static void pair_tiles(const bf16 *from, int64_t rows, int64_t columns, int turned, tile *to) {
+    for (int64_t r = 0; r < rows; r += 32)
+        for (int64_t c = 0; c < columns; c += 16, to++) {
+            for (int i = 0; i < 16; i++) {
+                const bf16 *pair = from + (r + 2 * i) * columns + c;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)pair));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(pair + columns)));
+                _mm512_store_si512(to->words[i], _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+            if (turned) transposed(to);
+        }
+}
+#endif
+
+/* Whether there is a matrix unit, and the system lets this process use it. */
+int tiles(void) {
+#ifdef AMX
+    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* the tiles' data */);
+#else
+    return 0;
+#endif
+}
