@@ -32,6 +32,14 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _RENAME_SWAP = 2
 
 
+def cache_folder() -> Path:
+    """Where what was made once for all runs of a user is kept: LORATUNE_CACHE, or `loratune` in the user's cache."""
+    root = os.environ.get("LORATUNE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "loratune"
+
+
 def to_json(value: Any) -> bytes:
     """JSON as this project writes it: indent 2, sorted keys, a final newline, no NaN."""
     return _in_utf8(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,21 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def signalled(number: signal.Signals, folder: Path, *words: object) -> tuple[int, str, str]:
-    """Start a run and send it a signal once it has done 30 steps."""
+def is_under_way(folder: Path) -> bool:
+    return steps_done(folder) >= 30
+
+
+def has_a_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoints" / "step-00000060").is_dir()
+
+
+def signalled(
+    number: signal.Signals, folder: Path, *words: object, once: Callable[[Path], bool] = is_under_way
+) -> tuple[int, str, str]:
+    """Start a run and send it a signal once something is so."""
     process = start("train", *words, "--out", folder)
     deadline = time.monotonic() + 120
-    while steps_done(folder) < 30 and process.poll() is None and time.monotonic() < deadline:
+    while not once(folder) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(number)
     return finish(process)
@@ -85,7 +96,7 @@ def test_interrupted_by_the_keyboard(base: str, data: str, tmp_path: Path, whole
 
 @pytest.mark.full
 def test_killed(base: str, data: str, tmp_path: Path, whole: bytes) -> None:
-    code, _, _ = signalled(signal.SIGKILL, tmp_path / "run", base, data, *LONG)
+    code, _, _ = signalled(signal.SIGKILL, tmp_path / "run", base, data, *LONG, once=has_a_checkpoint)
     assert code == -signal.SIGKILL
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "running"
     continued(tmp_path / "run", whole, base, data, *LONG)

@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "src" / "loratune"
 LINES = (
     ("errors",),
     ("config", "files", "hub"),
+    ("kernels",),
     ("lora", "quant", "data", "gguf"),
     ("adapter", "model"),
     ("adapt",),
@@ -36,7 +37,7 @@ HOUSE = House(
         "transformers": frozenset({"model", "data.render", "engine"}),
         "bitsandbytes": frozenset({"quant"}),
         "accelerate": frozenset({"training"}),
-        "triton": frozenset({"model.triton_blocks"}),
+        "triton": frozenset({"kernels.triton_blocks"}),
         "huggingface_hub": frozenset({"hub"}),
         "datasets": frozenset({"data.read"}),
         "fastapi": _HTTP,

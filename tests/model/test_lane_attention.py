@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loratune.model import attention, c_blocks, lanes
-from loratune.model.kernels import Kernels
+from loratune.kernels import Kernels, LaneTable, c_blocks, lanes, table_of
+from loratune.model import attention
 from loratune.model.lane_attention import lane_attention, takes
-from loratune.model.lanes import LaneTable, table_of
 from loratune.model.tree_attention import plan_of, tree_attention
 from tests.oracle.attention import Above, dense, trees, visibility
 
@@ -23,7 +22,7 @@ Tree = tuple[tuple[int, ...], Above]
 LONG: Tree = ((70, 50, 33, 1, 130, 17), ((), (0,), (0, 1), (0,), (), (4,)))
 FRESH = ((),) * 3
 in_tiles = pytest.mark.skipif(not c_blocks.TILES, reason="the processor has no matrix unit")
-# Blocks of keys that begin in a path and in a lane; a path that ends inside a tile, before several lanes; a branch of one.
+# Blocks of keys that begin in a path and in a lane; a path that ends inside a tile; several lanes behind one.
 LONGER: Tree = ((280, 45, 20, 31, 9, 530), ((), (0,), (0,), (0,), (0, 3), ()))
 
 
@@ -120,7 +119,7 @@ def test_output_and_gradients_in_tiles(
     tensors = drawn(sum(tree[0]), heads, dims, torch.bfloat16)
     exact = right(tree, window, tensors, dims[0] ** -0.5 if scale is None else scale)
     for mine, theirs in zip(found(tree, window, tensors, scale), exact, strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-2 * max(1, float(theirs.abs().max())))
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-2, atol=2e-2 * max(1, float(theirs.abs().max())))
 
 
 @in_tiles
@@ -284,7 +283,7 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asked(many, dtype=torch.bfloat16)
     assert not asked(few, dim=24)
     assert not asked(few, dtype=torch.float64)
-    monkeypatch.setattr("loratune.model.kernels.kernels_of", lambda _: Kernels(None, "none"))
+    monkeypatch.setattr("loratune.kernels.chosen.kernels_of", lambda _: Kernels(None, "none"))
     assert not asked(few)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import AdapterStateError
+from loratune.kernels import product_over_rows, sum_of_products
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -25,6 +26,11 @@ class Weight(Protocol):
     @property
     def version(self) -> int:
         """Grows with every change in place."""
+        ...
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is lent may be held while the next one is lent: it stays, and takes no memory of its own."""
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,23 +116,18 @@ def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Lin
     Scaling it costs r multiplications a token, scaling the result would cost out_features.
     """
     seen = x if dropped is None else dropped(x)
-    h = torch.mm(seen.reshape(-1, x.shape[-1]), A.T)
-    return _scaled(h, [len(p.A) for p in projections], [p.scale for p in projections])
-
-
-def _scaled(h: Tensor, ranks: Sequence[int], scales: Sequence[float]) -> tuple[Tensor, ...]:
-    """h (tokens, Σ r) as the part of each A, multiplied by its scale in place."""
-    parts: tuple[Tensor, ...] = h.split(list(ranks), 1)
-    if len(set(scales)) == 1:
-        h.mul_(scales[0])
-    else:
+    scales = [p.scale for p in projections]
+    alike = len(set(scales)) == 1
+    h = sum_of_products([(seen.reshape(-1, x.shape[-1]), A.T)], scales[0] if alike else 1.0)
+    parts: tuple[Tensor, ...] = h.split([len(p.A) for p in projections], 1)
+    if not alike:
         for part, scale in zip(parts, scales, strict=True):
             part.mul_(scale)
     return parts
 
 
 def _add(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
-    y.view(-1, y.shape[-1]).addmm_(h, B.T)
+    sum_of_products([(h, B.T)], into=y.view(-1, y.shape[-1]))
     return y
 
 
@@ -152,21 +153,22 @@ class _LoraLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
-        by_projection = [torch.mm(gy, B) for gy, B in zip(flat, rounded_Bs, strict=True)]
+        by_projection = [
+            sum_of_products([(gy, B)], base.scale) for gy, B, base in zip(flat, rounded_Bs, ctx.frozen, strict=True)
+        ]
         gh = by_projection[0] if number == 1 else torch.cat(by_projection, 1)
-        _scaled(gh, [len(own) for own in As], [base.scale for base in ctx.frozen])
         gx = of_input(ctx.frozen, ctx.dropped, x.shape, A, flat, gh) if ctx.needs_input_grad[0] else None
         gA: Sequence[Tensor | None] = [None] * number
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
-            parts = torch.mm(gh.T, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
+            parts = product_over_rows(gh, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
             # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
             gA = [part.to(own.dtype, copy=number > 1) for part, own in zip(parts, As, strict=True)]
         found: list[Tensor | None] = []
         for i, (gy, part, B) in enumerate(zip(flat, h, Bs, strict=True)):
             wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
             found.append(gA[i] if wants_A else None)
-            found.append(torch.mm(gy.T, part).to(B.dtype) if wants_B else None)
+            found.append(product_over_rows(gy, part).to(B.dtype) if wants_B else None)
             found.append(gy.sum(0) if wants_bias else None)
         return gx, None, None, *found
 
@@ -183,13 +185,17 @@ def of_input(
     frozen: Sequence[Frozen], dropped: Linear | None, shape: torch.Size, A: Tensor, grads: Sequence[Tensor], gh: Tensor
 ) -> Tensor:
     """The gradient of x, Σ Wᵀ gy + Aᵀ gh, in its shape; gy are (tokens, out), gh (tokens, r)."""
-    weights = (base.weight.lent(gh.dtype) for base in frozen)  # one after the other
-    gx = torch.mm(grads[0], next(weights))
-    for gy, weight in zip(grads[1:], weights, strict=True):
-        gx.addmm_(gy, weight)
+    gx: Tensor | None = None
+    products: list[tuple[Tensor, Tensor]] = []
+    for base, gy in zip(frozen, grads, strict=True):
+        products.append((gy, base.weight.lent(gh.dtype)))
+        if not base.weight.lasting:
+            gx, products = sum_of_products(products, into=gx), []
     if dropped is None:
-        return gx.addmm_(gh, A).view(shape)
-    update: Tensor = dropped(torch.mm(gh, A).view(shape))
+        return sum_of_products([*products, (gh, A)], into=gx).view(shape)
+    gx = sum_of_products(products, into=gx) if products else gx
+    assert gx is not None, "there is a projection at least"
+    update: Tensor = dropped(sum_of_products([(gh, A)]).view(shape))
     return update.add_(gx.view(shape))
 
 

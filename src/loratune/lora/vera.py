@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loratune.kernels import product_over_rows, sum_of_products
 from loratune.lora.equation import LowRank
 from loratune.lora.linear import Frozen, Linear, Weight, of_input, refuse_changed
 
@@ -144,11 +145,11 @@ class _VeraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, A: Tensor, projections: Sequence[VeraProjection], dropped: Linear | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
         seen = x if dropped is None else dropped(x)
-        h = torch.mm(seen.reshape(-1, x.shape[-1]), A.to(x.dtype).T)
+        h = sum_of_products([(seen.reshape(-1, x.shape[-1]), A.to(x.dtype).T)])
         ys = []
         for p in projections:
             y = p.base(x)
-            y.view(-1, y.shape[-1]).addmm_(h * p.d.to(h.dtype), _behind(p.b, p.B, h.dtype).T)
+            sum_of_products([(h * p.d.to(h.dtype), _behind(p.b, p.B, h.dtype).T)], into=y.view(-1, y.shape[-1]))
             ys.append(y)
         ctx.save_for_backward(h, A, *(t for p in projections for t in (p.d, p.b, p.B)))
         ctx.frozen = [Frozen(p.weight, p.weight.version, 1.0) for p in projections]
@@ -166,10 +167,10 @@ class _VeraLinears(torch.autograd.Function):
         for i, gy in enumerate(flat):
             d, b, B = kept[3 * i : 3 * i + 3]
             wants_d, wants_b, wants_bias = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
-            g = torch.mm(gy, _behind(b, B, h.dtype))
+            g = sum_of_products([(gy, _behind(b, B, h.dtype))])
             found.append((h * g).sum(0, dtype=d.dtype) if wants_d else None)
             scaled = h * d.to(h.dtype)
-            found.append((B * torch.mm(gy.T, scaled)).sum(1).to(b.dtype) if wants_b else None)
+            found.append((B * product_over_rows(gy, scaled)).sum(1).to(b.dtype) if wants_b else None)
             found.append(gy.sum(0) if wants_bias else None)
             gh.addcmul_(g, d.to(h.dtype))
         gx = None

@@ -1,5 +1,6 @@
 """Base models: where they come from, on what they run, and the attention that packed rows need."""
 
+from loratune.kernels import kernels_of
 from loratune.model.allocator import freed_memory_kept
 from loratune.model.attention import (
     CannotPackError,
@@ -24,7 +25,6 @@ from loratune.model.fingerprint import exact_hash, fingerprint
 from loratune.model.fuse import fuse, fused, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
-from loratune.model.kernels import kernels_of
 from loratune.model.load import (
     Base,
     base_of,

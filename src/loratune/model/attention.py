@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.kernels import table_of
 from loratune.model.flex_attention import block_mask_of, flex_tree_attention, takes
 from loratune.model.lane_attention import lane_attention
 from loratune.model.lane_attention import takes as takes_lanes
-from loratune.model.lanes import table_of
 from loratune.model.modes import evaluating
 from loratune.model.slot_attention import SlotStep, slot_attention
 from loratune.model.tree_attention import plan_of, tree_attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import resource
 import sys
@@ -72,14 +71,6 @@ def pick_dtype(wanted: str, device: torch.device) -> Precision:
 def has_fast_bf16_cpu() -> bool:
     """AVX512-BF16 or AMX: with neither, bf16 products are emulated and slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def triton_available(device: torch.device) -> bool:
-    """Whether kernels can be written in Triton there: torch's CUDA wheels bring it, other builds may not."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    # Triton compiles for Volta and later; AMD's devices number theirs from 9.
-    return torch.cuda.get_device_capability(device)[0] >= 7
 
 
 def available_memory(device: torch.device) -> int:

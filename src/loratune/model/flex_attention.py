@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from loratune.model.device import triton_available
-from loratune.model.fused import deviation, furthest
+from loratune.kernels import deviation, furthest, triton_available
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from loratune.kernels import deviation, furthest
 from loratune.lora import base_modules, base_of, take_off, wears
 from loratune.model.attention import NAME
-from loratune.model.fused import Fused, deviation, furthest, is_near
+from loratune.model.fused import Fused, is_near
 from loratune.model.gated import fuse_gated, is_gated
 from loratune.model.last_layer import fuse_last
 from loratune.model.modes import evaluating

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
+from loratune.kernels import deviation
 from loratune.lora import Mixin
 
 
@@ -21,16 +19,6 @@ class Fused(Mixin):
     order = 3
     prefix = "Fused"
     settings: tuple[str, ...] = ()
-
-
-def deviation(found: Tensor, stock: Tensor) -> float:
-    """How far a fused module's result is from the stock one's, relative; NaN where either has one."""
-    return float((found.float() - stock.float()).norm() / stock.float().norm())
-
-
-def furthest(found: Iterable[tuple[float, str]]) -> tuple[float, str]:
-    """Of deviations and whose they are the largest; NaN, which compares as nothing, is one."""
-    return max(found, key=lambda one: math.inf if math.isnan(one[0]) else one[0])
 
 
 def agree(found: Tensor, stock: Tensor, dtype: torch.dtype) -> bool:

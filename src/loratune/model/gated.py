@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loratune.kernels import kernels_for
 from loratune.lora import put_on, together
 from loratune.model.fused import Fused
-from loratune.model.kernels import kernels_for
 from loratune.quant import frozen_weight
 
 # Activation → itself and its gradient, which is given the output's gradient and the input.

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.model.kernels import kernels_for
-from loratune.model.lanes import LaneTable
+from loratune.kernels import LaneTable, kernels_for
 
 # Keys that a token sees on average, up to which products in fp32 here are the faster ones. Measured.
 _FEW = 400

@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from loratune.config.tasks import is_head
 from loratune.errors import ConfigError, MissingExtraError, ModelError
-from loratune.files import locked, new_folder
+from loratune.files import cache_folder, locked, new_folder
 from loratune.model.agreement import not_found, refuse_incomplete, refuse_more_layers, say_unused
 from loratune.model.allocator import give_freed_memory_back
-from loratune.model.cache import cache_folder
 from loratune.model.device import Precision, kind_of_device, pick_device, pick_dtype
 from loratune.model.fingerprint import fingerprint
 from loratune.model.hub import KINDS, fetched

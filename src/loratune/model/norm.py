@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loratune.kernels import kernels_for
 from loratune.lora import put_on
 from loratune.model.fused import Fused
-from loratune.model.kernels import kernels_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, trained: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.model.kernels import kernels_for
+from loratune.kernels import kernels_for
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loratune.model.lanes import Lane, Range, lanes_of
+from loratune.kernels import Lane, Range, lanes_of
 
 # What one more tile costs, in pairs of query and key, and what each of its keys adds to that. Measured.
 _TILE, _KEY = 6_000, 10

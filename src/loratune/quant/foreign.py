@@ -52,6 +52,10 @@ class ForeignWeight:
         return cast(Tensor, self._weight)._version
 
     @property
+    def lasting(self) -> bool:
+        return False
+
+    @property
     def requires_grad(self) -> bool:
         return cast(Tensor, self._weight).requires_grad
 

@@ -118,6 +118,10 @@ class QuantizedWeight:
         return sum(tensor._version for tensor in self._stored().values())
 
     @property
+    def lasting(self) -> bool:
+        return False
+
+    @property
     def requires_grad(self) -> bool:
         return False
 

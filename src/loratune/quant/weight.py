@@ -48,6 +48,11 @@ class FrozenWeight(Protocol):
         ...
 
     @property
+    def lasting(self) -> bool:
+        """Whether what is lent may be held while the next one is lent: it stays, and takes no memory of its own."""
+        ...
+
+    @property
     def requires_grad(self) -> bool: ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -111,6 +116,10 @@ class DenseWeight:
     @property
     def version(self) -> int:
         return self.parameter._version
+
+    @property
+    def lasting(self) -> bool:
+        return True
 
     @property
     def requires_grad(self) -> bool:

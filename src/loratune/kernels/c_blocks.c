@@ -187,6 +187,7 @@ TURN(bf16, f32, f32)
 #include "c_attention.c"
 #include "c_tiles.c"
 #include "c_tile_attention.c"
+#include "c_products.c"
 
 const char *compiler(void) {
 #if defined(__clang__)

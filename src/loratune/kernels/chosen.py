@@ -5,6 +5,7 @@ They are used where they can be had, and give what the plain formulas give.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -16,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from loratune.model.device import triton_available
-from loratune.model.fused import deviation, furthest
-from loratune.model.lanes import table_of
+from loratune.kernels.deviation import deviation, furthest
+from loratune.kernels.lanes import table_of
 
 # The kernels compute in fp32; in float64 they would lose half of the digits.
 _DTYPES = {
@@ -88,15 +88,23 @@ def _module_for(device: torch.device) -> ModuleType:
     """Importing loratune must import no Triton and compile nothing, nor may these be needed."""
     if device.type == "cpu":
         try:
-            from loratune.model import c_blocks
+            from loratune.kernels import c_blocks
         except OSError as error:
             raise _MissingError(error) from None
         return c_blocks
     if not triton_available(device):
         raise _MissingError("there is no Triton for it")
-    from loratune.model import triton_blocks
+    from loratune.kernels import triton_blocks
 
     return triton_blocks
+
+
+def triton_available(device: torch.device) -> bool:
+    """Whether kernels can be written in Triton there: torch's CUDA wheels bring it, other builds may not."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    # Triton compiles for Volta and later; AMD's devices number theirs from 9.
+    return torch.cuda.get_device_capability(device)[0] >= 7
 
 
 def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:
@@ -105,7 +113,7 @@ def _furthest(kernels: ModuleType, device: torch.device) -> tuple[float, str]:
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
         return furthest(
             (deviation(mine.detach(), right.detach()) / _TOLERANCES[mine.dtype], name)
-            for tried in (_norms, _products, _turns, *([_attentions] if hasattr(kernels, "attend_forward") else []))
+            for tried in _TRIALS
             for name, mine, right in tried(kernels, device)
         )
 
@@ -148,9 +156,14 @@ def _turns(kernels: ModuleType, device: torch.device) -> Pairs:
 
 
 def _attentions(kernels: ModuleType, device: torch.device) -> Pairs:
-    yield from _attention(kernels, device, torch.float32)
-    if kernels.in_tiles(torch.bfloat16):
+    if hasattr(kernels, "attend_forward"):
+        yield from _attention(kernels, device, torch.float32)
+    if _has_tiles(kernels):
         yield from _attention(kernels, device, torch.bfloat16)
+
+
+def _has_tiles(kernels: ModuleType) -> bool:
+    return hasattr(kernels, "in_tiles") and bool(kernels.in_tiles(torch.bfloat16))
 
 
 def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> Pairs:
@@ -174,3 +187,17 @@ def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) ->
         mine = kernels.attend_backward(*plain, found, totals, *told)
         for found, right in zip(mine, torch.autograd.grad(y, (q, k, v), gy), strict=True):
             yield "attention's gradient", found, right
+
+
+def _sums(kernels: ModuleType, device: torch.device) -> Pairs:
+    """Of two products, whose right factors lie by rows and by columns, added to something; and over rows."""
+    if not _has_tiles(kernels):
+        return
+    with torch.no_grad():
+        x, w, z, turned, into = (t.bfloat16() for t in _drawn(device, (50, 40), (40, 24), (50, 70), (24, 70), (50, 24)))
+        right = (into.float() + 0.5 * (x.float() @ w.float() + z.float() @ turned.float().T)).bfloat16()
+        yield "the sum of products", kernels.sum_of_products([(x, w), (z, turned.T)], 0.5, into), right
+        yield "the product over rows", kernels.product_over_rows(x, z), x.float().T @ z.float()
+
+
+_TRIALS: tuple[Callable[[ModuleType, torch.device], Pairs], ...] = (_norms, _products, _turns, _attentions, _sums)

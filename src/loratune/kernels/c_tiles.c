@@ -105,29 +105,49 @@ static void transposed(tile *t) {
     }
 }
 
-/* Rows of a left factor, (rows, columns) of whole tiles: tile after tile along a row. Turned, they are columns of a
-   right factor, in the same order. */
-static void row_tiles(const bf16 *from, int64_t rows, int64_t columns, int turned, tile *to) {
-    for (int64_t r = 0; r < rows; r += 16)
-        for (int64_t c = 0; c < columns; c += 32, to++) {
-            for (int i = 0; i < 16; i++) memcpy(to->words[i], from + (r + i) * columns + c, 64);
-            if (turned) transposed(to);
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Up to 16 rows of a left factor, row after row: tile after tile. Turned, they are columns of a right factor. */
+static void strip_of_rows(const bf16 *x, int64_t x_row, int64_t rows, int64_t inner, int turned, tile *to) {
+    for (int64_t i = 0; i < 16; i++, x += x_row)
+        for (int64_t k = 0; k < inner; k += 32) {
+            __mmask32 there = i < rows ? (__mmask32)((1ull << least(inner - k, 32)) - 1) : 0;
+            _mm512_store_si512(to[k / 32].words[i], _mm512_maskz_loadu_epi16(there, x + k));
         }
+    for (int64_t k = 0; turned && k < inner; k += 32) transposed(to + k / 32);
 }
 
-/* Rows of a right factor, (rows, columns) of whole tiles: tile after tile along a row. Turned, they are columns of a
-   left factor, in the same order. */
+static inline __m512i words_of(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+/* Up to 32 rows of a right factor, pair of rows after pair: a tile of each strip of 16 columns, `apart` from one to the
+   next, in pairs. Turned, they are columns of a left factor. */
+static void tiles_of_columns(const bf16 *x, int64_t x_row, int64_t rows, int64_t columns, int turned, tile *to,
+                             int64_t apart) {
+    for (int64_t i = 0; i < 32; i += 2, x += 2 * x_row)
+        for (int64_t n = 0; n < columns; n += 32) {
+            __mmask32 there = (__mmask32)((1ull << least(columns - n, 32)) - 1);
+            __m512i low = _mm512_maskz_loadu_epi16(i < rows ? there : 0, x + n);
+            __m512i high = _mm512_maskz_loadu_epi16(i + 1 < rows ? there : 0, x + x_row + n);
+            tile *first = to + n / 16 * apart, *second = first + apart;
+            __m512i left = words_of(_mm512_castsi512_si256(low), _mm512_castsi512_si256(high));
+            __m512i right = words_of(_mm512_extracti64x4_epi64(low, 1), _mm512_extracti64x4_epi64(high, 1));
+            _mm512_store_si512(first->words[i / 2], left);
+            _mm512_store_si512(second->words[i / 2], right);
+        }
+    for (int64_t n = 0; turned && n < by(columns, 32); n += 16) transposed(to + n / 16 * apart);
+}
+
+/* The same of (rows, columns) of whole tiles: tile after tile along a row. */
+static void row_tiles(const bf16 *from, int64_t rows, int64_t columns, int turned, tile *to) {
+    for (int64_t r = 0; r < rows; r += 16)
+        strip_of_rows(from + r * columns, columns, 16, columns, turned, to + r / 16 * (columns / 32));
+}
+
 static void pair_tiles(const bf16 *from, int64_t rows, int64_t columns, int turned, tile *to) {
     for (int64_t r = 0; r < rows; r += 32)
-        for (int64_t c = 0; c < columns; c += 16, to++) {
-            for (int i = 0; i < 16; i++) {
-                const bf16 *pair = from + (r + 2 * i) * columns + c;
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)pair));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(pair + columns)));
-                _mm512_store_si512(to->words[i], _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-            if (turned) transposed(to);
-        }
+        tiles_of_columns(from + r * columns, columns, 32, columns, turned, to + r / 32 * (columns / 16), 1);
 }
 #endif
 

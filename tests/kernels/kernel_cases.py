@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import loratune as lt
 from loratune.data.batch import make_batch
+from loratune.kernels import chosen as chosen_kernels
 from loratune.loss import summed_loss
 from loratune.model import fuse, gated, norm, rotary, use_packed_attention
-from loratune.model import kernels as chosen_kernels
 from tests.models import PAD, rows_of, tiny
 
 Case = Callable[[torch.device], None]
@@ -46,7 +46,7 @@ written_in = "triton_blocks"
 
 
 def kernels() -> Any:
-    return importlib.import_module(f"loratune.model.{written_in}")
+    return importlib.import_module(f"loratune.kernels.{written_in}")
 
 
 def by_kernels(x: Tensor) -> Any:

@@ -17,13 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from loratune.model import c_blocks, c_build, gated, kernels, norm, rotary
-from loratune.model.device import triton_available
-from tests.model import kernel_cases
-from tests.model.kernel_cases import CASES
+from loratune.kernels import c_blocks, c_build, triton_available
+from loratune.kernels import chosen as kernels
+from loratune.model import gated, norm, rotary
+from tests.kernels import kernel_cases
+from tests.kernels.kernel_cases import CASES
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).resolve().parents[2]
+in_tiles = pytest.mark.skipif(not c_blocks.TILES, reason="the processor has no matrix unit")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -38,7 +40,7 @@ def run(*args: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
     """Each case with its traceback, from another process: Triton looks for its interpreter once, when imported."""
-    results: dict[str, str | None] = json.loads(run("-m", "tests.model.kernel_cases", TRITON_INTERPRET="1"))
+    results: dict[str, str | None] = json.loads(run("-m", "tests.kernels.kernel_cases", TRITON_INTERPRET="1"))
     return results
 
 
@@ -52,7 +54,7 @@ def test_interpreted(name: str, interpreted: dict[str, str | None]) -> None:
 @needs_triton
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """By the real compiler, down to machine code: the interpreter takes more than it does. Needs no GPU."""
-    compiled = run("-m", "tests.model.triton_compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    compiled = run("-m", "tests.kernels.triton_compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert compiled.split() == ["_norm_forward", "_norm_backward", "_gated_forward", "_gated_backward", "_turn"]
 
 
@@ -68,7 +70,7 @@ def test_on_a_gpu(name: str) -> None:
 def test_kernels_are_used_on_a_gpu() -> None:
     found = kernels.kernels_for(torch.ones(1, device="cuda"))
     assert found is not None
-    assert found.__name__ == "loratune.model.triton_blocks"
+    assert found.__name__ == "loratune.kernels.triton_blocks"
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -120,18 +122,20 @@ def test_nothing_is_written_for_no_tokens() -> None:
 
 
 def test_importing_loratune_imports_and_compiles_no_kernel() -> None:
-    code = "import sys, loratune.model, loratune.cli; print([m for m in sys.modules if m.startswith('loratune.model')])"
+    code = (
+        "import sys, loratune.model, loratune.cli; print([m for m in sys.modules if m.startswith('loratune.kernels')])"
+    )
     modules = run("-c", code)
-    assert "loratune.model.kernels" in modules
-    assert "loratune.model.triton_blocks" not in modules
-    assert "loratune.model.c_blocks" not in modules
+    assert "loratune.kernels.chosen" in modules
+    assert "loratune.kernels.triton_blocks" not in modules
+    assert "loratune.kernels.c_blocks" not in modules
 
 
 def test_a_cpu_takes_those_in_c_where_they_can_compute_it() -> None:
     for x in (torch.ones(2), torch.nn.Parameter(torch.ones(2)), torch.ones(2, dtype=torch.bfloat16)):
         found = kernels.kernels_for(x)
         assert found is not None
-        assert found.__name__ == "loratune.model.c_blocks"
+        assert found.__name__ == "loratune.kernels.c_blocks"
     for x in (torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float16), torch.ones(2, device="meta")):
         assert kernels.kernels_for(x) is None
 
@@ -178,6 +182,8 @@ def plain_kernels(**faults: Any) -> Any:
         "attend_forward": c_blocks.attend_forward,
         "attend_backward": c_blocks.attend_backward,
         "in_tiles": c_blocks.in_tiles,
+        "sum_of_products": c_blocks.sum_of_products,
+        "product_over_rows": c_blocks.product_over_rows,
     }
     return SimpleNamespace(**{**right, **faults})
 
@@ -185,6 +191,15 @@ def plain_kernels(**faults: Any) -> Any:
 def off_by_a_little(gy: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
     found = gated._Halves(name).gradients(gy, gate, up)
     return (found[0] + (1e-3 if name == "gelu" else 0), found[1])
+
+
+def as_though_alike(dtype: torch.dtype) -> Any:
+    """Attention that is wrong in one dtype."""
+
+    def attend(q: Tensor, *told: Any) -> Any:
+        return c_blocks.attend_forward(q.flip(0) if q.dtype == dtype else q, *told)
+
+    return attend
 
 
 def failing(*args: Any) -> Tensor:
@@ -196,13 +211,13 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Puts kernels in the place of those in Triton, on a CPU."""
 
     def plant(kernels: Any) -> None:
-        module = ModuleType("loratune.model.triton_blocks")
+        module = ModuleType("loratune.kernels.triton_blocks")
         vars(module).update(vars(kernels))
-        monkeypatch.setitem(sys.modules, "loratune.model.triton_blocks", module)
-        monkeypatch.setattr("loratune.model.triton_blocks", module, raising=False)
-        monkeypatch.setattr(sys.modules["loratune.model"], "triton_blocks", module, raising=False)
+        monkeypatch.setitem(sys.modules, "loratune.kernels.triton_blocks", module)
+        monkeypatch.setattr("loratune.kernels.triton_blocks", module, raising=False)
+        monkeypatch.setattr(sys.modules["loratune.kernels"], "triton_blocks", module, raising=False)
 
-    monkeypatch.setattr(kernels, "_module_for", lambda _: sys.modules["loratune.model.triton_blocks"])
+    monkeypatch.setattr(kernels, "_module_for", lambda _: sys.modules["loratune.kernels.triton_blocks"])
     monkeypatch.setattr(gated, "kernels_for", lambda _: None)  # what is planted is made of the plain formulas
     kernels.kernels_of.cache_clear()
     yield plant
@@ -226,6 +241,21 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             "attention's gradient deviates",
         ),
         ({"gated_backward": off_by_a_little}, "the gradient of the product with gelu deviates"),
+        pytest.param(
+            {"sum_of_products": lambda products, scale, into: c_blocks.sum_of_products(products[:1], scale, into)},
+            "the sum of products deviates",
+            marks=in_tiles,
+        ),
+        pytest.param(
+            {"product_over_rows": lambda u, v: c_blocks.product_over_rows(u[1:], v[1:])},
+            "the product over rows deviates",
+            marks=in_tiles,
+        ),
+        pytest.param(
+            {"in_tiles": lambda _: True, "attend_forward": as_though_alike(torch.bfloat16)},
+            "attention's gradient deviates",
+            marks=in_tiles,
+        ),
     ],
 )
 def test_kernels_are_tried_before_they_are_used(

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loratune.model import triton_blocks
+from loratune.kernels import triton_blocks
 
 POINTERS = {"x", "y", "weight", "gx", "gy", "gate", "up", "g_gate", "g_up", "cos", "sin"}
 CONSTANTS: dict[str, tuple[Any, ...]] = {

@@ -1,7 +1,7 @@
 /* Attention of tensors of T. Included by c_attention.c, once for each dtype. */
 
-/* The keys or values of a lane, its path's only where the run is `fresh`: by key (keys, dim), and where asked by feature
-   (dim, most); zeros up to whole vectors. */
+/* The keys or values of a lane, its path's only where the run is `fresh`: by key (keys, dim), and where asked by
+   feature (dim, most); zeros up to whole vectors. */
 static void OF(gather)(const T *x, steps at, int64_t head, const work *w, const run *p, range lane, int fresh,
                        int64_t dim, int64_t most, float *by_key, float *by_feature) {
     int64_t j = fresh ? 0 : p->known, keys = by(p->known + length_of(lane), PADDED);
@@ -102,8 +102,9 @@ int OF(attend_forward)(const T *q, steps q_at, const T *k, steps k_at, const T *
 }
 
 /* sums: the gradients of keys and values of all tokens, and of all runs' paths: (tokens + keys, heads, dims) fp32. */
-int OF(attend_backward)(const T *gy, steps gy_at, const T *q, steps q_at, const T *k, steps k_at, const T *v, steps v_at,
-                        T *gq, steps gq_at, T *gk, steps gk_at, T *gv, steps gv_at, float *sums, const work *w) {
+int OF(attend_backward)(const T *gy, steps gy_at, const T *q, steps q_at, const T *k, steps k_at, const T *v,
+                        steps v_at, T *gq, steps gq_at, T *gk, steps gk_at, T *gv, steps gv_at, float *sums,
+                        const work *w) {
     int64_t dim = w->dim, wide = w->value_dim, most = by(most_keys(w), PADDED), rows = TOGETHER + w->groups;
     size_t floats = (size_t)(3 * most * (dim + wide) + rows * (2 * dim + wide + 2 * most));
     int failed = 0;

@@ -13,7 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from loratune.model.cache import cache_folder
+from loratune.files import cache_folder
 
 SOURCE = Path(__file__).with_name("c_blocks.c")
 # Contracted products and sums are rounded once instead of twice; no sum is reordered but where it says so itself.

@@ -2,7 +2,7 @@
 
 Each reads and writes once. The formulas are those of `norm`, `gated`, `rotary` and `lane_attention`; everything is
 computed in fp32 and rounded once. Importing this compiles `c_blocks.c` where that has not been done:
-`kernels.kernels_for` says where that may be. A tensor whose last dimension is not contiguous is copied first.
+`chosen.kernels_for` says where that may be. A tensor whose last dimension is not contiguous is copied first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.model.c_build import library
-from loratune.model.lanes import LaneTable
+from loratune.kernels.c_build import library
+from loratune.kernels.lanes import LaneTable
 
 _library = library()
 _library.compiler.restype = ctypes.c_char_p
@@ -149,6 +149,47 @@ def attend_backward(
 def in_tiles(dtype: torch.dtype) -> bool:
     """Whether products of attention are in bf16, by the processor's matrix unit, rather than in fp32."""
     return TILES and dtype == torch.bfloat16
+
+
+class _Factors(ctypes.Structure):
+    """`factors` of c_products.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w")),
+        *((name, _Number) for name in ("x_row", "w_row", "inner", "turned")),
+    )
+
+
+def sum_of_products(products: Sequence[tuple[Tensor, Tensor]], scale: float, into: Tensor | None) -> Tensor:
+    """scale · Σ x w of (rows, inner) and (inner, columns), or that added to `into`; rounded once; in bf16 by tiles.
+
+    Args:
+        products: pairs of x, whose rows are contiguous, and w, whose rows are, or its columns.
+        into: (rows, columns) with contiguous rows.
+    """
+    (x, w), *_ = products
+    y = torch.empty((len(x), w.shape[1]), dtype=x.dtype) if into is None else into
+    told = []
+    for x, w in products:
+        turned = w.stride(1) != 1
+        told.append(_Factors(x.data_ptr(), w.data_ptr(), x.stride(0), w.stride(int(turned)), x.shape[1], int(turned)))
+    sizes = (y.stride(0), *y.shape)
+    failed = _library.sum_of_products(
+        (_Factors * len(told))(*told), _Number(len(told)), ctypes.c_void_p(y.data_ptr()), *map(_Number, sizes),
+        ctypes.c_float(scale), int(into is not None),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no room for the factors of a product")
+    return y
+
+
+def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
+    """uᵀ v of (rows, m) and (rows, n), (m, n) in fp32; of bf16 whose rows are contiguous."""
+    y = torch.empty((u.shape[1], v.shape[1]), dtype=torch.float32)
+    sides = [(ctypes.c_void_p(t.data_ptr()), _Number(t.stride(0)), _Number(t.shape[1])) for t in (u, v)]
+    if _library.product_over_rows(*sides[0], *sides[1], _Number(len(u)), ctypes.c_void_p(y.data_ptr())):
+        raise MemoryError("no room for the factors of a product")
+    return y
 
 
 def _work(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> _Work:

@@ -230,7 +230,7 @@ static void weigh_back(const tile *scores, const tile *grads, int64_t r, int64_t
     }
 }
 
-static float sum_of_products(const bf16 *a, const bf16 *b, int64_t n) {
+static float dot(const bf16 *a, const bf16 *b, int64_t n) {
     float sum = 0.0f;
     #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += from_bf16(a[i]) * from_bf16(b[i]);
@@ -245,12 +245,12 @@ static void look_up(seen_row *told, int64_t rows, const bf16 *grads, int64_t wid
         int64_t token = block.start + r / w->groups, own = token - lane.start;
         const bf16 *result = y + token * y_at.token + (head * w->groups + r % w->groups) * y_at.head;
         told[r] = (seen_row){lowest(w, p, own), p->known + own + 1, totals[total_of(w, block, head, r)],
-                             sum_of_products(grads + r * wide, result, w->value_dim)};
+                             dot(grads + r * wide, result, w->value_dim)};
     }
     for (int64_t r = number; r < rows; r++) told[r] = (seen_row){0, 0, 0.0f, 0.0f};
 }
 
-/* What lanes gave a run's keys or values from the j-th on, of tiles of (features, keys) with `tiles` below each other. */
+/* What lanes gave a run's keys or values from the j-th on, of tiles of (features, keys), `tiles` below each other. */
 static void put_sums(float *sums, const work *w, const run *p, range lane, int64_t head, int64_t j, const tile *grads,
                      int64_t features, int64_t tiles, int64_t at, float scale) {
     tile turned;
@@ -337,7 +337,8 @@ int attend_backward_tiles(const bf16 *gy, steps gy_at, const bf16 *q, steps q_at
                                      (strides){1, wides / 2}, g_weights, (strides){n, 1}, 0);
                         for (int64_t r = 0; r < high * 16; r += 2)
                             weigh_back(scores + r / 16 * n, g_weights + r / 16 * n, r % 16, first, some, told + r, c,
-                                       r / 2 % 16, p_pairs + r / 32 * n, d_pairs + r / 32 * n, d_rows + r / 16 * (n / 2));
+                                       r / 2 % 16, p_pairs + r / 32 * n, d_pairs + r / 32 * n,
+                                       d_rows + r / 16 * (n / 2));
                         tile_product(wides, n, high / 2, grads_t, (strides){1, wides}, p_pairs, (strides){n, 1},
                                      g_values + key * wides, (strides){1, wides}, 1);
                         tile_product(dims, n, high / 2, queries_t, (strides){1, dims}, d_pairs, (strides){n, 1},

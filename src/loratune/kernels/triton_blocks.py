@@ -1,7 +1,7 @@
 """Kernels in Triton for the norm, the gated product and the rotary embedding, each of which reads and writes once.
 
 The formulas are those of `norm`, `gated` and `rotary`; everything is computed in fp32 and rounded once. Importing this
-imports Triton, which is no dependency: `triton_trial.kernels_for` says where that may be done. A tensor whose last
+imports Triton, which is no dependency: `chosen.kernels_for` says where that may be done. A tensor whose last
 dimension is not contiguous is copied first.
 """
 

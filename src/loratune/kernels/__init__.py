@@ -1,0 +1,22 @@
+"""What computes in the place of torch's operations where it is faster: in C on a processor, in Triton on CUDA."""
+
+from loratune.kernels.chosen import Kernels, kernels_for, kernels_of, triton_available
+from loratune.kernels.deviation import deviation, furthest
+from loratune.kernels.lanes import Lane, LaneTable, Range, lanes_of, table_of
+from loratune.kernels.products import product_over_rows, sum_of_products
+
+__all__ = [
+    "Kernels",
+    "Lane",
+    "LaneTable",
+    "Range",
+    "deviation",
+    "furthest",
+    "kernels_for",
+    "kernels_of",
+    "lanes_of",
+    "product_over_rows",
+    "sum_of_products",
+    "table_of",
+    "triton_available",
+]

@@ -1,0 +1,62 @@
+"""Sums of products, and products over tokens: what the equation of low-rank adaptation multiplies on its way back.
+
+By a processor's matrix unit where it has one, each number summed in fp32 and rounded once (`c_products.c`); else by
+torch, one product after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from loratune.kernels.chosen import kernels_for
+
+# With fewer rows a tile is hardly filled.
+_FEWEST = 32
+
+Product = tuple[Tensor, Tensor]
+
+
+def sum_of_products(products: Sequence[Product], scale: float = 1.0, into: Tensor | None = None) -> Tensor:
+    """scale · Σ x w, or that added to what is there.
+
+    Args:
+        products: of x (rows, inner) and w (inner, columns), all of one dtype.
+        into: (rows, columns), what the sum is added to and where it goes; a new tensor unless told.
+    """
+    by_row = [x for x, _ in products] + ([] if into is None else [into])
+    if kernels := _tiles(by_row, [w for _, w in products]):
+        found: Tensor = kernels.sum_of_products(products, scale, into)
+        return found
+    for x, w in products:
+        if into is None:
+            into = torch.mm(x, w)
+            into = into if scale == 1.0 else into.mul_(scale)
+        else:
+            into.addmm_(x, w, alpha=scale)
+    assert into is not None, "a sum has a product at least"
+    return into
+
+
+def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
+    """uᵀ v of (rows, m) and (rows, n): (m, n), in fp32 where nothing was rounded on the way."""
+    if kernels := _tiles([u, v], []):
+        found: Tensor = kernels.product_over_rows(u, v)
+        return found
+    return torch.mm(u.T, v)
+
+
+def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
+    """The kernels, if they have products of these in tiles: matrices whose rows are contiguous, and rows or columns."""
+    all_of_them = [*by_row, *either]
+    if len(by_row[0]) < _FEWEST or not all(t.dtype == torch.bfloat16 and t.numel() for t in all_of_them):
+        return None
+    if any(t.stride(1) != 1 for t in by_row) or any(1 not in t.stride() for t in either):
+        return None
+    first, *others = (kernels_for(t) for t in all_of_them)
+    if first is None or None in others:
+        return None
+    return first if first.in_tiles(torch.bfloat16) else None
