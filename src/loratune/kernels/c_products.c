@@ -53,9 +53,9 @@ static void put_tiles(const tile *left, const tile *right, float scale, int add,
         __m512 first = _mm512_fmadd_ps(_mm512_load_ps(left->words[r]), by_scale, low);
         __m512 second = _mm512_fmadd_ps(_mm512_load_ps(right->words[r]), by_scale, high);
         __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-        /* Past the cache, since it is read much later: nothing is fetched to be written over. */
+        /* What is new goes past the cache: it is read much later, and nothing is fetched to be written over. */
         if (columns < 32) _mm512_mask_storeu_epi16(y, there, rounded);
-        else if ((uintptr_t)y % 64) _mm512_storeu_si512(y, rounded);
+        else if (add || (uintptr_t)y % 64) _mm512_storeu_si512(y, rounded);
         else _mm512_stream_si512((void *)y, rounded);
     }
 }
@@ -90,7 +90,19 @@ int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, in
         range m_share = share_of(high, omp_get_thread_num() % in_rows, in_rows);
         range n_share = share_of(wide, omp_get_thread_num() / in_rows, threads / in_rows);
         set_matrix_unit();
-        for (int64_t first = m_share.start * 2; left && first < m_share.stop * 2; first += some) {
+        int64_t m_begin = m_share.start * 2;
+        if (left && number == 1 && columns <= 32 && f->inner % 32 == 0) {
+            /* Each tile of x is read once: where it lies, but for rows that fill none. */
+            m_begin = least(m_share.stop * 2, rows / 32 * 2);
+            for (int64_t m = m_share.start * 2; n_share.start < n_share.stop && m < m_begin; m += 2) {
+                left_factor lying = {(const char *)(f->x + m * 16 * f->x_row), f->x_row * 2, f->x_row * 32, 64};
+                product_of(2, 2, deep, lying, right, (strides){1, deep}, places[0], (strides){2, 1}, 0);
+                for (int64_t i = 0; i < 2; i++)
+                    put_tiles(places[0] + 2 * i, places[0] + 2 * i + 1, scale, add, y + (m + i) * 16 * y_row, y_row, 16,
+                              columns);
+            }
+        }
+        for (int64_t first = m_begin; left && first < m_share.stop * 2; first += some) {
             int64_t last = least(first + some, least(m_share.stop * 2, by(rows, 16) / 16));
             for (int64_t m = first; m < last; m++) {
                 tile *to = left + (m - first) * deep;

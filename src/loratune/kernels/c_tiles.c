@@ -31,10 +31,16 @@ static void set_matrix_unit(void) {
     _tile_loadconfig(&shapes);
 }
 
+/* A left factor as a product reads it: bytes from row to row, from one row of tiles to the next, and along it. */
+typedef struct {
+    const char *at;
+    int64_t row, down, along;
+} left_factor;
+
 /* Up to 2 x 2 tiles of the product in the unit's registers 0 to 3, factors in 4 to 7. */
-static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, int64_t inner, const tile *a,
-                                                            strides a_at, const tile *b, strides b_at, tile *c,
-                                                            strides c_at, int add) {
+static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, int64_t inner, left_factor a,
+                                                            const tile *b, strides b_at, tile *c, strides c_at,
+                                                            int add) {
     tile *c01 = c + c_at.along, *c10 = c + c_at.down, *c11 = c10 + c_at.along;
     if (add) {
         _tile_loadd(0, c, 64);
@@ -47,8 +53,8 @@ static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, 
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < inner; k++, a += a_at.along, b += b_at.down) {
-        _tile_loadd(4, a, 64);
+    for (int64_t k = 0; k < inner; k++, a.at += a.along, b += b_at.down) {
+        _tile_loadd(4, a.at, a.row);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
         if (wide > 1) {
@@ -56,7 +62,7 @@ static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, 
             _tile_dpbf16ps(1, 4, 7);
         }
         if (tall > 1) {
-            _tile_loadd(5, a + a_at.down, 64);
+            _tile_loadd(5, a.at + a.down, a.row);
             _tile_dpbf16ps(2, 5, 6);
             if (wide > 1) _tile_dpbf16ps(3, 5, 7);
         }
@@ -68,19 +74,29 @@ static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, 
 }
 
 /* C (+)= A B, all counted in tiles. */
-static void tile_product(int64_t rows, int64_t columns, int64_t inner, const tile *a, strides a_at, const tile *b,
-                         strides b_at, tile *c, strides c_at, int add) {
+static void product_of(int64_t rows, int64_t columns, int64_t inner, left_factor a, const tile *b, strides b_at,
+                       tile *c, strides c_at, int add) {
     for (int64_t n = 0; n < columns; n += 2)
         for (int64_t m = 0; m < rows; m += 2) {
-            const tile *left = a + m * a_at.down, *right = b + n * b_at.along;
+            left_factor left = {a.at + m * a.down, a.row, a.down, a.along};
+            const tile *right = b + n * b_at.along;
             tile *to = c + m * c_at.down + n * c_at.along;
             int tall = rows - m > 1, wide = columns - n > 1;
-            if (tall && wide) few_tiles(2, 2, inner, left, a_at, right, b_at, to, c_at, add);
-            else if (tall) few_tiles(2, 1, inner, left, a_at, right, b_at, to, c_at, add);
-            else if (wide) few_tiles(1, 2, inner, left, a_at, right, b_at, to, c_at, add);
-            else few_tiles(1, 1, inner, left, a_at, right, b_at, to, c_at, add);
+            if (tall && wide) few_tiles(2, 2, inner, left, right, b_at, to, c_at, add);
+            else if (tall) few_tiles(2, 1, inner, left, right, b_at, to, c_at, add);
+            else if (wide) few_tiles(1, 2, inner, left, right, b_at, to, c_at, add);
+            else few_tiles(1, 1, inner, left, right, b_at, to, c_at, add);
         }
 }
+
+/* The same with a left factor in tiles. */
+static void tile_product(int64_t rows, int64_t columns, int64_t inner, const tile *a, strides a_at, const tile *b,
+                         strides b_at, tile *c, strides c_at, int add) {
+    int64_t size = sizeof(tile);
+    left_factor left = {(const char *)a, 64, a_at.down * size, a_at.along * size};
+    product_of(rows, columns, inner, left, b, b_at, c, c_at, add);
+}
+
 /* Rows become columns. */
 static void transposed(tile *t) {
     __m512i x[16], y[16];

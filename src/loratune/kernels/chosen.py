@@ -59,6 +59,11 @@ def _plain(x: Tensor) -> bool:
     """Whether x has the memory that it seems to have, and operations mean what they say."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    return has_plain_memory(x)
+
+
+def has_plain_memory(x: Tensor) -> bool:
+    """Whether what x holds is where it says."""
     return type(x) in (Tensor, torch.nn.Parameter)
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from loratune.kernels.chosen import kernels_for
+from loratune.kernels.chosen import has_plain_memory, kernels_for
 
 # With fewer rows a tile is hardly filled.
 _FEWEST = 32
@@ -56,7 +56,7 @@ def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | N
         return None
     if any(t.stride(1) != 1 for t in by_row) or any(1 not in t.stride() for t in either):
         return None
-    first, *others = (kernels_for(t) for t in all_of_them)
-    if first is None or None in others:
+    kernels = kernels_for(by_row[0])
+    if kernels is None or not kernels.in_tiles(torch.bfloat16):
         return None
-    return first if first.in_tiles(torch.bfloat16) else None
+    return kernels if all(has_plain_memory(t) for t in all_of_them[1:]) else None
