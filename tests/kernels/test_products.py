@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from loratune.kernels import c_blocks, product_over_rows, products, sum_of_products
+from loratune.kernels import c_blocks, has_tiles, product_over_rows, products, sum_of_products
 
 in_tiles = pytest.mark.skipif(not c_blocks.TILES, reason="the processor has no matrix unit")
 WAYS = [pytest.param(True, marks=in_tiles), False]
@@ -60,6 +61,26 @@ def test_a_sum_of_any_sizes(seed: int, tiles: bool) -> None:
         assert torch.equal(around[:, [0, -1]], kept)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(1020, 1536, 576), (700, 576, 1536), (301, 192, 24), (320, 1536, 16), (33, 64, 32), (64, 4096, 40)],
+)
+@pytest.mark.parametrize("lie", [drawn, by_columns])
+def test_a_product_of_a_models_size(rows: int, inner: int, columns: int, lie: Any, tiles: bool) -> None:
+    """More tiles than are there at once; and of few columns, left factors that are read where they lie."""
+    torch.manual_seed(0)
+    x, w = drawn(rows, inner), lie(inner, columns)
+    right = exact([(x, w)], 1.0, None)
+    found = sum_of_products([(x, w)])
+    assert _near_halves(found, right) if tiles else float((found - right).abs().max()) < 1
+
+
+@in_tiles
+def test_right_factors_that_do_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = drawn(40, 20_000), by_columns(20_000, 1_100)
+    assert _near_halves(sum_of_products([(x, w)]), exact([(x, w)], 1.0, None))
+
+
 def _near_halves(found: Tensor, right: Tensor) -> bool:
     """What is not the nearest bf16 is as near as fp32 can tell."""
     away, best = (found.double() - right).abs(), (right.float().bfloat16().double() - right).abs()
@@ -82,13 +103,15 @@ def test_over_rows(rows: int, sides: tuple[int, int], tiles: bool) -> None:
 
 @in_tiles
 def test_threads_change_no_bit() -> None:
-    x, w, z, turned = drawn(301, 200), drawn(200, 90), drawn(301, 40), by_columns(40, 90)
+    x, w, z, turned = drawn(301, 192), drawn(192, 90), drawn(301, 40), by_columns(40, 90)
+    thin, wide, deep = drawn(192, 24), drawn(1020, 1536), drawn(1536, 576)
     threads = torch.get_num_threads()
     results = []
     try:
         for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
-            results.append((sum_of_products([(x, w), (z, turned)], 0.5), product_over_rows(x, z)))
+            sums = [[(x, w), (z, turned)], [(x, thin)], [(wide, deep)]]
+            results.append((*(sum_of_products(products) for products in sums), product_over_rows(x, z)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for pair in results[1:] for a, b in zip(results[0], pair, strict=True))
@@ -114,6 +137,7 @@ def test_what_is_no_number_stays_in_its_row() -> None:
         (drawn(8, 40).T, drawn(8, 8)),  # rows that are not contiguous
         (drawn(40, 8), drawn(16, 16)[::2, ::2]),
         (drawn(1, 8).expand(40, 8)[:, :1].expand(40, 8), drawn(8, 8)),
+        (drawn(40, 8), drawn(8, 8).requires_grad_()),  # which autograd must hear of
     ],
 )
 def test_what_torch_computes(pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +161,42 @@ def test_no_memory_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         with pytest.raises(MemoryError):
             compute()
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda: sum_of_products([(drawn(64, 100), drawn(64, 8))]),
+        lambda: sum_of_products([(drawn(64, 8), drawn(8, 8)), (drawn(65, 8), drawn(8, 8))]),
+        lambda: sum_of_products([(drawn(64, 8), drawn(8, 8))], into=drawn(65, 8)),
+        lambda: product_over_rows(drawn(64, 8), drawn(65, 8)),
+    ],
+)
+def test_what_does_not_fit_is_refused(compute: Any, tiles: bool) -> None:
+    with pytest.raises(RuntimeError):
+        compute()
+
+
+def test_what_is_elsewhere_has_no_tiles() -> None:
+    assert not has_tiles([drawn(64, 8)], [drawn(8, 8).to("meta")])
+    assert has_tiles([drawn(64, 8)], [drawn(8, 8)]) == c_blocks.TILES
+
+
+def test_autograd_sees_that_something_was_added_to() -> None:
+    into = drawn(40, 8)
+    before = into._version
+    sum_of_products([(drawn(40, 8), drawn(8, 8))], into=into)
+    assert into._version > before
+
+
+def test_where_there_are_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the kernels are Triton's."""
+    pytest.importorskip("triton")
+    from loratune.kernels import triton_blocks
+
+    monkeypatch.setattr(products, "kernels_for", lambda _: triton_blocks)
+    x, w = drawn(40, 8), drawn(8, 8)
+    assert torch.equal(sum_of_products([(x, w)]), torch.mm(x, w))
 
 
 def test_nothing_of_no_rows() -> None:

@@ -1,4 +1,5 @@
-/* The norm, the gated product and the rotary embedding for processors: each reads and writes once.
+/* The norm, the gated product and the rotary embedding for processors: each reads and writes once. And, included at the
+   end, attention and products.
 
    The formulas are those of norm.py, gated.py and rotary.py; everything is computed in fp32 and rounded once. A row is
    summed by one thread, so that the number of threads changes no bit. Compiled by c_build.py, called by c_blocks.py. */

@@ -1,8 +1,9 @@
 """The norm, the gated product, the rotary embedding and attention on a processor.
 
 Each reads and writes once. The formulas are those of `norm`, `gated`, `rotary` and `lane_attention`; everything is
-computed in fp32 and rounded once. Importing this compiles `c_blocks.c` where that has not been done:
-`chosen.kernels_for` says where that may be. A tensor whose last dimension is not contiguous is copied first.
+computed in fp32 and rounded once, but for what goes into products in tiles, which is rounded to bf16 before them.
+Importing this compiles `c_blocks.c` where that has not been done: `chosen.kernels_for` says where that may be. A tensor
+whose last dimension is not contiguous is copied first.
 """
 
 from __future__ import annotations
@@ -114,12 +115,12 @@ def attend_forward(
     Returns:
         (tokens, heads, v's dim), and where products are in bf16 log2 of Σ exp(s · q · k), (tokens, heads) in fp32.
     """
-    y = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype)
+    y = q.new_empty(*q.shape[:2], v.shape[2])
     work = _work(q, k, v, table, window, scale)
     if not in_tiles(q.dtype):
         _attend(f"attend_forward_{_NAMES[q.dtype]}", (q, k, v, y), (), work)
         return y, None
-    totals = torch.empty(q.shape[:2], dtype=torch.float32)
+    totals = q.new_empty(q.shape[:2], dtype=torch.float32)
     _attend("attend_forward_tiles", (q, k, v, y), (totals,), work)
     return y, totals
 
@@ -168,7 +169,7 @@ def sum_of_products(products: Sequence[tuple[Tensor, Tensor]], scale: float, int
         into: (rows, columns) with contiguous rows.
     """
     (x, w), *_ = products
-    y = torch.empty((len(x), w.shape[1]), dtype=x.dtype) if into is None else into
+    y = x.new_empty(len(x), w.shape[1]) if into is None else into
     told = []
     for x, w in products:
         turned = w.stride(1) != 1
@@ -180,12 +181,14 @@ def sum_of_products(products: Sequence[tuple[Tensor, Tensor]], scale: float, int
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the factors of a product")
+    if into is not None:
+        torch.autograd.graph.increment_version(into)
     return y
 
 
 def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
     """uᵀ v of (rows, m) and (rows, n), (m, n) in fp32; of bf16 whose rows are contiguous."""
-    y = torch.empty((u.shape[1], v.shape[1]), dtype=torch.float32)
+    y = u.new_empty(u.shape[1], v.shape[1], dtype=torch.float32)
     sides = [(ctypes.c_void_p(t.data_ptr()), _Number(t.stride(0)), _Number(t.shape[1])) for t in (u, v)]
     if _library.product_over_rows(*sides[0], *sides[1], _Number(len(u)), ctypes.c_void_p(y.data_ptr())):
         raise MemoryError("no room for the factors of a product")

@@ -1,7 +1,6 @@
 /* Sums of products of bf16 in tiles, each number summed in fp32 and rounded once at its end.
 
-   What a thread computes has nothing to do with what a number is: each is summed in one order, however many threads
-   share the work. Included by c_blocks.c, after c_tiles.c. */
+   Each is summed in one order, however the threads share the work. Included by c_blocks.c, after c_tiles.c. */
 
 #ifdef AMX
 
@@ -9,6 +8,8 @@
 
 /* Bytes of left factors that a thread goes through right factors with: what stays in its cache. */
 #define STAYS (1 << 19)
+/* Tiles of right factors that all threads have at once. */
+#define SHARED (1 << 15)
 /* Tiles below each other that are summed over at a time. */
 #define SOME 8
 
@@ -60,13 +61,9 @@ static void put_tiles(const tile *left, const tile *right, float scale, int add,
     }
 }
 
-/* y (rows, columns) = scale * sum of products, or that and y. */
-int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns,
-                    float scale, int add) {
-    int64_t deep = 0;
-    for (int64_t i = 0; i < number; i++) deep += by(f[i].inner, 32) / 32;
-    tile *right = aligned_alloc(64, (size_t)(by(columns, 32) / 16 * deep) * sizeof(tile));
-    if (!right) return 1;
+/* The columns from `begin` on of y (rows, columns) = scale * sum of products, or of that and y. */
+static int some_columns(const factors *f, int64_t number, int64_t deep, int64_t begin, bf16 *y, int64_t y_row,
+                        int64_t rows, int64_t columns, float scale, int add, tile *right) {
     int64_t high = by(rows, 32) / 32, wide = by(columns, 32) / 32;
     int64_t some = by(STAYS / (deep * (int64_t)sizeof(tile)) + 1, 2); /* tiles of rows at once */
     int failed = 0;
@@ -79,12 +76,13 @@ int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, in
             if (f[i].turned)
 #pragma omp for schedule(static) nowait
                 for (int64_t n = 0; n < by(columns, 32); n += 16)
-                    strip_of_rows(f[i].w + n * f[i].w_row, f[i].w_row, columns - n, f[i].inner, 1, to + n / 16 * deep);
+                    strip_of_rows(f[i].w + (begin + n) * f[i].w_row, f[i].w_row, columns - n, f[i].inner, 1,
+                                  to + n / 16 * deep);
             else
 #pragma omp for schedule(static) nowait
                 for (int64_t k = 0; k < f[i].inner; k += 32)
-                    tiles_of_columns(f[i].w + k * f[i].w_row, f[i].w_row, f[i].inner - k, columns, 0, to + k / 32,
-                                     deep);
+                    tiles_of_columns(f[i].w + k * f[i].w_row + begin, f[i].w_row, f[i].inner - k, columns, 0,
+                                     to + k / 32, deep);
 #pragma omp barrier
         int64_t threads = omp_get_num_threads(), in_rows = threads_in_rows(threads, high, wide);
         range m_share = share_of(high, omp_get_thread_num() % in_rows, in_rows);
@@ -110,7 +108,7 @@ int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, in
                     strip_of_rows(f[i].x + m * 16 * f[i].x_row, f[i].x_row, rows - m * 16, f[i].inner, 0, to);
             }
             /* Some columns at a time, and row after row of them: what is written lies together. */
-            int64_t end = least(n_share.stop * 2, by(columns, 32) / 16);
+            int64_t end = n_share.stop * 2;
             for (int64_t n_first = n_share.start * 2; n_first < end; n_first += some)
                 for (int64_t m = first; m < last; m += 2)
                     for (int64_t n = n_first; n < least(n_first + some, end); n += 2) {
@@ -127,6 +125,20 @@ int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, in
         _tile_release();
         free(left);
     }
+    return failed;
+}
+
+/* y (rows, columns) = scale * sum of products, or that and y. */
+int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns,
+                    float scale, int add) {
+    int64_t deep = 0;
+    for (int64_t i = 0; i < number; i++) deep += by(f[i].inner, 32) / 32;
+    int64_t some = by(least(columns, by(SHARED / deep + 1, 2) * 16), 32);
+    tile *right = aligned_alloc(64, (size_t)(some / 16 * deep) * sizeof(tile));
+    if (!right) return 1;
+    int failed = 0;
+    for (int64_t n = 0; n < columns && !failed; n += some)
+        failed = some_columns(f, number, deep, n, y + n, y_row, rows, least(columns - n, some), scale, add, right);
     free(right);
     return failed;
 }

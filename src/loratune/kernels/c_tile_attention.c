@@ -82,6 +82,7 @@ static void put_rows(bf16 *x, steps at, int64_t head, const work *w, range token
 
 /* 2^x to 4e-6 of it: a polynomial that interpolates it at Chebyshev's points of [-1/2, 1/2]. */
 static inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-1000.0f), x); /* of an infinity nothing is left; a NaN stays */
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(0.00966636852f);
@@ -99,17 +100,18 @@ static inline __mmask16 visible(int64_t first, int64_t low, int64_t high) {
     return from >= to ? 0 : (__mmask16)((1u << to) - (1u << from));
 }
 
-/* A row of some keys' scores becomes its weights, 2^(c score - c greatest), rounded, as a row of a left factor. `most`
-   and `sum` are those of the row up to now; gives what earlier weights are to be multiplied by. */
+/* A row of some keys' scores becomes its weights, 2^(c score - most), rounded, as a row of a left factor. `most`, the
+   greatest c score, and `sum` are those of the row up to now; gives what earlier weights are to be multiplied by. */
 static float weigh(const tile *scores, tile *weights, int64_t r, int64_t first, int64_t keys, int64_t low, int64_t high,
                    float c, float *most, float *sum) {
-    __m512 greatest = _mm512_set1_ps(*most);
+    __m512 greatest = _mm512_set1_ps(*most), scale = _mm512_set1_ps(c);
     for (int64_t n = 0; n < keys / 16; n++) {
         __mmask16 seen = visible(first + n * 16, low, high);
-        greatest = _mm512_mask_max_ps(greatest, seen, greatest, _mm512_load_ps(scores[n].words[r]));
+        __m512 x = _mm512_mul_ps(_mm512_load_ps(scores[n].words[r]), scale);
+        greatest = _mm512_mask_max_ps(greatest, seen, greatest, x);
     }
     float now = _mm512_reduce_max_ps(greatest), before = *most;
-    __m512 scale = _mm512_set1_ps(c), off = _mm512_set1_ps(-c * now), total = _mm512_setzero_ps();
+    __m512 off = _mm512_set1_ps(-now), total = _mm512_setzero_ps();
     for (int64_t n = 0; n < keys / 16; n++) {
         __mmask16 seen = visible(first + n * 16, low, high);
         __m512 x = exp2_of(_mm512_fmadd_ps(_mm512_load_ps(scores[n].words[r]), scale, off));
@@ -117,7 +119,7 @@ static float weigh(const tile *scores, tile *weights, int64_t r, int64_t first, 
         total = _mm512_add_ps(total, x);
         _mm256_store_si256((__m256i *)(weights[n / 2].words[r] + n % 2 * 8), (__m256i)_mm512_cvtneps_pbh(x));
     }
-    float share = now == before ? 1.0f : exp_of((before - now) * c * (1 / LOG2_E));
+    float share = now == before ? 1.0f : exp_of((before - now) * (1 / LOG2_E));
     *most = now;
     *sum = *sum * share + _mm512_reduce_add_ps(total);
     return share;
@@ -186,7 +188,7 @@ int attend_forward_tiles(const bf16 *q, steps q_at, const bf16 *k, steps k_at, c
                                      first > begin);
                     }
                     for (int64_t r = 0; r < number; r++) {
-                        totals[total_of(w, block, head, r)] = c * greatest[r] + log2f(sums[r]);
+                        totals[total_of(w, block, head, r)] = greatest[r] + log2f(sums[r]);
                         sums[r] = 1.0f / sums[r];
                     }
                     put_rows(y, y_at, head, w, block, w->value_dim, sums, out, wides);

@@ -20,15 +20,20 @@ typedef struct {
     int64_t down, along;
 } strides;
 
+/* GCC 12's intrinsics do not say all that they read: what was stored before is in its place when they are used. */
+#define STORED() __asm__ volatile("" ::: "memory")
+
+static const struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64))) SHAPES = {
+    1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
 /* Each thread sets its own unit before products, and gives it back after them. */
 static void set_matrix_unit(void) {
-    struct {
-        uint8_t palette, start, none[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } __attribute__((aligned(64))) shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = 16;
-    _tile_loadconfig(&shapes);
+    STORED();
+    _tile_loadconfig(&SHAPES);
 }
 
 /* A left factor as a product reads it: bytes from row to row, from one row of tiles to the next, and along it. */
@@ -42,6 +47,7 @@ static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, 
                                                             const tile *b, strides b_at, tile *c, strides c_at,
                                                             int add) {
     tile *c01 = c + c_at.along, *c10 = c + c_at.down, *c11 = c10 + c_at.along;
+    STORED();
     if (add) {
         _tile_loadd(0, c, 64);
         if (wide > 1) _tile_loadd(1, c01, 64);

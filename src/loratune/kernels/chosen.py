@@ -20,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from loratune.kernels.deviation import deviation, furthest
 from loratune.kernels.lanes import table_of
 
+# Tokens of the trial's longest lane: more keys than are computed together.
+_LONG = 290
 # The kernels compute in fp32; in float64 they would lose half of the digits.
 _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -173,15 +175,16 @@ def _has_tiles(kernels: ModuleType) -> bool:
 
 def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> Pairs:
     """Two branches of one prefix, a row that starts afresh, and a window that cuts the prefix."""
-    segments, above = (5, 4, 3, 20), ((), (0,), (0,), ())
+    segments, above = (5, 4, 3, _LONG), ((), (0,), (0,), ())
+    tokens = sum(segments)
     node = torch.repeat_interleave(torch.arange(4), torch.tensor(segments))
-    position = torch.cat([torch.arange(5), torch.arange(5, 9), torch.arange(5, 8), torch.arange(20)])
+    position = torch.cat([torch.arange(5), torch.arange(5, 9), torch.arange(5, 8), torch.arange(_LONG)])
     age = position[:, None] - position
     related = (node[:, None] == node) | ((node == 0) & (node[:, None] < 3))
-    drawn = _drawn(device, (32, 4, 16), (32, 2, 16), (32, 2, 32), (32, 4, 32))
+    drawn = _drawn(device, (tokens, 4, 16), (tokens, 2, 16), (tokens, 2, 32), (tokens, 4, 32))
     q, k, v, gy = (t.to(dtype).float() for t in drawn)
     for window in (None, 4):
-        hidden = ~(related & (age >= 0) & (age < (window or 32)))
+        hidden = ~(related & (age >= 0) & (age < (window or tokens)))
         keys, values = (t.repeat_interleave(2, 1).transpose(0, 1) for t in (k, v))
         scores = (q.transpose(0, 1) @ keys.mT * 0.3).masked_fill(hidden, -torch.inf)
         y = (scores.softmax(-1) @ values).transpose(0, 1)
@@ -199,10 +202,15 @@ def _sums(kernels: ModuleType, device: torch.device) -> Pairs:
     if not _has_tiles(kernels):
         return
     with torch.no_grad():
-        x, w, z, turned, into = (t.bfloat16() for t in _drawn(device, (50, 40), (40, 24), (50, 70), (24, 70), (50, 24)))
-        right = (into.float() + 0.5 * (x.float() @ w.float() + z.float() @ turned.float().T)).bfloat16()
-        yield "the sum of products", kernels.sum_of_products([(x, w), (z, turned.T)], 0.5, into), right
-        yield "the product over rows", kernels.product_over_rows(x, z), x.float().T @ z.float()
+        drawn = _drawn(device, (50, 40), (40, 72), (50, 64), (72, 64), (50, 72), (64, 20))
+        x, w, z, turned, into, thin = (t.bfloat16() for t in drawn)
+        both = x.float() @ w.float() + z.float() @ turned.float().T
+        yield "the sum of products", kernels.sum_of_products([(x, w), (z, turned.T)], 0.5, None), (both / 2).bfloat16()
+        right = (into.float() + both).bfloat16()
+        yield "the sum of products", kernels.sum_of_products([(x, w), (z, turned.T)], 1.0, into), right
+        yield "the product of few columns", kernels.sum_of_products([(z, thin)], 1.0, None), (z @ thin)
+        for left, side in ((x, z), (z, x)):
+            yield "the product over rows", kernels.product_over_rows(left, side), left.float().T @ side.float()
 
 
 _TRIALS: tuple[Callable[[ModuleType, torch.device], Pairs], ...] = (_norms, _products, _turns, _attentions, _sums)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-# What one thread does at a time is cut from long lanes, and put together from short ones behind the same path: an
-# eighth of a row's pairs at most, and of a long lane's tokens, but no fewer than these. The more, the more is summed.
-_RUNS, _PARTS, _PART = 4, 8, 256
+# What one thread does at a time is cut from long lanes, and put together from short ones behind the same path: a
+# quarter of a row's pairs at most, and of a long lane's tokens, but no fewer than these. The more, the more is summed.
+_RUNS, _PARTS, _PART = 4, 4, 256
 
 
 class Lane(NamedTuple):

@@ -174,6 +174,11 @@ def _turn(
     tl.store(target + half, y2.to(y.dtype.element_ty), mask=inside)
 
 
+def in_tiles(_: torch.dtype) -> bool:
+    """Whether there are products in tiles: cuBLAS has them."""
+    return False
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """w · x / √(mean x² + eps) and 1 / √(mean x² + eps).
 

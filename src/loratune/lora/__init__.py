@@ -8,6 +8,7 @@ from loratune.lora.eva import Directions, Seen, eva_factors, ranks_by_explained
 from loratune.lora.experts import OnParameters, adapt_parameter, release_parameters
 from loratune.lora.init import decomposed_factors, generator_for, initial_factors, lookup_factors, residual_factors
 from loratune.lora.layer import LoraLayer, Term, adapt_in_place, release, selecting, together
+from loratune.lora.linear import base_product
 from loratune.lora.lookup import LoraLookup
 from loratune.lora.recomputed import Recomputed, bind_recomputation, can_be_recomputed, unbind_recomputation
 from loratune.lora.replaced import Tensors, give_back, replace_in
@@ -70,6 +71,7 @@ __all__ = [
     "base_modules",
     "base_of",
     "base_parameters",
+    "base_product",
     "bind_recomputation",
     "blocks_help",
     "can_be_recomputed",

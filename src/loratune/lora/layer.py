@@ -104,7 +104,8 @@ class LoraLayer(Adapting):
 
     def _projection(self, low_rank: LowRank) -> Projection:
         bias = cast("Tensor | None", self.bias)
-        return Projection(super().forward, self.lora_weight(self), bias, *low_rank.factors(), low_rank.scale)
+        tiled = bool(getattr(type(self), "tiled", False))  # what else is mixed in may say so
+        return Projection(super().forward, self.lora_weight(self), bias, *low_rank.factors(), low_rank.scale, tiled)
 
     def _vera(self, vera: Vera) -> VeraProjection:
         bias = cast("Tensor | None", self.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import AdapterStateError
-from loratune.kernels import product_over_rows, sum_of_products
+from loratune.kernels import has_tiles, product_over_rows, sum_of_products
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -30,7 +30,7 @@ class Weight(Protocol):
 
     @property
     def lasting(self) -> bool:
-        """Whether what is lent may be held while the next one is lent: it stays, and takes no memory of its own."""
+        """Whether what is lent, in its own dtype, may be held while the next one is: it takes no memory of its own."""
         ...
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,6 +53,7 @@ class Projection(NamedTuple):
         base: x ↦ W x + b, of which b is `bias` and W is `weight`, which gets no gradient.
         A: (r, in_features), B: (out_features, r), in their masters' dtype.
         scale: s.
+        tiled: whether base(x) is `base_product`, so that all of it may be one sum.
     """
 
     base: Linear
@@ -61,6 +62,7 @@ class Projection(NamedTuple):
     A: Tensor
     B: Tensor
     scale: float
+    tiled: bool = False
 
 
 class Frozen(NamedTuple):
@@ -100,7 +102,7 @@ class _Computed(NamedTuple):
 def _computed(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> _Computed:
     A, Bs = _rounded(projections, x.dtype)
     h = _inner(x, A, projections, dropped)
-    ys = tuple(_add(p.base(x), part, B) for p, part, B in zip(projections, h, Bs, strict=True))
+    ys = tuple(_with_update(x, p, part, B) for p, part, B in zip(projections, h, Bs, strict=True))
     return _Computed(ys, A, Bs, h)
 
 
@@ -126,9 +128,21 @@ def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Lin
     return parts
 
 
-def _add(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
+def _with_update(x: Tensor, p: Projection, h: Tensor, B: Tensor) -> Tensor:
+    """base(x) + h Bᵀ; the terms of B come last, so that one of zeros changes no bit."""
+    if p.tiled:
+        products = [*base_product(x, p.weight.lent(x.dtype), p.bias), (h, B.T)]
+        if has_tiles([left for left, _ in products], [right for _, right in products]):
+            return sum_of_products(products).view(*x.shape[:-1], len(B))
+    y = p.base(x)
     sum_of_products([(h, B.T)], into=y.view(-1, y.shape[-1]))
     return y
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """x Wᵀ + b as products to be summed."""
+    flat = x.reshape(-1, x.shape[-1])
+    return [(flat, weight.T), *([] if bias is None else [(flat.new_ones(len(flat), 1), bias[None])])]
 
 
 class _LoraLinears(torch.autograd.Function):

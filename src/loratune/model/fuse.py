@@ -19,6 +19,7 @@ from loratune.model.last_layer import fuse_last
 from loratune.model.modes import evaluating
 from loratune.model.norm import fuse_norm
 from loratune.model.self_attention import fuse_attention, trial_rows
+from loratune.model.tiled_linear import fuse_linear
 
 
 def fuse(model: nn.Module) -> int:
@@ -30,7 +31,11 @@ def fuse(model: nn.Module) -> int:
         How many modules were fused; those whose formula is another stay as they are.
     """
     kinds = (fuse_norm, fuse_gated, fuse_attention)
-    return sum(any(kind(module) for kind in kinds) for _, module in base_modules(model)) + fuse_last(model)
+    found = sum(any(kind(module) for kind in kinds) for _, module in base_modules(model))
+    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if found:  # of chunks of its output only, which are multiplied elsewhere
+        found += sum(fuse_linear(module) for _, module in base_modules(model) if module is not head)
+    return found + fuse_last(model)
 
 
 def unfuse(model: nn.Module) -> None:

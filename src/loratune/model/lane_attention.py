@@ -1,6 +1,7 @@
 """Attention over a tree of segments by the kernels in C.
 
-Each lane of each key head goes from its keys to its result in one piece: in bf16 with the products of a processor's
+Some lanes behind one path, or a part of a long one, go from their keys to their results in one piece for each key
+head: in bf16 with the products of a processor's
 matrix unit where it has one (`c_tile_attention.c`), else in fp32 (`c_attention.c`). The latter is for tokens that see
 few others: where they see many, torch's products are faster, in spite of what they write and read (`tree_attention`).
 """

@@ -49,7 +49,7 @@ class FrozenWeight(Protocol):
 
     @property
     def lasting(self) -> bool:
-        """Whether what is lent may be held while the next one is lent: it stays, and takes no memory of its own."""
+        """Whether what is lent, in its own dtype, may be held while the next one is: it takes no memory of its own."""
         ...
 
     @property
