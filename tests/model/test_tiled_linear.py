@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 import loratune as lt
 from loratune.kernels import c_blocks, product_over_rows
-from loratune.lora import together
-from loratune.model import fuse, unfuse, use_packed_attention
+from loratune.lora import Blocked, together
+from loratune.model import fuse, prepare_decoding, unfuse, use_packed_attention
 from loratune.model.tiled_linear import TiledLinear, fuse_linear
 from loratune.quant import quantize
 from tests.models import tiny
@@ -124,3 +125,20 @@ def test_gradients_of_factors_are_not_rounded() -> None:
     u, v = torch.randn(40, 8).bfloat16(), torch.randn(40, 6).bfloat16()
     found = product_over_rows(u, v)
     assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_what_is_prepared_for_answers_goes_by_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for many tokens at once, with an adapter and without."""
+    model = fused_llama()
+    handle = lt.attach(model, lt.LoraConfig(r=4, target_modules="all-linear"))
+    prepare_decoding(model)
+    used: list[int] = []
+    times = Blocked.times
+    monkeypatch.setattr(Blocked, "times", lambda self, *told: used.append(1) or times(self, *told))
+    linears = sum(isinstance(module, TiledLinear) for module in model.modules())
+    with torch.no_grad():
+        for context in (nullcontext, handle.disabled):
+            used.clear()
+            with context():
+                model(torch.arange(60)[None] % 40)
+            assert len(used) >= linears

@@ -65,9 +65,11 @@ class DecodingLinear(Mixin):
         made_of: what it is a copy of; None once the weight has been written, or may have been trained.
     """
 
-    order = 4
+    # Before the fused one: blocks of its own, made once, are what few tokens and whole prompts are multiplied with.
+    order = 3
     prefix = "Decoding"
     lasts = False
+    tiled = False
     bias: Tensor | None
     blocked: Blocked | None
     made_of: _Made | None

@@ -16,7 +16,7 @@ class Fused(Mixin):
         settings: the plain attributes that this puts on a module, found out in a trial.
     """
 
-    order = 3
+    order = 4
     prefix = "Fused"
     settings: tuple[str, ...] = ()
 
