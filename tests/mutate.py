@@ -22,6 +22,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,7 +72,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     if session.testsfailed or session.config.option.collectonly:
         return False
     folder = Path(session.config.rootpath)
-    reach, costs = _in_fork(lambda: _reach(session))
+    reach, costs = _merged(_in_forks([partial(_reach, session, items) for items in _by_file(session.items)]))
     todo = list(_untried(folder))
     random.Random(0).shuffle(todo)
     print(f"\n{len(session.items)} tests reach {len(reach)} functions, {len(todo)} changes to try", flush=True)
@@ -133,8 +134,37 @@ def _fork(name: str, items: Sequence[pytest.Item], limit: float) -> int:
 _Cost = tuple[float, dict[str, float]]
 
 
-def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, _Cost]]:
+def _by_file(items: Sequence[pytest.Item]) -> list[list[pytest.Item]]:
+    """Parts of the tests, one for each job; those of a file stay together, with what they share."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    parts: list[list[pytest.Item]] = [[] for _ in range(_JOBS)]
+    for own in sorted(files.values(), key=len, reverse=True):
+        min(parts, key=len).extend(own)
+    return [part for part in parts if part]
+
+
+def _merged(parts: Sequence[Any]) -> tuple[dict[str, list[str]], dict[str, _Cost]]:
     """The tests that call each function, and how long each test takes."""
+    reach: dict[str, list[str]] = {}
+    costs: dict[str, _Cost] = {}
+    left_out: list[str] = []
+    for own_reach, own_costs, own_left_out in parts:
+        for function, tests in own_reach.items():
+            reach.setdefault(function, []).extend(tests)
+        costs.update(own_costs)
+        left_out += own_left_out
+    print(*left_out, sep="\n", flush=True)
+    if len(left_out) > (len(costs) + len(left_out)) * _LEFT_OUT:
+        raise RuntimeError(f"{len(left_out)} tests fail without a change")
+    return reach, costs
+
+
+def _reach(
+    session: pytest.Session, items: Sequence[pytest.Item]
+) -> tuple[dict[str, list[str]], dict[str, _Cost], list[str]]:
+    """The tests that call each function, how long each test takes, and those that fail."""
     from mutmut.mutation.trampoline import set_mutant_under_test
     from mutmut.state import state
 
@@ -144,7 +174,7 @@ def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, _Co
     reach: dict[str, list[str]] = {}
     costs: dict[str, _Cost] = {}
     left_out: list[str] = []
-    for item, then in _pairs(session.items):
+    for item, then in _pairs(items):
         state()._stats.clear()
         begun, made = _used(), shared.total
         failures = _failures(item, then)
@@ -155,10 +185,7 @@ def _reach(session: pytest.Session) -> tuple[dict[str, list[str]], dict[str, _Co
         costs[item.nodeid] = (own, shared.of(item))
         for function in state()._stats:
             reach.setdefault(function, []).append(item.nodeid)
-    print(*left_out, sep="\n", flush=True)
-    if len(left_out) > len(session.items) * _LEFT_OUT:
-        raise RuntimeError(f"{len(left_out)} tests fail without a change")
-    return reach, costs
+    return reach, costs, left_out
 
 
 class _Shared:
@@ -188,20 +215,31 @@ class _Shared:
         return f"{fixturedef.baseid}::{fixturedef.argname}"
 
 
-def _in_fork(make: Callable[[], Any]) -> Any:
-    """What `make` gives, from a process of its own: after a backward pass torch does not let itself be forked."""
-    with tempfile.NamedTemporaryFile("r+") as file:
-        pid = os.fork()
-        if not pid:
-            try:
-                Path(file.name).write_text(json.dumps(make()), encoding="utf-8")
-            except BaseException as error:  # noqa: BLE001 - it is passed on
-                Path(file.name).write_text(str(error), encoding="utf-8")
-                _end(1)
-            _end(0)
-        if os.waitpid(pid, 0)[1]:
-            raise RuntimeError(file.read())
-        return json.load(file)
+def _in_forks(makes: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each gives, from a process of its own: after a backward pass torch does not let itself be forked."""
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place, str(number)) for number in range(len(makes))]
+        pids = [_made_in_fork(make, file) for make, file in zip(makes, files, strict=True)]
+        failed = [bool(os.waitpid(pid, 0)[1]) for pid in pids]
+        for file, failure in zip(files, failed, strict=True):
+            text = file.read_text(encoding="utf-8")
+            if failure:
+                raise RuntimeError(text)
+            found.append(json.loads(text))
+    return found
+
+
+def _made_in_fork(make: Callable[[], Any], file: Path) -> int:
+    pid = os.fork()
+    if not pid:
+        try:
+            file.write_text(json.dumps(make()), encoding="utf-8")
+        except BaseException as error:  # noqa: BLE001 - it is passed on
+            file.write_text(str(error), encoding="utf-8")
+            _end(1)
+        _end(0)
+    return pid
 
 
 def _failures(item: pytest.Item, then: Any) -> list[str]:

@@ -30,6 +30,7 @@ from loratune.estimation import (
     matmul_rate,
     step_flops,
 )
+from loratune.kernels import kernels_of
 from loratune.lora import base_modules
 from loratune.loss import summed_loss
 from loratune.model import fuse, recompute_activations, use_packed_attention
@@ -90,6 +91,7 @@ def test_flops_of_experts_against_a_counted_step(family: str, adapted: dict[str,
     use_packed_attention(model)
     lora = lt.attach(model, lt.LoraConfig(**adapted))
     batch = make_batch(rows_of(9, 14, 6, 11), packed=True, pad_id=PAD)
+    kernels_of(torch.device("cpu"))  # whose trial is no step's
     with FlopCounterMode(display=False) as counter:
         summed_loss(model, batch).backward()
     estimated = step_flops(lora.plan(), Shape.of(model), batch.computed_tokens, batch.supervised, recompute=False)
@@ -246,6 +248,7 @@ def test_flops_against_a_counted_step(settings: dict[str, Any], tied: bool) -> N
     lora = lt.attach(model, lt.LoraConfig(**settings))
     rows = rows_of(9, 14, 6, 11)
     batch = make_batch(rows, packed=True, pad_id=PAD)
+    kernels_of(torch.device("cpu"))  # whose trial is no step's
     with FlopCounterMode(display=False) as counter:
         summed_loss(model, batch).backward()
     tokens, scored = batch.computed_tokens, batch.supervised

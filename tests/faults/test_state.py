@@ -103,10 +103,10 @@ def test_every_checkpoint_damaged(place: Place, whole: Whole, warmed: Warmed, co
 @pytest.fixture(scope="module")
 def large(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run whose steps take more memory than what a process has left over."""
-    data = write_jsonl(tmp_path_factory.mktemp("large") / "sums.jsonl", additions(300))
+    data = write_jsonl(tmp_path_factory.mktemp("large") / "sums.jsonl", additions(1200))
     settings = (
         "--max-steps=4", "--lr=1e-2", "--rank=4", "--dtype=fp32", "--device=cpu", "--samples=0", "--checks=off",
-        "--val=0", "--batch-size=128", "--micro-batch-tokens=4096", "--save-every=2",
+        "--val=0", "--batch-size=512", "--micro-batch-tokens=16384", "--save-every=2",
     )  # fmt: skip
     return Place(tmp_path_factory.mktemp("plain"), base, data, settings)
 
@@ -144,13 +144,13 @@ def test_out_of_memory_and_killed(
     agrees(little, unlimited)
     checkpoint, _ = latest_checkpoint(little.run / "checkpoints", little.record()["identity"])
     assert checkpoint is not None
-    assert checkpoint.state["micro_batch_tokens"] <= 2048
+    assert checkpoint.state["micro_batch_tokens"] <= 8192
     counted("memory that ran out")
 
 
 def agrees(place: Place, unlimited: dict[str, torch.Tensor]) -> None:
     halved = [event["text"] for event in place.record()["events"] if event["kind"] == "out of memory"]
-    assert halved[0] == "micro-batch halved to 2048 tokens"
+    assert halved[0] == "micro-batch halved to 8192 tokens"
     found = load_file(place.run / "adapter_model.safetensors")
     assert found.keys() == unlimited.keys()
     for name, tensor in unlimited.items():

@@ -142,3 +142,19 @@ def test_what_is_prepared_for_answers_goes_by_its_blocks(monkeypatch: pytest.Mon
             with context():
                 model(torch.arange(60)[None] % 40)
             assert len(used) >= linears
+
+
+def test_a_layer_of_which_an_adapter_has_its_own() -> None:
+    """Whole modules that train go their own way, and the base's again without them."""
+    model = fused_llama()
+    ids = torch.arange(60)[None] % 40
+    with torch.no_grad():
+        base = model(ids).logits
+    names = {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]}
+    handle = lt.attach(model, lt.LoraConfig(r=4, **names))
+    model(ids).logits.float().sum().backward()
+    own = [p for name, p in model.named_parameters() if "o_proj" in name and p.requires_grad]
+    assert own
+    assert all(p.grad is not None for p in own)
+    with torch.no_grad(), handle.disabled():
+        assert torch.equal(model(ids).logits, base)

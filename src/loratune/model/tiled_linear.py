@@ -19,10 +19,10 @@ class TiledLinear(Fused):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        held = (self._parameters.get("weight"), self._parameters.get("bias"))
-        if torch.compiler.is_compiling() or (self.weight, self.bias) != held or not _computes(input, *held):
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        own = self.weight is weight and self.bias is bias  # an adapter may have its own
+        if torch.compiler.is_compiling() or not own or not _computes(input, weight, bias):
             return cast(Tensor, super().forward(input))
-        weight, bias = held
         if torch.is_grad_enabled() and input.requires_grad:
             return cast(Tensor, _TiledLinear.apply(input, weight, bias))  # type: ignore[no-untyped-call]
         return _computed(input, cast(Tensor, weight), bias)
