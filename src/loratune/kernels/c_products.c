@@ -20,6 +20,8 @@ typedef struct {
     int64_t x_row, w_row, inner, turned;
 } factors;
 
+static inline int64_t tiles_along(const factors *f) { return by(f->inner, 32) / 32; }
+
 /* A part of `number`, for one of `parts`. */
 static inline range share_of(int64_t number, int64_t part, int64_t parts) {
     return (range){number * part / parts, number * (part + 1) / parts};
@@ -72,7 +74,7 @@ static int some_columns(const factors *f, int64_t number, int64_t deep, int64_t 
         tile *left = aligned_alloc(64, (size_t)(some * deep) * sizeof(tile)), places[2][4] = {0};
         if (!left) failed = 1;
         tile *to = right;
-        for (int64_t i = 0; i < number; to += by(f[i++].inner, 32) / 32)
+        for (int64_t i = 0; i < number; to += tiles_along(f + i++))
             if (f[i].turned)
 #pragma omp for schedule(static) nowait
                 for (int64_t n = 0; n < by(columns, 32); n += 16)
@@ -104,7 +106,7 @@ static int some_columns(const factors *f, int64_t number, int64_t deep, int64_t 
             int64_t last = least(first + some, least(m_share.stop * 2, by(rows, 16) / 16));
             for (int64_t m = first; m < last; m++) {
                 tile *to = left + (m - first) * deep;
-                for (int64_t i = 0; i < number; to += by(f[i++].inner, 32) / 32)
+                for (int64_t i = 0; i < number; to += tiles_along(f + i++))
                     strip_of_rows(f[i].x + m * 16 * f[i].x_row, f[i].x_row, rows - m * 16, f[i].inner, 0, to);
             }
             /* Some columns at a time, and row after row of them: what is written lies together. */
@@ -132,7 +134,7 @@ static int some_columns(const factors *f, int64_t number, int64_t deep, int64_t 
 int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns,
                     float scale, int add) {
     int64_t deep = 0;
-    for (int64_t i = 0; i < number; i++) deep += by(f[i].inner, 32) / 32;
+    for (int64_t i = 0; i < number; i++) deep += tiles_along(f + i);
     int64_t some = by(least(columns, by(SHARED / deep + 1, 2) * 16), 32);
     tile *right = aligned_alloc(64, (size_t)(some / 16 * deep) * sizeof(tile));
     if (!right) return 1;

@@ -165,12 +165,8 @@ def _turns(kernels: ModuleType, device: torch.device) -> Pairs:
 def _attentions(kernels: ModuleType, device: torch.device) -> Pairs:
     if hasattr(kernels, "attend_forward"):
         yield from _attention(kernels, device, torch.float32)
-    if _has_tiles(kernels):
+    if kernels.in_tiles(torch.bfloat16):
         yield from _attention(kernels, device, torch.bfloat16)
-
-
-def _has_tiles(kernels: ModuleType) -> bool:
-    return hasattr(kernels, "in_tiles") and bool(kernels.in_tiles(torch.bfloat16))
 
 
 def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> Pairs:
@@ -199,7 +195,7 @@ def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) ->
 
 def _sums(kernels: ModuleType, device: torch.device) -> Pairs:
     """Of two products, whose right factors lie by rows and by columns, added to something; and over rows."""
-    if not _has_tiles(kernels):
+    if not kernels.in_tiles(torch.bfloat16):
         return
     with torch.no_grad():
         drawn = _drawn(device, (50, 40), (40, 72), (50, 64), (72, 64), (50, 72), (64, 20))

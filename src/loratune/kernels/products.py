@@ -1,4 +1,4 @@
-"""Sums of products, and products over tokens: what the equation of low-rank adaptation multiplies on its way back.
+"""Sums of products, and products over tokens: what the equation of low-rank adaptation multiplies.
 
 By a processor's matrix unit where it has one, each number summed in fp32 and rounded once (`c_products.c`); else by
 torch, one product after the other.
