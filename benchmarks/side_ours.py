@@ -71,7 +71,7 @@ class Run:
             if isinstance(event, StepDone):
                 hear(event)
 
-        hooks = Hooks(emit, None, lambda _: None, lambda: False, lambda _: None)
+        hooks = Hooks(emit, None, None, lambda: False)
         progress = Progress(0, decisions["micro_batch_tokens"])
         loop = Loop(self.setup.model, self.lora, work, optimizer, schedule, Processes(), progress, hooks)
         with freed_memory_kept(self.setup.base.device):

@@ -170,11 +170,14 @@ def _other_data() -> Iterator[None]:
 @contextlib.contextmanager
 def _looked_at() -> Iterator[dict[str, Any]]:
     """How a frozen weight and a trained tensor are kept between steps, and what all parts take."""
+    import torch
     from torch.distributed.tensor import DTensor
 
     seen: dict[str, Any] = {}
 
     def act(_: int, model: Any, batch: Any) -> None:
+        if not torch.is_grad_enabled():
+            return  # after a pass without a way back the root's own parameters stay whole until the next one
         found = dict(model.named_parameters())
         local = {n: tensor.to_local() if isinstance(tensor, DTensor) else tensor for n, tensor in found.items()}
         seen["kinds"] = sorted({type(tensor).__name__ for tensor in found.values()})

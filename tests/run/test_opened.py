@@ -182,9 +182,11 @@ def test_merge_refuses(finished: Path, base: str, tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     with pytest.raises(RunFolderError, match="exists already"):
         merge(open_run(str(finished)), str(tmp_path / "full"))
+    with pytest.raises(RunFolderError, match=r"a.udcff' is not UTF-8"):
+        merge(open_run(str(finished)), str(tmp_path / "a\udcff"))
     with pytest.raises(AdapterStateError, match="no adapter to merge"):
         merge(open_run(base, dtype="fp32"), str(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_wrong_merge_is_not_written(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,9 +290,9 @@ def test_divergence_is_an_error(quick: Quick, tmp_path: Path) -> None:
 
 
 def test_weights_that_overflow_the_model_are_a_divergence(quick: Quick, tmp_path: Path) -> None:
-    """They are finite, and so is the loss, that of guessing; the checkpoint that holds them is no good one."""
-    with pytest.raises(DivergedError, match=r"step 3: loss 5.99146, every one of 400 answers is as likely"):
-        quick(tmp_path / "run", lr=1e3, save_every=1, keep=9)
+    """They are finite, and so is the loss, that of guessing; they are not written, and the checkpoint before stays."""
+    with pytest.raises(DivergedError, match=r"step 2: loss 5.99146 after it, every one of 400 answers is as likely"):
+        quick(tmp_path / "run", lr=1e3, save_every=1, keep=1)
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "failed"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()

@@ -26,7 +26,7 @@ from tests.models import PAD, VOCABULARY, tiny
 class Training:
     """One loop over `rows`, four a step.
 
-    `heard` holds its events, `saved` the steps at which it saved, `dropped` those it took back.
+    `heard` holds its events, `saved` the steps at which it saved.
     """
 
     rows: Sequence[Rendered]
@@ -62,7 +62,6 @@ class Training:
         self.order = Order(len(self.rows), 4, self.seed)
         self.heard: list[Any] = []
         self.saved: list[int] = []
-        self.dropped: list[int] = []
 
     def run(self, until: int | None = None, save: Callable[[Progress], None] | None = None) -> Training:
         """Train to the end, or stop after `until` steps as a signal would."""
@@ -84,7 +83,6 @@ class Training:
             self.evaluate,
             save or (lambda progress: self.saved.append(progress.step)),
             lambda: until is not None and self.progress.step >= until,
-            self.dropped.append,
         )
         self.model.train()
         Loop(self.model, self.lora, work, self.updater, self.schedule, self.processes, self.progress, hooks).run()

@@ -97,10 +97,10 @@ def test_nothing_validated_yet(tmp_path: Path) -> None:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     training = Training(ROWS, steps=5, save_every=1)
     training.run(save=lambda at: save_checkpoint(tmp_path, training.lora, training.updater, at, keep=3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000005"]
     checkpoint, _ = latest_checkpoint(tmp_path)
     assert checkpoint is not None
-    assert checkpoint.step == 4
+    assert checkpoint.step == 5
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def damage(path: Path, how: str) -> None:
     "how", ["flipped bit", "cut off", "no tensors", "no state", "broken state", "state without a hash"]
 )
 def test_damaged_newest_falls_back(how: str, tmp_path: Path) -> None:
-    training = Training(ROWS, steps=5, save_every=2)
+    training = Training(ROWS, steps=4, save_every=2)
     training.run(save=lambda at: save_checkpoint(tmp_path, training.lora, training.updater, at, keep=2))
     damage(tmp_path / "step-00000004", how)
     checkpoint, damaged = latest_checkpoint(tmp_path)

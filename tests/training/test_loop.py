@@ -212,7 +212,7 @@ def test_best_adapter_without_an_early_stop() -> None:
 def test_validation_and_saving_rhythm() -> None:
     training = Training(ROWS, steps=7, eval_every=3, save_every=2, evaluate=lambda: 1.0).run()
     assert [event.step for event in training.heard if isinstance(event, Validated)] == [3, 6, 7]
-    assert training.saved == [2, 4, 6]
+    assert training.saved == [2, 4, 6, 7]
 
 
 def test_stop_between_steps() -> None:
@@ -248,13 +248,41 @@ def test_gradient_that_is_not_finite() -> None:
 
 def test_weights_that_grew_until_nothing_comes_through() -> None:
     """A step may be so wide that hidden states overflow: finite weights, equal logits, and no gradient ever again."""
-    training = Training(ROWS, lr=1e10, save_every=1)
+    training = Training(ROWS, lr=1e10)
     with pytest.raises(DivergedError, match=r"step 2: loss 5.99146, every one of 400 answers is as likely"):
         training.run()
     assert all(bool(weight.isfinite().all()) for weight in training.weights())
     assert len(training.steps_heard()) == 1
-    assert (training.saved, training.dropped) == ([1], [1])
+    assert training.saved == []
     assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+@pytest.mark.parametrize(("steps", "save_every"), [(9, 1), (1, None)])
+def test_weights_that_grew_too_far_are_not_saved(steps: int, save_every: int | None) -> None:
+    """They are seen before they are written, also those of the last step, which no step comes after."""
+    training = Training(ROWS, steps=steps, save_every=save_every, lr=1e10, kind="constant")
+    with pytest.raises(DivergedError, match=r"step 1: loss 5.99146 after it, every one of 400 answers is as likely"):
+        training.run()
+    assert len(training.steps_heard()) == 1
+    assert training.saved == []
+    assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_last_step_has_to_leave_a_loss(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: real(*a) * (1.0 if torch.is_grad_enabled() else value))
+    training = Training(ROWS, steps=2)
+    with pytest.raises(DivergedError, match=f"step 2: loss {value:g} after it"):
+        training.run()
+    assert training.saved == []
+
+
+def test_a_look_at_the_loss_leaves_the_run_as_it_was() -> None:
+    """Its bits are those of a run that saves nothing on its way, with dropout and with a dropout of the base."""
+    one, other = (Training(ROWS, family="gpt2", dropout=0.3, save_every=x).run() for x in (1, None))
+    assert one.saved == [1, 2, 3, 4, 5]
+    assert_same(one.weights(), other.weights())
 
 
 @pytest.mark.parametrize("loss", [0.0, 1e-9, 2.5, 6.1])

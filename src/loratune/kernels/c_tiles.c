@@ -80,11 +80,12 @@ static inline __attribute__((always_inline)) void few_tiles(int tall, int wide, 
 }
 
 /* C (+)= A B, all counted in tiles. */
-static void product_of(int64_t rows, int64_t columns, int64_t inner, left_factor a, const tile *b, strides b_at,
-                       tile *c, strides c_at, int add) {
+static void tile_product(int64_t rows, int64_t columns, int64_t inner, const tile *a, strides a_at, const tile *b,
+                         strides b_at, tile *c, strides c_at, int add) {
+    int64_t size = sizeof(tile);
     for (int64_t n = 0; n < columns; n += 2)
         for (int64_t m = 0; m < rows; m += 2) {
-            left_factor left = {a.at + m * a.down, a.row, a.down, a.along};
+            left_factor left = {(const char *)(a + m * a_at.down), 64, a_at.down * size, a_at.along * size};
             const tile *right = b + n * b_at.along;
             tile *to = c + m * c_at.down + n * c_at.along;
             int tall = rows - m > 1, wide = columns - n > 1;
@@ -93,14 +94,6 @@ static void product_of(int64_t rows, int64_t columns, int64_t inner, left_factor
             else if (wide) few_tiles(1, 2, inner, left, right, b_at, to, c_at, add);
             else few_tiles(1, 1, inner, left, right, b_at, to, c_at, add);
         }
-}
-
-/* The same with a left factor in tiles. */
-static void tile_product(int64_t rows, int64_t columns, int64_t inner, const tile *a, strides a_at, const tile *b,
-                         strides b_at, tile *c, strides c_at, int add) {
-    int64_t size = sizeof(tile);
-    left_factor left = {(const char *)a, 64, a_at.down * size, a_at.along * size};
-    product_of(rows, columns, inner, left, b, b_at, c, c_at, add);
 }
 
 /* Rows become columns. */

@@ -12,7 +12,7 @@ from torch import Tensor
 from loratune.data.batch import Batch
 from loratune.data.pack import one_batch
 from loratune.data.tasks import DATA_TASKS
-from loratune.errors import AdapterStateError
+from loratune.errors import AdapterStateError, RunFolderError
 from loratune.model import save_plain
 from loratune.run.folder import refuse_taken
 from loratune.run.opened import Opened
@@ -28,13 +28,21 @@ def merge(opened: Opened, out: str) -> dict[str, Any]:
     Raises:
         AdapterStateError: tied weights would part, or a merged weight would not be finite.
         CheckError: the merged model computes something else than the adapter; nothing is written.
-        RunFolderError: the folder is there already.
+        RunFolderError: the folder is there already, or has a name that transformers cannot write to.
     """
     target = Path(out)
     refuse_taken(target)
+    _refuse_name(target)
     with folded(opened) as (state, detail):
         save_plain(opened.base.model, state, opened.base.tokenizer, target)
     return {"out": str(target), "dtype": str(opened.base.model.dtype).removeprefix("torch."), "verified": detail}
+
+
+def _refuse_name(folder: Path) -> None:
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RunFolderError(f"{str(folder)!r} is not UTF-8", hint="name another folder with --out") from None
 
 
 @contextmanager

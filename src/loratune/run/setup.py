@@ -325,7 +325,8 @@ def _decide_rhythm(decisions: Decisions, prepared: Prepared) -> None:
             raise ConfigError("early_stop needs held-out rows", hint="give some with --val")
     else:
         decisions.decide("eval_every", max(1, steps // 4), f"four times in {steps} steps")
-    decisions.decide("save_every", max(10, steps // 4), f"four times in {steps} steps, not more often than every 10")
+    why = f"four times in {steps} steps, not more often than every 10 and not less often than every 500"
+    decisions.decide("save_every", max(10, min(steps // 4, 500)), why)
 
 
 def _seconds(base: Base, decisions: Decisions, prepared: Prepared, shape: Shape, spread: Spread) -> float:

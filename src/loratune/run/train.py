@@ -43,7 +43,7 @@ from loratune.run.smaller import smaller_ranks
 from loratune.run.spread import spread_out
 from loratune.run.start import start_from_data
 from loratune.run.task import choose_head, next_command
-from loratune.training.checkpoint import Checkpoint, drop_checkpoint, latest_checkpoint, restore, save_checkpoint
+from loratune.training.checkpoint import Checkpoint, latest_checkpoint, restore, save_checkpoint
 from loratune.training.checks import all_finite, same_everywhere
 from loratune.training.loop import LOWER, Hooks, Loop, Progress, Work
 from loratune.training.memory import memory_errors
@@ -212,10 +212,6 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
             keep=decisions["keep"], run=journal.record["identity"], write=folder.written_here,
         )  # fmt: skip
 
-    def drop(step: int) -> None:
-        if folder.written_here:
-            drop_checkpoint(folder.checkpoints, step)
-
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
         journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
@@ -224,9 +220,8 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
         def asked_to_stop() -> bool:
             return processes.some(stop.is_set())
 
-        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop, drop)
+        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop)
         Loop(objective, lora, _work(setup), optimizer, schedule, processes, progress, hooks).run()
-        save(progress)
         stopped = asked_to_stop() and not progress.ended(schedule)
     if stopped:
         raise RunInterrupted(

@@ -91,13 +91,6 @@ def save_checkpoint(
     return path
 
 
-def drop_checkpoint(folder: Path, step: int) -> None:
-    """Delete the checkpoint of this step, if there is one."""
-    path = _path(folder, step)
-    if path.is_dir():
-        shutil.rmtree(path)
-
-
 def latest_checkpoint(folder: Path, run: str = "") -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of this run whose content matches its hash, and what was wrong with newer ones."""
     damaged: list[str] = []

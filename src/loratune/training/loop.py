@@ -20,7 +20,7 @@ from loratune.data.render import Rendered
 from loratune.errors import DivergedError, OutOfMemoryError
 from loratune.lora import TokenCounter
 from loratune.loss import summed_loss
-from loratune.model import peak_memory
+from loratune.model import evaluating, peak_memory
 from loratune.training.events import Listener, Noticed, StepDone, Validated
 from loratune.training.memory import is_out_of_memory, release_memory
 from loratune.training.optimizer import clipped_norm, set_lr
@@ -80,14 +80,13 @@ class Progress:
 class Hooks:
     """What the loop calls: `evaluate` gives the held-out loss, `save` writes a checkpoint, `stop` asks to end.
 
-    `drop` takes back the checkpoint of a step, if there is one.
+    Without `save` nothing is kept.
     """
 
     emit: Listener
     evaluate: Callable[[], float] | None
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], None] | None
     stop: Callable[[], bool]
-    drop: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +106,14 @@ class Loop:
     hooks: Hooks
 
     def run(self) -> None:
-        """Train from `progress.step` to the schedule's end, an early stop, or until `hooks.stop` says so.
+        """Train from `progress.step` to the schedule's end, an early stop, or until `hooks.stop` says so, and save.
 
         A step's loss is the sum over its supervised tokens divided by their number, over all its micro-batches and
         all processes.
 
         Raises:
             DivergedError: a loss or gradient is not finite, or the adapter has grown until every answer is as likely as
-                every other and nothing reaches it any more; the weights are those before that step.
+                every other and nothing reaches it any more. Weights with which that is so are not saved.
             OutOfMemoryError: not even one row at a time fits, or a sharded model ran out of memory.
         """
         work, progress = self.work, self.progress
@@ -123,10 +122,28 @@ class Loop:
             last = progress.step == self.schedule.steps
             if self.hooks.evaluate and (last or (work.eval_every and progress.step % work.eval_every == 0)):
                 self._validate(self.hooks.evaluate())
-            if work.save_every and progress.step % work.save_every == 0 and not progress.ended(self.schedule):
-                self.hooks.save(progress)
+            due = work.save_every and progress.step % work.save_every == 0
+            if self.hooks.save and due and not progress.ended(self.schedule):
+                self._save(self.hooks.save)
         if progress.ended(self.schedule):
             self._keep_best()
+        if self.hooks.save:
+            self._save(self.hooks.save)
+
+    def _save(self, save: Callable[[Progress], None]) -> None:
+        """A checkpoint, of weights that the step's own rows do well with: its loss was that of the weights before."""
+        progress = self.progress
+        if progress.step:
+            rows = [self.work.rows[i] for i in self.work.order.step(progress.step - 1)]
+            loss = self._loss(rows)
+            if not math.isfinite(loss):
+                self._diverged(f"step {progress.step}: loss {loss:g} after it")
+            if self._is_flat(rows, loss):
+                self._gradients_within_memory(rows)
+                if clipped_norm(self.lora.parameters(), math.inf) == 0:
+                    self._flat(f"step {progress.step}: loss {loss:g} after it")
+                self.optimizer.zero_grad()
+        save(progress)
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -137,9 +154,7 @@ class Loop:
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._diverged(f"step {progress.step + 1}: loss {loss:g}, gradient norm {norm:g}")
         if norm == 0 and self._is_flat(rows, loss):
-            self.hooks.drop(progress.step)  # its weights are finite, and no good
-            text = f"every one of {self.work.choices} answers is as likely, gradient norm 0"
-            self._diverged(f"step {progress.step + 1}: loss {loss:g}, {text}")
+            self._flat(f"step {progress.step + 1}: loss {loss:g}")
         lr = self.schedule.lr(progress.step)
         set_lr(self.optimizer, lr, self.schedule.peak)
         self.optimizer.step()
@@ -243,16 +258,21 @@ class Loop:
         guessing = math.log(max(1, self.work.choices))
         if not math.isclose(loss, guessing, rel_tol=_ROUNDING):
             return False
-        return not math.isclose(self._base_loss(rows), guessing, rel_tol=_ROUNDING)
+        with self.lora.disabled():
+            return not math.isclose(self._loss(rows), guessing, rel_tol=_ROUNDING)
 
     @torch.no_grad()
-    def _base_loss(self, rows: Sequence[Rendered]) -> float:
+    def _loss(self, rows: Sequence[Rendered]) -> float:
+        """The loss of rows with the present weights, without dropout."""
         work, processes = self.work, self.processes
         limit = self.progress.micro_batch_tokens
         step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=processes.part)
-        with self.lora.disabled():
+        with evaluating(self.model):
             loss = sum(float(summed_loss(self.model, batch.to(work.device))) for batch in step)
         return processes.sums(loss)[0] / sum(row.units for row in rows)
+
+    def _flat(self, what: str) -> NoReturn:
+        self._diverged(f"{what}, every one of {self.work.choices} answers is as likely, gradient norm 0")
 
     def _diverged(self, what: str) -> NoReturn:
         self.optimizer.zero_grad()
