@@ -3,7 +3,7 @@
 from loratune.kernels.chosen import Kernels, kernels_for, kernels_of, triton_available
 from loratune.kernels.deviation import deviation, furthest
 from loratune.kernels.lanes import Lane, LaneTable, Range, lanes_of, table_of
-from loratune.kernels.products import has_tiles, product_over_rows, sum_of_products
+from loratune.kernels.products import has_tiles, product_over_rows, sum_in_tiles, sum_of_products
 
 __all__ = [
     "Kernels",
@@ -17,6 +17,7 @@ __all__ = [
     "kernels_of",
     "lanes_of",
     "product_over_rows",
+    "sum_in_tiles",
     "sum_of_products",
     "table_of",
     "triton_available",

@@ -27,14 +27,9 @@ def sum_of_products(products: Sequence[Product], scale: float = 1.0, into: Tenso
         products: of x (rows, inner) and w (inner, columns), all of one dtype.
         into: (rows, columns), what the sum is added to and where it goes; a new tensor unless told.
     """
-    rows, columns = len(products[0][0]), products[0][1].shape[1]
-    fits = all(x.shape == (rows, len(w)) and w.shape[1] == columns for x, w in products)
-    by_row = [x for x, _ in products] if into is None else [*(x for x, _ in products), into]
-    if fits and (into is None or into.shape == (rows, columns)):  # else torch says what does not
-        kernels = _tiles(by_row, [w for _, w in products])
-        if kernels is not None:
-            found: Tensor = kernels.sum_of_products(products, scale, into)
-            return found
+    found = sum_in_tiles(products, scale, into)
+    if found is not None:
+        return found
     for x, w in products:
         if into is None:
             into = torch.mm(x, w)
@@ -45,9 +40,26 @@ def sum_of_products(products: Sequence[Product], scale: float = 1.0, into: Tenso
     return into
 
 
+def sum_in_tiles(products: Sequence[Product], scale: float = 1.0, into: Tensor | None = None) -> Tensor | None:
+    """The same where it is computed in tiles; else None, and nothing was done."""
+    rows, columns = products[0][0].shape[0], products[0][1].shape[1]
+    if any(x.shape != (rows, w.shape[0]) or w.shape[1] != columns for x, w in products):
+        return None  # torch says what does not fit
+    by_row = [x for x, _ in products]
+    if into is not None:
+        if into.shape != (rows, columns):
+            return None
+        by_row.append(into)
+    kernels = _tiles(by_row, [w for _, w in products])
+    if kernels is None:
+        return None
+    found: Tensor = kernels.sum_of_products(products, scale, into)
+    return found
+
+
 def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
     """uᵀ v of (rows, m) and (rows, n): (m, n), in fp32 where nothing was rounded on the way."""
-    kernels = _tiles([u, v], []) if len(u) == len(v) else None
+    kernels = _tiles([u, v], []) if u.shape[0] == v.shape[0] else None
     if kernels is not None:
         found: Tensor = kernels.product_over_rows(u, v)
         return found
@@ -64,14 +76,17 @@ def has_tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> bool:
 
 def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
     """The kernels, if they have products of these in tiles."""
-    all_of_them = [*by_row, *either]
-    if len(by_row[0]) < _FEWEST or not all(t.dtype == torch.bfloat16 and t.is_cpu and t.numel() for t in all_of_them):
+    first = by_row[0]
+    if first.dtype != torch.bfloat16 or not first.is_cpu or first.shape[0] < _FEWEST:
         return None
-    if any(t.stride(1) != 1 for t in by_row) or any(1 not in t.stride() for t in either):
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in all_of_them):
-        return None
-    kernels = kernels_for(by_row[0])
-    if kernels is None or not kernels.in_tiles(torch.bfloat16):
-        return None
-    return kernels if all(has_plain_memory(t) for t in all_of_them[1:]) else None
+    with_gradients = torch.is_grad_enabled()
+    for tensors, turned in ((by_row, False), (either, True)):
+        for t in tensors:
+            if not has_plain_memory(t) or t.dtype != torch.bfloat16 or not t.is_cpu or not t.numel():
+                return None
+            if t.stride(1) != 1 and not (turned and t.stride(0) == 1):
+                return None
+            if with_gradients and t.requires_grad:
+                return None
+    kernels = kernels_for(first)
+    return kernels if kernels is not None and kernels.in_tiles(torch.bfloat16) else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loratune.errors import AdapterStateError
-from loratune.kernels import has_tiles, product_over_rows, sum_of_products
+from loratune.kernels import product_over_rows, sum_in_tiles, sum_of_products
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -131,9 +131,9 @@ def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Lin
 def _with_update(x: Tensor, p: Projection, h: Tensor, B: Tensor) -> Tensor:
     """base(x) + h Bᵀ; the terms of B come last, so that one of zeros changes no bit."""
     if p.tiled:
-        products = [*base_product(x, p.weight.lent(x.dtype), p.bias), (h, B.T)]
-        if has_tiles([left for left, _ in products], [right for _, right in products]):
-            return sum_of_products(products).view(*x.shape[:-1], len(B))
+        found = sum_in_tiles([*base_product(x, p.weight.lent(x.dtype), p.bias), (h, B.T)])
+        if found is not None:
+            return found.view(*x.shape[:-1], B.shape[0])
     y = p.base(x)
     sum_of_products([(h, B.T)], into=y.view(-1, y.shape[-1]))
     return y
