@@ -11,12 +11,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratune as lt
 from loratune.errors import AdapterFileError, AdapterStateError, ConfigError, TargetError
 from loratune.lora import TokenCounter, Vera, together
+from loratune.lora.dropout import drop
 from tests.adapt.kinds import KINDS, Around, around, by_position, columns_of, matrix_of
 from tests.adapt.lifecycle import from_attach_to_detach
 from tests.adapt.model import bits
@@ -220,6 +222,26 @@ def test_layers_that_see_the_same_share_what_they_are_given(dropout: float) -> N
         hook.remove()
     for ours, other in zip(found, apart, strict=True):
         assert torch.allclose(ours, other, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_of_what_a_sees() -> None:
+    model, handle, x = side(lora_dropout=0.5)
+    model.train()
+    low_rank: Any = model.q.lora["default"]
+    counter = TokenCounter(3, 0, torch.arange(14).view(2, 7))
+    with handle.counting(counter):
+        found = model.q(x)
+    A, B = low_rank.factors()
+    seen = drop(x, 0.5, counter, model.q.lora_index)  # type: ignore[arg-type]
+    assert not torch.equal(seen, x)
+    weight = model.q._parameters["weight"]
+    assert weight is not None
+    expected = F.linear(x, weight.detach(), model.q.bias) + F.linear(F.linear(seen, A), B)
+    torch.testing.assert_close(found, expected)
+    inputs = [x, *low_rank.parameters()]
+    ours, theirs = (torch.autograd.grad(y.square().sum(), inputs) for y in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_all_layers_share_the_projections() -> None:

@@ -67,7 +67,7 @@ def test_a_sum_of_any_sizes(seed: int, tiles: bool) -> None:
 )
 @pytest.mark.parametrize("lie", [drawn, by_columns])
 def test_a_product_of_a_models_size(rows: int, inner: int, columns: int, lie: Any, tiles: bool) -> None:
-    """More tiles than are there at once; and of few columns, left factors that are read where they lie."""
+    """More tiles than are there at once; left factors that are read where they lie, and (64, 4096) that are not."""
     torch.manual_seed(0)
     x, w = drawn(rows, inner), lie(inner, columns)
     right = exact([(x, w)], 1.0, None)
@@ -75,10 +75,32 @@ def test_a_product_of_a_models_size(rows: int, inner: int, columns: int, lie: An
     assert _near_halves(found, right) if tiles else float((found - right).abs().max()) < 1
 
 
+@pytest.mark.parametrize("rows", [64, 77, 110])
+@pytest.mark.parametrize("inner", [(576, 16), (640, 40), (992, 8, 992), (1024, 16), (1536, 1536, 32), (2048, 192)])
+def test_several_long_sums(rows: int, inner: tuple[int, ...], tiles: bool) -> None:
+    """Gone through in parts of several factors; rows 2 KB apart are put into tiles, and those that fill none."""
+    torch.manual_seed(rows)
+    pairs = [
+        (drawn(rows, width), draw(width, 200)) for width, draw in zip(inner, [drawn, by_columns] * 2, strict=False)
+    ]
+    right = exact(pairs, 0.5, None)
+    found = sum_of_products(pairs, 0.5)
+    assert _near_halves(found, right) if tiles else float((found - right).abs().max()) < 2
+
+
 @in_tiles
 def test_right_factors_that_do_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_LONGEST", 20_000)
     x, w = drawn(40, 20_000), by_columns(20_000, 1_100)
+    assert has_tiles([(x, w)])
     assert _near_halves(sum_of_products([(x, w)]), exact([(x, w)], 1.0, None))
+
+
+@pytest.mark.parametrize("inner", [[6144], [6145], [3072, 3072], [3072, 3073]])
+def test_longer_sums_are_torchs(inner: list[int], tiles: bool) -> None:
+    pairs = [(drawn(40, width), drawn(width, 8)) for width in inner]
+    assert has_tiles(pairs) == (tiles and sum(inner) == 6144)
+    assert float((sum_of_products(pairs) - exact(pairs, 1.0, None)).abs().max()) < 4
 
 
 def _near_halves(found: Tensor, right: Tensor) -> bool:
@@ -178,8 +200,8 @@ def test_what_does_not_fit_is_refused(compute: Any, tiles: bool) -> None:
 
 
 def test_what_is_elsewhere_has_no_tiles() -> None:
-    assert not has_tiles([drawn(64, 8)], [drawn(8, 8).to("meta")])
-    assert has_tiles([drawn(64, 8)], [drawn(8, 8)]) == c_blocks.TILES
+    assert not has_tiles([(drawn(64, 8), drawn(8, 8).to("meta"))])
+    assert has_tiles([(drawn(64, 8), drawn(8, 8))]) == c_blocks.TILES
 
 
 def test_autograd_sees_that_something_was_added_to() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import loratune as lt
 from loratune.errors import AdapterStateError
 from loratune.lora import TokenCounter, together
 from loratune.lora.dropout import drop
+from loratune.lora.linear import Frozen, of_input
 from tests.training.loops import assert_close
 
 
@@ -262,3 +264,34 @@ def test_a_change_of_mode_before_the_backward_pass_changes_no_gradient(between: 
                 net.train(between == "train")
             gradients.append(torch.autograd.grad(loss, handle.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Held(NamedTuple):
+    """A weight that lasts, or one that is decoded into the place of the one before."""
+
+    weight: Tensor
+    lasting: bool
+    place: Tensor
+    version: int = 0
+
+    def lent(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight if self.lasting else self.place.copy_(self.weight)
+
+    dense = lent
+
+    def computed_by(self, forward: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("lasting", list(itertools.product([True, False], repeat=3)))
+def test_the_inputs_gradient_whatever_lasts(lasting: tuple[bool, ...], dropped: bool) -> None:
+    torch.manual_seed(0)
+    place = torch.full((7, 5), torch.nan, dtype=torch.float64)
+    weights = [torch.randn(7, 5, dtype=torch.float64) for _ in lasting]
+    frozen = [Frozen(Held(w, one, place), 0, 1.0) for w, one in zip(weights, lasting, strict=True)]
+    grads = [torch.randn(4, 7, dtype=torch.float64) for _ in lasting]
+    A, gh = torch.randn(6, 5, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    found = of_input(frozen, (lambda t: t * 0.25) if dropped else None, torch.Size((2, 2, 5)), A, grads, gh)
+    expected = sum(gy @ w for gy, w in zip(grads, weights, strict=True)) + gh @ A * (0.25 if dropped else 1.0)
+    torch.testing.assert_close(found, expected.view(2, 2, 5))

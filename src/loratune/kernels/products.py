@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loratune.kernels.chosen import has_plain_memory, kernels_for
 
-# With fewer rows a tile is hardly filled.
-_FEWEST = 32
+# With fewer rows a tile is hardly filled; of a longer sum there is room for the right factors of a few columns only.
+_FEWEST, _LONGEST = 32, 6144
 
 Product = tuple[Tensor, Tensor]
 
@@ -45,12 +45,9 @@ def sum_in_tiles(products: Sequence[Product], scale: float = 1.0, into: Tensor |
     rows, columns = products[0][0].shape[0], products[0][1].shape[1]
     if any(x.shape != (rows, w.shape[0]) or w.shape[1] != columns for x, w in products):
         return None  # torch says what does not fit
-    by_row = [x for x, _ in products]
-    if into is not None:
-        if into.shape != (rows, columns):
-            return None
-        by_row.append(into)
-    kernels = _tiles(by_row, [w for _, w in products])
+    if into is not None and into.shape != (rows, columns):
+        return None
+    kernels = _kernels_of(products, into)
     if kernels is None:
         return None
     found: Tensor = kernels.sum_of_products(products, scale, into)
@@ -66,16 +63,20 @@ def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
     return torch.mm(u.T, v)
 
 
-def has_tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> bool:
-    """Whether products of these are computed in tiles: matrices whose rows are contiguous, and rows or columns.
+def has_tiles(products: Sequence[Product]) -> bool:
+    """Whether their sum is computed in tiles; not where autograd would have to know of it."""
+    return _kernels_of(products) is not None
 
-    Not where autograd would have to know of it.
-    """
-    return _tiles(by_row, either) is not None
+
+def _kernels_of(products: Sequence[Product], into: Tensor | None = None) -> ModuleType | None:
+    if sum(x.shape[1] for x, _ in products) > _LONGEST:
+        return None
+    by_row = [x for x, _ in products]
+    return _tiles(by_row if into is None else [*by_row, into], [w for _, w in products])
 
 
 def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
-    """The kernels, if they have products of these in tiles."""
+    """The kernels, if they have products of these in tiles: matrices whose rows are contiguous, and rows or columns."""
     first = by_row[0]
     if first.dtype != torch.bfloat16 or not first.is_cpu or first.shape[0] < _FEWEST:
         return None

@@ -31,8 +31,7 @@ class TiledLinear(Fused):
 def _computes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     if weight is None or any(t is not None and t.requires_grad for t in (weight, bias)):
         return False
-    products = base_product(x.detach(), weight, bias)
-    return has_tiles([left for left, _ in products], [right for _, right in products])
+    return has_tiles(base_product(x.detach(), weight, bias))
 
 
 def _computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +58,7 @@ def fuse_linear(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if base_of(type(module)) is not nn.Linear or weight is None or weight.requires_grad or not weight.numel():
         return False
-    if not has_tiles([weight.new_ones(weight.shape[1]).expand(_ROWS, -1).contiguous()], [weight]):
+    if not has_tiles([(weight.new_ones(weight.shape[1]).expand(_ROWS, -1).contiguous(), weight.T)]):
         return False
     put_on(module, TiledLinear)
     return True
