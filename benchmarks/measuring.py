@@ -13,15 +13,18 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
 
+from loratune.kernels import kernels_of
 from loratune.model.device import device_name
 
 
@@ -129,10 +132,20 @@ def _tensor_bytes() -> int:
     return sum(storages.values())
 
 
+def _commit() -> str | None:
+    """The commit that is measured, with a plus where files differ from it."""
+    here = Path(__file__).parent
+    words = ["git", "-C", str(here), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def surroundings(*packages: str, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """What the figures depend on besides the code: date, processor, how busy it was before, threads, versions."""
     return {
         "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "kernels": kernels_of(torch.device("cuda" if device == "cuda" else "cpu")).named,
         "hardware": {"cores": os.cpu_count(), "device": device, "processor": device_name(torch.device(device))},
         "load": _rounded(os.getloadavg()[0]),
         "threads": threads or torch.get_num_threads(),

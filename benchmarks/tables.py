@@ -99,8 +99,8 @@ def training_table(results: Sequence[dict[str, Any]]) -> str:
     dates = sorted({result["date"] for result in results})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     threads = " or ".join(str(number) for number in sorted({result["threads"] for result in results}))
-    how = f"medians of {times} rounds, ratios within a round; {threads} threads, {days}"
-    how += f"; {peers}"
+    machines = " and ".join(dict.fromkeys(result["hardware"]["processor"] for result in results))
+    how = f"medians of {times} rounds, ratios within a round; {machines}, {threads} threads, {days}; {peers}"
     return "\n".join([*lines, "", f"In brackets how many times as fast loratune is: {how}."])
 
 

@@ -310,6 +310,38 @@ def test_they_are_compiled_once(cached: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(cached.iterdir()) == [kept]
 
 
+@pytest.mark.parametrize("content", [b"", b"no library", None])
+def test_what_is_kept_and_cannot_be_loaded_is_made_anew(content: bytes | None, cached: Path) -> None:
+    """A disk that ran full, or a system with another C library that shares the home."""
+    c_build.library()
+    (kept,) = cached.iterdir()
+    sound = kept.read_bytes()
+    kept.unlink()  # written over, it would be under the feet of who has loaded it
+    kept.write_bytes(sound[: len(sound) // 3] if content is None else content)
+    named = run("-c", "import torch; from loratune.model import kernels_of; print(kernels_of(torch.device('cpu')))")
+    assert "kernels in C, compiled by" in named
+    assert kept.read_bytes() == sound
+
+
+def test_another_compiler_has_a_file_of_its_own(cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c_build.library()
+    (first,) = cached.iterdir()
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nexec cc "$@"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    c_build.library()
+    assert len(list(cached.iterdir())) == 2
+    monkeypatch.setenv("CC", "cc")
+    assert c_build._kept(cached) == [first]
+
+
+def test_clangs_threads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -D__clang__")
+    with pytest.raises(OSError, match="two teams would wait for each other"):
+        c_build._compile(tmp_path / "blocks.so")
+
+
 @pytest.mark.parametrize(
     ("compiler", "says"),
     [

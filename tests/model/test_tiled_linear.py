@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loratune as lt
 from loratune.kernels import c_blocks, product_over_rows
@@ -39,6 +43,44 @@ def test_what_it_gives_and_its_gradient(bias: bool) -> None:
     assert float((mine.double() - right.double()).abs().max()) <= float(right.abs().max()) * 2**-7
     with torch.no_grad():
         assert torch.equal(linear(x), y)
+
+
+def test_the_gradients_gradient() -> None:
+    linear, x = layer(), torch.randn(40, 70).bfloat16().requires_grad_()
+    stock = copy.deepcopy(linear)
+    fuse_linear(linear)
+
+    def twice(module: Any) -> Tensor:
+        (first,) = torch.autograd.grad(module(x).float().square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.float().square().sum(), x)
+        return second.double()
+
+    right = twice(stock)
+    assert float((twice(linear) - right).norm() / right.norm()) < 2e-2
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_writes_down_what_is_done_sees_it() -> None:
+    linear, x = layer(), torch.randn(40, 70).bfloat16()
+    fuse_linear(linear)
+    expected = linear(x)
+    with Counting() as counting, torch.no_grad():
+        linear(x)
+    assert counting.products == 1
+    for written in (torch.jit.trace(linear, (x,), check_trace=False), make_fx(linear)(x)):
+        torch.testing.assert_close(written(x), expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(found, F.linear(torch.ones_like(x), linear.weight))
 
 
 def test_its_own_way() -> None:

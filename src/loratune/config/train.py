@@ -126,7 +126,9 @@ class TrainConfig(Settings):
         "auto", "recompute activations in the backward pass; auto only where memory asks for it", group=_MACHINE
     )
     fused: bool | None = setting(
-        None, "norms and gated blocks that compute the same with less kept for the backward pass", group=_MACHINE
+        None,
+        "blocks that compute the same faster, with less kept for the backward pass, in place of the family's",
+        group=_MACHINE,
     )
     dtype: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "the base's dtype; bf16 where the hardware has it", group=_MACHINE

@@ -4,6 +4,10 @@
    The formulas are those of norm.py, gated.py and rotary.py; everything is computed in fp32 and rounded once. A row is
    summed by one thread, so that the number of threads changes no bit. Compiled by c_build.py, called by c_blocks.py. */
 
+#ifdef __clang__
+#error "clang's threads are not GCC's, which torch has: two teams would wait for each other; CC=gcc is wanted"
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

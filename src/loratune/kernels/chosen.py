@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from loratune.kernels.deviation import deviation, furthest
@@ -60,6 +61,14 @@ def kernels_for(x: Tensor) -> ModuleType | None:
 def _plain(x: Tensor) -> bool:
     """Whether x has the memory that it seems to have, and operations mean what they say."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    # Whoever writes down what torch does (a trace, fake tensors, a count of operations) sees nothing of kernels; nor do
+    # tangents of a forward mode.
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     return has_plain_memory(x)
 

@@ -27,9 +27,27 @@ def sum_of_products(products: Sequence[Product], scale: float = 1.0, into: Tenso
         products: of x (rows, inner) and w (inner, columns), all of one dtype.
         into: (rows, columns), what the sum is added to and where it goes; a new tensor unless told.
     """
-    found = sum_in_tiles(products, scale, into)
-    if found is not None:
-        return found
+    for some in _sums(products):
+        found = sum_in_tiles(some, scale, into)
+        into = _sum_by_torch(some, scale, into) if found is None else found
+    assert into is not None, "a sum has a product at least"
+    return into
+
+
+def _sums(products: Sequence[Product]) -> list[list[Product]]:
+    """The products in as few sums as are short enough for tiles, in their order."""
+    sums: list[list[Product]] = []
+    terms = 0
+    for product in products:
+        terms += product[0].shape[1]
+        if terms > _LONGEST or not sums:
+            sums.append([])
+            terms = product[0].shape[1]
+        sums[-1].append(product)
+    return sums
+
+
+def _sum_by_torch(products: Sequence[Product], scale: float, into: Tensor | None) -> Tensor:
     for x, w in products:
         if into is None:
             into = torch.mm(x, w)
@@ -42,13 +60,13 @@ def sum_of_products(products: Sequence[Product], scale: float = 1.0, into: Tenso
 
 def sum_in_tiles(products: Sequence[Product], scale: float = 1.0, into: Tensor | None = None) -> Tensor | None:
     """The same where it is computed in tiles; else None, and nothing was done."""
+    kernels = _kernels_of(products, into)
+    if kernels is None:
+        return None
     rows, columns = products[0][0].shape[0], products[0][1].shape[1]
     if any(x.shape != (rows, w.shape[0]) or w.shape[1] != columns for x, w in products):
         return None  # torch says what does not fit
-    if into is not None and into.shape != (rows, columns):
-        return None
-    kernels = _kernels_of(products, into)
-    if kernels is None:
+    if into is not None and (into.shape != (rows, columns) or into.stride(0) < columns):
         return None
     found: Tensor = kernels.sum_of_products(products, scale, into)
     return found
@@ -56,8 +74,8 @@ def sum_in_tiles(products: Sequence[Product], scale: float = 1.0, into: Tensor |
 
 def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
     """uᵀ v of (rows, m) and (rows, n): (m, n), in fp32 where nothing was rounded on the way."""
-    kernels = _tiles([u, v], []) if u.shape[0] == v.shape[0] else None
-    if kernels is not None:
+    kernels = _tiles([u, v], [])
+    if kernels is not None and u.shape[0] == v.shape[0]:
         found: Tensor = kernels.product_over_rows(u, v)
         return found
     return torch.mm(u.T, v)
@@ -69,16 +87,16 @@ def has_tiles(products: Sequence[Product]) -> bool:
 
 
 def _kernels_of(products: Sequence[Product], into: Tensor | None = None) -> ModuleType | None:
-    if sum(x.shape[1] for x, _ in products) > _LONGEST:
-        return None
     by_row = [x for x, _ in products]
-    return _tiles(by_row if into is None else [*by_row, into], [w for _, w in products])
+    kernels = _tiles(by_row if into is None else [*by_row, into], [w for _, w in products])
+    return kernels if kernels is not None and sum(x.shape[1] for x in by_row) <= _LONGEST else None
 
 
 def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
     """The kernels, if they have products of these in tiles: matrices whose rows are contiguous, and rows or columns."""
     first = by_row[0]
-    if first.dtype != torch.bfloat16 or not first.is_cpu or first.shape[0] < _FEWEST:
+    kernels = kernels_for(first) if first.dtype == torch.bfloat16 else None
+    if kernels is None or not kernels.in_tiles(torch.bfloat16) or first.shape[0] < _FEWEST:
         return None
     with_gradients = torch.is_grad_enabled()
     for tensors, turned in ((by_row, False), (either, True)):
@@ -89,5 +107,4 @@ def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | N
                 return None
             if with_gradients and t.requires_grad:
                 return None
-    kernels = kernels_for(first)
-    return kernels if kernels is not None and kernels.in_tiles(torch.bfloat16) else None
+    return kernels

@@ -142,7 +142,7 @@ def _with_update(x: Tensor, p: Projection, h: Tensor, B: Tensor) -> Tensor:
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     """x Wᵀ + b as products to be summed."""
     flat = x.reshape(-1, x.shape[-1])
-    return [(flat, weight.T), *([] if bias is None else [(flat.new_ones(len(flat), 1), bias[None])])]
+    return [(flat, weight.T), *([] if bias is None else [(flat.new_ones(flat.shape[0], 1), bias[None])])]
 
 
 class _LoraLinears(torch.autograd.Function):

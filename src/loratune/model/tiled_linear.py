@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loratune.kernels import has_tiles, sum_of_products
+from loratune.kernels import has_tiles, kernels_for, sum_of_products
 from loratune.lora import base_of, base_product, put_on
 from loratune.model.fused import Fused
 
@@ -21,7 +21,7 @@ class TiledLinear(Fused):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         own = self.weight is weight and self.bias is bias  # an adapter may have its own
-        if torch.compiler.is_compiling() or not own or not _computes(input, weight, bias):
+        if kernels_for(input) is None or not own or not _computes(input, weight, bias):
             return cast(Tensor, super().forward(input))
         if torch.is_grad_enabled() and input.requires_grad:
             return cast(Tensor, _TiledLinear.apply(input, weight, bias))  # type: ignore[no-untyped-call]
@@ -36,7 +36,7 @@ def _computes(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
 def _computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, rounded once."""
-    return sum_of_products(base_product(x, weight, bias)).view(*x.shape[:-1], len(weight))
+    return sum_of_products(base_product(x, weight, bias)).view(*x.shape[:-1], weight.shape[0])
 
 
 class _TiledLinear(torch.autograd.Function):
@@ -46,9 +46,10 @@ class _TiledLinear(torch.autograd.Function):
         return _computed(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants the gradient's gradient
+            return gy @ weight, None, None
         flat = gy.reshape(-1, gy.shape[-1])
         return sum_of_products([(flat, weight)]).view(*gy.shape[:-1], weight.shape[1]), None, None
 
