@@ -298,6 +298,18 @@ def test_weights_that_overflow_the_model_are_a_divergence(quick: Quick, tmp_path
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("val", [0, 4])
+def test_weights_that_have_grown_are_a_divergence_though_finite(quick: Quick, tmp_path: Path, val: int) -> None:
+    """Losses of thousands, each of them a number: no run with such an end is a success."""
+    wild: dict[str, Any] = {"method": "full", "r": None, "lr": 10.0, "schedule": "constant", "max_steps": 8, "val": val}
+    with pytest.raises(DivergedError, match=r"loss \d+.*, more than 10 above that of guessing and that of the base"):
+        quick(tmp_path / "run", save_every=1, keep=1, **wild)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["state"] == "failed"
+    kept = tmp_path / "run" / "checkpoints"
+    assert not kept.exists() or not list(kept.iterdir()), "the first step was too much already"
+
+
 def test_memory_that_runs_out_outside_the_steps(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation and checks take memory as well: that ends in the same kind of error, not in an internal one."""
 

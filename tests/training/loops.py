@@ -44,7 +44,7 @@ class Training:
     eval_every: int | None = None
     save_every: int | None = None
     patience: int = 0
-    evaluate: Callable[[], float] | None = None
+    evaluate: Callable[[int], float] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     processes: Processes = field(default_factory=Processes)
 

@@ -71,7 +71,7 @@ def test_planted_loss_of_the_moments_is_seen(tmp_path: Path) -> None:
 
 
 def test_early_stopping_goes_on(tmp_path: Path) -> None:
-    training = Training(ROWS, eval_every=1, patience=3, evaluate=lambda: 0.25)
+    training = Training(ROWS, eval_every=1, patience=3, evaluate=lambda _: 0.25)
     training.run(until=2)
     save_checkpoint(tmp_path, training.lora, training.updater, training.progress, keep=1)
     again = Training(ROWS)

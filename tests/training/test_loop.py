@@ -188,8 +188,8 @@ def test_no_clipping() -> None:
 def test_early_stop_keeps_the_best() -> None:
     losses = iter([3.0, 2.0, 2.5, 2.2, 9.0])
     kept: dict[int, Any] = {}
-    training = Training(ROWS, steps=50, eval_every=1, patience=2, evaluate=lambda: next(losses))
-    training.evaluate = lambda: (kept.update({training.progress.step: training.weights()}), next(losses))[1]
+    training = Training(ROWS, steps=50, eval_every=1, patience=2, evaluate=lambda _: next(losses))
+    training.evaluate = lambda _: (kept.update({training.progress.step: training.weights()}), next(losses))[1]
     training.run()
     assert training.progress.stopped_early
     assert training.progress.step == 4
@@ -204,13 +204,15 @@ def test_best_adapter_without_an_early_stop() -> None:
         losses = iter([1.0, 2.0, 3.0])
         kept: dict[int, Any] = {}
         training = Training(ROWS, steps=3, eval_every=1, patience=patience)
-        training.evaluate = lambda t=training, k=kept, x=losses: (k.update({t.progress.step: t.weights()}), next(x))[1]
+        training.evaluate = lambda _, t=training, k=kept, x=losses: (k.update({t.progress.step: t.weights()}), next(x))[
+            1
+        ]
         training.run()
         assert_same(training.weights(), kept[step])
 
 
 def test_validation_and_saving_rhythm() -> None:
-    training = Training(ROWS, steps=7, eval_every=3, save_every=2, evaluate=lambda: 1.0).run()
+    training = Training(ROWS, steps=7, eval_every=3, save_every=2, evaluate=lambda _: 1.0).run()
     assert [event.step for event in training.heard if isinstance(event, Validated)] == [3, 6, 7]
     assert training.saved == [2, 4, 6, 7]
 
@@ -266,6 +268,48 @@ def test_weights_that_grew_too_far_are_not_saved(steps: int, save_every: int | N
     assert len(training.steps_heard()) == 1
     assert training.saved == []
     assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+@pytest.mark.parametrize("save_every", [1, None])
+def test_a_loss_far_above_guessing_is_a_divergence(save_every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are finite. What is kept is what was there before."""
+    real = loop.summed_loss
+    training = Training(ROWS, save_every=save_every, steps=3)
+
+    def grown(model: Any, batch: Any) -> torch.Tensor:
+        bad = not torch.is_grad_enabled() and training.progress.step == 3 and training.lora.active
+        return real(model, batch) * (10.0 if bad else 1.0)
+
+    monkeypatch.setattr(loop, "summed_loss", grown)
+    with pytest.raises(DivergedError, match=r"step 3: loss \d\d.* after it, more than 10 above that of guessing"):
+        training.run()
+    assert training.saved == ([1, 2] if save_every else [])
+    assert all(parameter.grad is None for parameter in training.lora.parameters())
+
+
+def test_a_base_that_is_as_far_is_no_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: real(*a) * 10.0)
+    training = Training(ROWS).run()
+    assert training.saved == [5]
+    assert min(event.loss for event in training.steps_heard()) > 30
+
+
+def test_a_held_out_loss_far_above_guessing_is_a_divergence() -> None:
+    losses = iter([30.0, 5.0, 30.0, 25.0])  # of the adapter, and of the base where that is looked at
+    training = Training(ROWS, eval_every=1, evaluate=lambda _: next(losses))
+    with pytest.raises(DivergedError, match=r"step 1: held-out loss 30, more than 10 above that of guessing"):
+        training.run()
+    other = Training(ROWS, steps=1, eval_every=1, evaluate=lambda _: next(losses)).run()
+    assert [event.val_loss for event in other.heard if isinstance(event, Validated)] == [30.0]
+
+
+@pytest.mark.parametrize("choices", [0, 1])
+def test_where_answers_vary_a_loss_of_zero_is_no_guess(choices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.training.loops.VOCABULARY", choices)
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda m, batch: real(m, batch) * 0)
+    assert len(Training(ROWS).run().steps_heard()) == 5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -356,6 +400,43 @@ def test_out_of_memory_halves(
         [e.loss for e in reference.steps_heard()], rel=1e-5
     )
     assert_close(training.weights(), reference.weights(), rel=2e-4)
+
+
+def test_out_of_memory_outside_the_gradients_halves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The held-out loss, and the look at the weights before they are saved."""
+    reference = Training(ROWS).run()
+    memory, real = Memory(25, torch.OutOfMemoryError), loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: real(*a) if torch.is_grad_enabled() else memory(*a))
+    training = Training(ROWS, limit=200, eval_every=2)
+    seen: list[int] = []
+
+    def evaluate(limit: int) -> float:
+        seen.append(limit)
+        if limit > 100:
+            raise torch.OutOfMemoryError("planted")
+        return 1.0
+
+    training.evaluate = evaluate
+    training.run()
+    assert seen == [200, 100, 100, 100]
+    assert (training.progress.micro_batch_tokens, training.saved) == (25, [5])
+    assert [event.text for event in training.heard if isinstance(event, Noticed)] == [
+        f"micro-batch halved to {n} tokens" for n in (100, 50, 25)
+    ]
+    assert_close(training.weights(), reference.weights(), rel=2e-4)
+
+
+def test_no_room_for_one_row_outside_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.summed_loss
+    monkeypatch.setattr(loop, "summed_loss", lambda *a: real(*a) if torch.is_grad_enabled() else full())
+
+    def full() -> torch.Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    training = Training(ROWS)
+    with pytest.raises(OutOfMemoryError, match="one row at a time"):
+        training.run()
+    assert training.saved == []
 
 
 def test_one_row_too_big(monkeypatch: pytest.MonkeyPatch) -> None:

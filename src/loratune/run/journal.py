@@ -63,6 +63,9 @@ class Journal:
 
     def begin(self, done: int, steps: int) -> None:
         self._pass_on(Begun(done, steps))
+        base = self.record["result"].get("base_val_loss")
+        if done and base is not None:  # heard by the process before
+            self._pass_on(Validated(0, base))
 
     def hear(self, event: Event) -> None:
         if isinstance(event, Noticed):

@@ -71,8 +71,11 @@ class Reproduction:
         """The outcome in one sentence."""
         if self.same_bits:
             return "the same bits: adapter, losses and gradient norms"
-        where = "the adapter" if self.first_other_step is None else f"step {self.first_other_step}"
-        return f"other bits from {where} on: losses within {self.loss:.2%}, held-out losses within {self.val_loss:.2%}"
+        if self.first_other_step is None:
+            return "another adapter: all losses and gradient norms are the same"
+        adapter = "the same adapter" if self.same_adapter else "another adapter"
+        far = f"losses within {self.loss:.2%}, held-out losses within {self.val_loss:.2%}"
+        return f"other bits from step {self.first_other_step} on: {far}, {adapter}"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "same_bits": self.same_bits, "within": self.within, "passed": self.passed, "band": BAND}
@@ -114,7 +117,8 @@ def reproduce(
         def hear(event: Event | Said | Begun) -> None:
             if isinstance(event, Begun):
                 _refuse_another(path, record, _record_in(folder), any_versions=any_versions)
-            if listen is not None:
+            gone = isinstance(event, Said) and event.topic == "saved" and out is None
+            if listen is not None and not gone:  # its folder is not kept
                 listen(event)
 
         again = train(
@@ -130,7 +134,10 @@ def reproduce(
         found = _compared(path, record, again.path, again.record, kept=out is not None)
     if not found.passed:
         expected = f"losses within {BAND:.0%}" if found.elsewhere else "the same bits"
-        hint = "the adapter of the run may have been changed since, or the machine computes otherwise than it did"
+        changed = METRICS if found.same_adapter else _ADAPTER if found.first_other_step is None else "a file of the run"
+        hint = f"{changed} may have been changed since"
+        if not found.same_adapter and found.first_other_step is not None:
+            hint += ", or the machine computes otherwise than it did"
         raise CheckError([f"{path}, done again, gave {found.line}", f"{expected} were expected"], hint=hint)
     return found
 
@@ -139,6 +146,10 @@ def _finished(folder: RunFolder) -> dict[str, Any]:
     record = folder.record()
     if record is None:
         raise RunFolderError(f"{folder.path} holds no run", hint="name a folder that `loratune train` made")
+    if record["state"] == "failed":
+        text = f"{folder.path}: the run failed: {record.get('error') or 'without a word'}"
+        hint = "only what is finished can be done again; `loratune train` goes on from its last checkpoint"
+        raise RunFolderError(text, hint=hint)
     if record["state"] != "finished":
         raise RunFolderError(f"{folder.path}: the run is {record['state']}", hint="let `loratune train` finish it")
     for name in (METRICS, _ADAPTER):

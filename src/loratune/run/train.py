@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +197,6 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
     steps = decisions["max_steps"]
     schedule = Schedule(decisions["schedule"], decisions["lr"], steps, warmup_steps(decisions["warmup"], steps))
     evaluate = _evaluation(setup, objective, processes)
-    if evaluate is not None and "base_val_loss" not in journal.record["result"]:
-        with lora.disabled():
-            base_loss = evaluate()
-        if not math.isfinite(base_loss):
-            raise DivergedError(f"the base's held-out loss is {base_loss:g}", hint="try --dtype fp32")
-        journal.base_loss(base_loss)
 
     def save(at: Progress) -> None:
         finite = all_finite(lora)
@@ -212,16 +207,22 @@ def _fit(setup: Setup, folder: RunFolder, journal: Journal, lora: Adapters, *, r
             keep=decisions["keep"], run=journal.record["identity"], write=folder.written_here,
         )  # fmt: skip
 
+    def asked_to_stop() -> bool:
+        return processes.some(stop.is_set())
+
+    hooks = Hooks(journal.hear, evaluate, save, asked_to_stop)
+    loop = Loop(objective, lora, _work(setup), optimizer, schedule, processes, progress, hooks)
+    if evaluate is not None and "base_val_loss" not in journal.record["result"]:
+        with lora.disabled():
+            base_loss = loop.held_out_loss()
+        if not math.isfinite(base_loss):
+            raise DivergedError(f"the base's held-out loss is {base_loss:g}", hint="try --dtype fp32")
+        journal.base_loss(base_loss)
     journal.begin(progress.step, steps)
     if adapter_training(setup.model) and not resume:
         journal.hear(Noticed(0, "base dropout", "the base's own dropout is off: a step must not depend on its split"))
     with stop_signals() as stop:
-
-        def asked_to_stop() -> bool:
-            return processes.some(stop.is_set())
-
-        hooks = Hooks(journal.hear, evaluate, save, asked_to_stop)
-        Loop(objective, lora, _work(setup), optimizer, schedule, processes, progress, hooks).run()
+        loop.run()
         stopped = asked_to_stop() and not progress.ended(schedule)
     if stopped:
         raise RunInterrupted(
@@ -305,14 +306,17 @@ def _choices(setup: Setup) -> int:
     return len(head.labels)
 
 
-def _evaluation(setup: Setup, objective: nn.Module, processes: Processes) -> Callable[[], float] | None:
-    """The held-out loss, of which each of the processes computes its part."""
+def _evaluation(setup: Setup, objective: nn.Module, processes: Processes) -> Callable[[int], float] | None:
+    """The held-out loss with so many tokens at once, of which each of the processes computes its part."""
     if setup.prepared.val is None:
         return None
     decisions, rows, device = setup.decisions, setup.prepared.val.rows, setup.device
-    limit, pad_id = decisions["micro_batch_tokens"], setup.base.pad_id
-    held_out = batches(rows, decisions.layout, limit=limit, pad_id=pad_id, part=processes.part)
-    return lambda: held_out_loss(objective, held_out, device, summed=processes.sums).loss
+
+    def evaluate(limit: int) -> float:
+        held_out = batches(rows, decisions.layout, limit=limit, pad_id=setup.base.pad_id, part=processes.part)
+        return held_out_loss(objective, held_out, device, summed=processes.sums).loss
+
+    return evaluate
 
 
 def _look_at_smaller_ranks(setup: Setup, journal: Journal, lora: Adapters) -> None:
@@ -320,7 +324,8 @@ def _look_at_smaller_ranks(setup: Setup, journal: Journal, lora: Adapters) -> No
     if evaluate is None:
         return
     base = journal.record["result"]["base_val_loss"]
-    found = smaller_ranks(lora, evaluate, base=base, tuned=evaluate())
+    measured = partial(evaluate, setup.decisions["micro_batch_tokens"])
+    found = smaller_ranks(lora, measured, base=base, tuned=measured())
     if found is not None:
         journal.record["adapter"]["smaller_ranks"] = found
         losses = ", ".join(f"{one['val_loss']:.4f} at rank {one['r']}" for one in found["tried"])

@@ -30,6 +30,8 @@ from loratune.training.sharding import is_sharded
 
 # What to do about a run that diverged: its folder is that of the rate it was started with.
 LOWER = "lower --lr, with another --out; its last checkpoint, if there was one, is kept"
+# A mean loss so many nats above both that of guessing and that of the base: nothing leads back from there.
+_FAR = 10.0
 # A loss is summed over many tokens in fp32: so near two are the same, relative.
 _ROUNDING = 1e-4
 
@@ -80,11 +82,11 @@ class Progress:
 class Hooks:
     """What the loop calls: `evaluate` gives the held-out loss, `save` writes a checkpoint, `stop` asks to end.
 
-    Without `save` nothing is kept.
+    `evaluate` is told how many tokens may go through the model at once. Without `save` nothing is kept.
     """
 
     emit: Listener
-    evaluate: Callable[[], float] | None
+    evaluate: Callable[[int], float] | None
     save: Callable[[Progress], None] | None
     stop: Callable[[], bool]
 
@@ -112,8 +114,9 @@ class Loop:
         all processes.
 
         Raises:
-            DivergedError: a loss or gradient is not finite, or the adapter has grown until every answer is as likely as
-                every other and nothing reaches it any more. Weights with which that is so are not saved.
+            DivergedError: a loss or gradient is not finite, a loss is far above that of guessing, or the adapter has
+                grown until every answer is as likely as every other and nothing reaches it any more. Weights with
+                which that is so are not saved.
             OutOfMemoryError: not even one row at a time fits, or a sharded model ran out of memory.
         """
         work, progress = self.work, self.progress
@@ -121,7 +124,7 @@ class Loop:
             self._step()
             last = progress.step == self.schedule.steps
             if self.hooks.evaluate and (last or (work.eval_every and progress.step % work.eval_every == 0)):
-                self._validate(self.hooks.evaluate())
+                self._validate(self.held_out_loss())
             due = work.save_every and progress.step % work.save_every == 0
             if self.hooks.save and due and not progress.ended(self.schedule):
                 self._save(self.hooks.save)
@@ -138,6 +141,8 @@ class Loop:
             loss = self._loss(rows)
             if not math.isfinite(loss):
                 self._diverged(f"step {progress.step}: loss {loss:g} after it")
+            if self._is_far(loss, lambda: self._loss(rows)):
+                self._far(f"step {progress.step}: loss {loss:g} after it")
             if self._is_flat(rows, loss):
                 self._gradients_within_memory(rows)
                 if clipped_norm(self.lora.parameters(), math.inf) == 0:
@@ -175,10 +180,17 @@ class Loop:
             )
         )
 
+    def held_out_loss(self) -> float:
+        """Of the present weights; there must be held-out rows."""
+        assert self.hooks.evaluate is not None, "who asks knows that there are some"
+        return self._within_memory(self.hooks.evaluate)
+
     def _validate(self, val_loss: float) -> None:
         progress, patience = self.progress, self.work.patience
         if not math.isfinite(val_loss):
             self._diverged(f"step {progress.step}: held-out loss {val_loss:g}")
+        if self._is_far(val_loss, self.held_out_loss):
+            self._far(f"step {progress.step}: held-out loss {val_loss:g}")
         self.hooks.emit(Validated(progress.step, val_loss))
         if val_loss < progress.best_val:
             progress.best_val, progress.best_step, progress.worse = val_loss, progress.step, 0
@@ -225,15 +237,32 @@ class Loop:
                 processes.add_gradients(self.lora.parameters())
                 return loss, round(tokens)
             self.model.zero_grad()
-            release_memory()
-            if limit <= 1 or not splittable:
-                raise OutOfMemoryError(
-                    f"step {progress.step + 1}: out of memory with one row at a time",
-                    hint="lower --max-length, or use --recompute on",
-                )
-            progress.micro_batch_tokens //= 2
-            text = f"micro-batch halved to {progress.micro_batch_tokens} tokens"
-            self.hooks.emit(Noticed(progress.step, "out of memory", text))
+            self._halve(splittable=bool(splittable))
+
+    def _within_memory(self, compute: Callable[[int], float]) -> float:
+        """What is computed without gradients of so many tokens at once; of half as many where memory runs out.
+
+        Several processes would wait in it for the one that runs out: there it is an error.
+        """
+        while True:
+            try:
+                return compute(self.progress.micro_batch_tokens)
+            except Exception as error:
+                if not is_out_of_memory(error) or self.processes.count > 1:
+                    raise
+            self._halve(splittable=True)  # outside the except block, as above
+
+    def _halve(self, *, splittable: bool) -> None:
+        progress = self.progress
+        release_memory()
+        if progress.micro_batch_tokens <= 1 or not splittable:
+            raise OutOfMemoryError(
+                f"step {progress.step + 1}: out of memory with one row at a time",
+                hint="lower --max-length, or use --recompute on",
+            )
+        progress.micro_batch_tokens //= 2
+        text = f"micro-batch halved to {progress.micro_batch_tokens} tokens"
+        self.hooks.emit(Noticed(progress.step, "out of memory", text))
 
     def _gradients(self, micro_batches: Sequence[Batch], supervised: int) -> tuple[float, int]:
         """Accumulate this process's gradients of one step; returns its part of the loss and of the tokens."""
@@ -255,8 +284,8 @@ class Loop:
         What a run has learned, and rows that nothing trained sees, give no gradient either, at other losses. Hidden
         states that overflow become zeros in the last norm, and logits that are all alike.
         """
-        guessing = math.log(max(1, self.work.choices))
-        if not math.isclose(loss, guessing, rel_tol=_ROUNDING):
+        guessing = self._guessing()
+        if not guessing or not math.isclose(loss, guessing, rel_tol=_ROUNDING):
             return False
         with self.lora.disabled():
             return not math.isclose(self._loss(rows), guessing, rel_tol=_ROUNDING)
@@ -265,11 +294,27 @@ class Loop:
     def _loss(self, rows: Sequence[Rendered]) -> float:
         """The loss of rows with the present weights, without dropout."""
         work, processes = self.work, self.processes
-        limit = self.progress.micro_batch_tokens
-        step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=processes.part)
-        with evaluating(self.model):
-            loss = sum(float(summed_loss(self.model, batch.to(work.device))) for batch in step)
-        return processes.sums(loss)[0] / sum(row.units for row in rows)
+
+        def own_part(limit: int) -> float:
+            step = batches(rows, work.layout, limit=limit, pad_id=work.pad_id, part=processes.part)
+            with evaluating(self.model):
+                return sum(float(summed_loss(self.model, batch.to(work.device))) for batch in step)
+
+        return processes.sums(self._within_memory(own_part))[0] / sum(row.units for row in rows)
+
+    def _is_far(self, loss: float, again: Callable[[], float]) -> bool:
+        """Whether a loss is far above that of guessing, and, where `again` computes it, that of the base is not."""
+        if loss <= self._guessing() + _FAR:
+            return False
+        with self.lora.disabled():
+            return loss > again() + _FAR
+
+    def _guessing(self) -> float:
+        """The loss where all answers are as likely; 0 where how many there are varies."""
+        return math.log(max(1, self.work.choices))
+
+    def _far(self, what: str) -> NoReturn:
+        self._diverged(f"{what}, more than {_FAR:g} above that of guessing and that of the base")
 
     def _flat(self, what: str) -> NoReturn:
         self._diverged(f"{what}, every one of {self.work.choices} answers is as likely, gradient norm 0")
