@@ -83,7 +83,7 @@ def test_held_out_loss_that_is_not_finite(
     when: str, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([float("nan")] if when == "base" else [2.0, float("inf")])
-    monkeypatch.setattr(import_module("loratune.run.train"), "_evaluation", lambda *_: lambda: next(losses))
+    monkeypatch.setattr(import_module("loratune.run.train"), "_evaluation", lambda *_: lambda _: next(losses))
     with pytest.raises(DivergedError, match="held-out loss"):
         quick(tmp_path / "run", val=4, eval_every=2)
 
