@@ -81,9 +81,13 @@ def _processor() -> str:
     return "\n".join([os.uname().machine, *sorted({line for line in lines if line.startswith(wanted)})])
 
 
+def _asked_for() -> str:
+    return os.environ.get("CC") or "cc"
+
+
 def _compiler() -> str:
     """Which compiler it is, in words; none where there is none."""
-    words = shlex.split(os.environ.get("CC") or "cc")
+    words = shlex.split(_asked_for())
     found = shutil.which(words[0])
     if found is None:
         return ""
@@ -92,7 +96,7 @@ def _compiler() -> str:
 
 
 def _compile(target: Path) -> None:
-    compiler = os.environ.get("CC") or "cc"
+    compiler = _asked_for()
     words = shlex.split(compiler)
     if shutil.which(words[0]) is None:
         raise OSError(f"there is no C compiler ({compiler})")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from loratune.adapt import Adapters, attach
 from loratune.config import TrainConfig
+from loratune.data.batch import Batch
 from loratune.data.pack import batches
 from loratune.data.tasks import DATA_TASKS
 from loratune.errors import DivergedError, LoratuneError, RunInterrupted
@@ -312,11 +313,11 @@ def _evaluation(setup: Setup, objective: nn.Module, processes: Processes) -> Cal
         return None
     decisions, rows, device = setup.decisions, setup.prepared.val.rows, setup.device
 
-    def evaluate(limit: int) -> float:
-        held_out = batches(rows, decisions.layout, limit=limit, pad_id=setup.base.pad_id, part=processes.part)
-        return held_out_loss(objective, held_out, device, summed=processes.sums).loss
+    @cache
+    def cut(limit: int) -> list[Batch]:
+        return batches(rows, decisions.layout, limit=limit, pad_id=setup.base.pad_id, part=processes.part)
 
-    return evaluate
+    return lambda limit: held_out_loss(objective, cut(limit), device, summed=processes.sums).loss
 
 
 def _look_at_smaller_ranks(setup: Setup, journal: Journal, lora: Adapters) -> None:

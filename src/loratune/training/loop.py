@@ -134,26 +134,31 @@ class Loop:
             self._save(self.hooks.save)
 
     def _save(self, save: Callable[[Progress], None]) -> None:
-        """A checkpoint, of weights that the step's own rows do well with: its loss was that of the weights before."""
-        progress = self.progress
-        if progress.step:
-            rows = [self.work.rows[i] for i in self.work.order.step(progress.step - 1)]
-            loss = self._loss(rows)
-            if not math.isfinite(loss):
-                self._diverged(f"step {progress.step}: loss {loss:g} after it")
-            if self._is_far(loss, lambda: self._loss(rows)):
-                self._far(f"step {progress.step}: loss {loss:g} after it")
-            if self._is_flat(rows, loss):
-                self._gradients_within_memory(rows)
-                if clipped_norm(self.lora.parameters(), math.inf) == 0:
-                    self._flat(f"step {progress.step}: loss {loss:g} after it")
-                self.optimizer.zero_grad()
-        save(progress)
+        if self.progress.step:
+            self._refuse_diverged(self._rows_of(self.progress.step - 1))
+        save(self.progress)
+
+    def _refuse_diverged(self, rows: Sequence[Rendered]) -> None:
+        """Raise where the weights do badly with the rows of the last step: its loss was that of the weights before."""
+        loss = self._loss(rows)
+        what = f"step {self.progress.step}: loss {loss:g} after it"
+        if not math.isfinite(loss):
+            self._diverged(what)
+        if self._is_far(loss, lambda: self._loss(rows)):
+            self._far(what)
+        if self._is_flat(rows, loss):
+            self._gradients_within_memory(rows)
+            if clipped_norm(self.lora.parameters(), math.inf) == 0:
+                self._flat(what)
+            self.optimizer.zero_grad()
+
+    def _rows_of(self, step: int) -> list[Rendered]:
+        return [self.work.rows[i] for i in self.work.order.step(step)]
 
     def _step(self) -> None:
         started = time.perf_counter()
         progress = self.progress
-        rows = [self.work.rows[i] for i in self.work.order.step(progress.step)]
+        rows = self._rows_of(progress.step)
         loss, computed = self._gradients_within_memory(rows)
         norm = clipped_norm(self.lora.parameters(), self.work.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
