@@ -55,6 +55,9 @@ def arguments(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="bf16", choices=sorted(weights.DTYPES), help="of the base (default bf16)")
     parser.add_argument("--model-shape", default=weights.REAL, choices=[weights.REAL, *weights.SHAPES])
+    parser.add_argument(
+        "--micro-batch", type=int, metavar="N", help="rows that peers take at once (default: by workload)"
+    )
     parser.add_argument("--lr", type=float, default=1e-3, help="(default 0.001)")
     common(parser)
     return parser
@@ -92,6 +95,8 @@ def run(claim: Claim, given: argparse.Namespace) -> dict[str, Any]:
         job = started(machine, given)
         machine.refuse_missing(sides)
         workload = claim.make(weights.tokenizer(), steps)
+        if given.micro_batch is not None:
+            workload = replace(workload, micro_batch=given.micro_batch)
         if given.quick:
             workload = shortened(workload, steps)
         if job.device.startswith("cuda"):  # kernels are chosen and compiled for each shape

@@ -5,6 +5,7 @@ The reference: fp32, row by row, no padding, logits of every position, cross-ent
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor
 from weights import load_model
 
 LARGEST = 1e-4
+LONGEST = 1024  # tokens of a row: all logits and layers of a large model have to stand in fp32 at once
 SIDES = {"ours": side_ours.gradients, "peft-best": side_peft.gradients}
 
 
@@ -71,20 +73,36 @@ def deviations(job: Job, workload: Workload) -> dict[str, dict[str, dict[str, fl
     found: dict[str, dict[str, dict[str, float]]] = {}
     for side, gradients in SIDES.items():
         for dtype in dict.fromkeys(("fp32", job.dtype)):
+            _give_back()
             got = gradients(replace(job, side=side, dtype=dtype), workload)
             found.setdefault(side, {})[dtype] = deviation(got, right)
     return found
 
 
+def _give_back() -> None:
+    """Models hold each other in circles: the one before would stand beside the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def parity_rows(rows: Sequence[Row], count: int = 3) -> list[Row]:
-    """Few rows to compare: the two that begin alike for longest, so that sharing is compared too, and the shortest."""
-    ordered = sorted(rows, key=lambda row: row.ids)
+    """Few rows to compare: the two that begin alike for longest, so that sharing is compared too, and the shortest.
+
+    Cut where they are long and are scored before the cut.
+    """
+    ordered = sorted((_cut(row) for row in rows), key=lambda row: row.ids)
     pairs = list(pairwise(ordered))
     if not pairs:
-        return list(rows)
+        return ordered
     alike = max(pairs, key=lambda pair: _alike(*pair) / (len(pair[0].ids) + len(pair[1].ids)))
-    others = [row for row in sorted(rows, key=lambda row: len(row.ids)) if all(row is not one for one in alike)]
+    others = [row for row in sorted(ordered, key=lambda row: len(row.ids)) if all(row is not one for one in alike)]
     return [*alike, *others[: count - 2]]
+
+
+def _cut(row: Row) -> Row:
+    cut = Row(row.ids[:LONGEST], row.supervised[:LONGEST])
+    return cut if cut.targets else row
 
 
 def _alike(one: Row, other: Row) -> int:

@@ -260,6 +260,17 @@ def test_parity_compares_the_rows_that_begin_alike(bench: Any) -> None:
     assert sorted(len(row.ids) for row in chosen[:2]) == [40, 41]
 
 
+def test_parity_cuts_long_rows_that_are_scored_before_the_cut(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.parity, "LONGEST", 8)
+    scored, late = [False] + [True] * 19, [False] * 19 + [True]
+    rows = [
+        bench.job.Row(list(range(begin, begin + 20)), mask) for begin, mask in ((3, scored), (40, late), (80, scored))
+    ]
+    chosen = bench.parity.parity_rows(rows)
+    assert sorted(len(row.ids) for row in chosen) == [8, 8, 20]
+    assert all(row.targets for row in chosen)
+
+
 def test_what_is_missing_is_said_before_anything_runs(bench: Any, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
