@@ -184,6 +184,8 @@ def plain_kernels(**faults: Any) -> Any:
         "in_tiles": c_blocks.in_tiles,
         "sum_of_products": c_blocks.sum_of_products,
         "product_over_rows": c_blocks.product_over_rows,
+        "low_rank_forward": c_blocks.low_rank_forward,
+        "low_rank_backward": c_blocks.low_rank_backward,
     }
     return SimpleNamespace(**{**right, **faults})
 
@@ -249,6 +251,16 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         pytest.param(
             {"product_over_rows": lambda u, v: c_blocks.product_over_rows(u[1:], v[1:])},
             "the product over rows deviates",
+            marks=in_tiles,
+        ),
+        pytest.param(
+            {"low_rank_forward": lambda x, told: c_blocks.low_rank_forward(x, [p._replace(bias=None) for p in told])},
+            "W x + B A x deviates",
+            marks=in_tiles,
+        ),
+        pytest.param(
+            {"low_rank_backward": lambda x, h, *told, **more: c_blocks.low_rank_backward(x, 2 * h, *told, **more)},
+            "the gradient of B deviates",
             marks=in_tiles,
         ),
         pytest.param(

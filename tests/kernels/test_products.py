@@ -101,7 +101,7 @@ def test_what_stands_beside_a_factor_is_not_read(width: int) -> None:
 
 @in_tiles
 def test_right_factors_that_do_not_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_LONGEST", 20_000)
+    monkeypatch.setattr(products, "LONGEST", 20_000)
     x, w = drawn(40, 20_000), by_columns(20_000, 1_100)
     assert has_tiles([(x, w)])
     assert _near_halves(sum_of_products([(x, w)]), exact([(x, w)], 1.0, None))

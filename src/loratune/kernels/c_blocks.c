@@ -193,6 +193,7 @@ TURN(bf16, f32, f32)
 #include "c_tiles.c"
 #include "c_tile_attention.c"
 #include "c_products.c"
+#include "c_low_rank.c"
 
 const char *compiler(void) {
 #if defined(__clang__)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.kernels.adapted import Adapted
 from loratune.kernels.c_build import library
 from loratune.kernels.lanes import LaneTable
 
@@ -193,6 +194,72 @@ def product_over_rows(u: Tensor, v: Tensor) -> Tensor:
     if _library.product_over_rows(*sides[0], *sides[1], _Number(len(u)), ctypes.c_void_p(y.data_ptr())):
         raise MemoryError("no room for the factors of a product")
     return y
+
+
+class _Projection(ctypes.Structure):
+    """`projection` of c_low_rank.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "a", "b", "y", "ga", "gb")),
+        *((name, _Number) for name in ("weight_row", "by_columns", "out", "r", "fine_a", "fine_b", "y_row")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("rounded_a", "rounded_b")),
+        ("first", _Number),
+    )
+
+
+def low_rank_forward(x: Tensor, projections: Sequence[Adapted]) -> tuple[list[Tensor], Tensor]:
+    """W x + b + s B A x of each, and s A x of all beside each other, (rows, Σ r).
+
+    Args:
+        x: (rows, in_features) in bf16, with contiguous rows.
+    """
+    ys = [x.new_empty(len(x), len(p.B)) for p in projections]
+    h = x.new_empty(len(x), sum(len(p.A) for p in projections))
+    _low_rank("low_rank_forward", x, [_told(p, y) for p, y in zip(projections, ys, strict=True)], h)
+    return ys, h
+
+
+def low_rank_backward(
+    x: Tensor,
+    h: Tensor,
+    grads: Sequence[Tensor],
+    projections: Sequence[Adapted],
+    wanted: Sequence[tuple[bool, bool]],
+    *,
+    wants_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """The gradients of x, in bf16, and of each A and B, in fp32, from those of what `low_rank_forward` gave.
+
+    Args:
+        grads: (rows, out_features) each, with contiguous rows. wanted: whether that of A, and that of B, is.
+    """
+
+    def room(t: Tensor, wants: bool) -> Tensor | None:
+        return t.new_empty(t.shape, dtype=torch.float32) if wants else None
+
+    gx = x.new_empty(x.shape) if wants_x else None
+    gAs = [room(p.A, A) for p, (A, _) in zip(projections, wanted, strict=True)]
+    gBs = [room(p.B, B) for p, (_, B) in zip(projections, wanted, strict=True)]
+    told = [_told(*each) for each in zip(projections, grads, gAs, gBs, strict=True)]
+    _low_rank("low_rank_backward", x, told, h, None if gx is None else ctypes.c_void_p(gx.data_ptr()))
+    return gx, gAs, gBs
+
+
+def _told(p: Adapted, y: Tensor, gA: Tensor | None = None, gB: Tensor | None = None) -> _Projection:
+    weight, A, B, scale, bias = p
+    by_columns = weight.stride(1) != 1
+    return _Projection(
+        weight.data_ptr(), *(None if t is None else t.data_ptr() for t in (bias, A, B, y, gA, gB)),
+        weight.stride(int(by_columns)), by_columns, *B.shape, A.dtype == torch.float32, B.dtype == torch.float32,
+        y.stride(0), scale,
+    )  # fmt: skip
+
+
+def _low_rank(name: str, x: Tensor, told: Sequence[_Projection], h: Tensor, *more: Any) -> None:
+    sizes = (_Number(len(told)), ctypes.c_void_p(x.data_ptr()), _Number(x.stride(0)), *map(_Number, x.shape))
+    if getattr(_library, name)((_Projection * len(told))(*told), *sizes, ctypes.c_void_p(h.data_ptr()), *more):
+        raise MemoryError("no room for the factors of a product")
 
 
 def _work(q: Tensor, k: Tensor, v: Tensor, table: LaneTable, window: int | None, scale: float) -> _Work:

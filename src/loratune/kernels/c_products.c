@@ -231,22 +231,31 @@ static int own_share(const sum *s, range m, range n) {
     return 0;
 }
 
-/* y (rows, columns) = scale * sum of products, or that and y. */
-int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns,
-                    float scale, int add) {
+static sum sum_of(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns, float scale,
+                  int add) {
     sum s = {f, number, 0, 0, rows, columns, y_row, y, scale, add};
     for (int64_t i = 0; i < number; i++) s.deep += tiles_along(f + i);
     s.apart = s.deep | 1;
-    int64_t high = by(rows, 32) / 32, wide = by(columns, 32) / 32;
+    return s;
+}
+
+/* What one thread of a team does of it; nobody waits for the others. */
+static int sum_in_team(const sum *s) {
+    int64_t high = by(s->rows, 32) / 32, wide = by(s->columns, 32) / 32;
+    int64_t threads = omp_get_num_threads(), in_rows = threads_in_rows(threads, high, wide);
+    range m = share_of(high, omp_get_thread_num() % in_rows, in_rows);
+    range n = share_of(wide, omp_get_thread_num() / in_rows, threads / in_rows);
+    m = (range){m.start * 2, least(m.stop * 2, by(s->rows, 16) / 16)}, n = (range){n.start * 2, n.stop * 2};
+    return length_of(m) > 0 && length_of(n) > 0 && own_share(s, m, n);
+}
+
+/* y (rows, columns) = scale * sum of products, or that and y. */
+int sum_of_products(const factors *f, int64_t number, bf16 *y, int64_t y_row, int64_t rows, int64_t columns,
+                    float scale, int add) {
+    sum s = sum_of(f, number, y, y_row, rows, columns, scale, add);
     int failed = 0;
 #pragma omp parallel
-    {
-        int64_t threads = omp_get_num_threads(), in_rows = threads_in_rows(threads, high, wide);
-        range m = share_of(high, omp_get_thread_num() % in_rows, in_rows);
-        range n = share_of(wide, omp_get_thread_num() / in_rows, threads / in_rows);
-        m = (range){m.start * 2, least(m.stop * 2, by(rows, 16) / 16)}, n = (range){n.start * 2, n.stop * 2};
-        if (length_of(m) > 0 && length_of(n) > 0 && own_share(&s, m, n)) failed = 1;
-    }
+    if (sum_in_team(&s)) failed = 1;
     return failed;
 }
 
@@ -261,45 +270,75 @@ static void put_wide(const tile *t, int64_t high, int64_t wide, float *y, int64_
         }
 }
 
-/* y (u_columns, v_columns) fp32, row after row, = u^T v over `rows`; threads share the longer side. */
+/* y (u_columns, v_columns) fp32, row after row, = u^T v over `rows`. */
+typedef struct {
+    const bf16 *u, *v;
+    int64_t u_row, u_columns, v_row, v_columns, rows;
+    float *y;
+} over_rows;
+
+static inline int tall(const over_rows *p) { return p->u_columns >= p->v_columns; }
+
+static inline int64_t tiles_deep(const over_rows *p) { return by(p->rows, 32) / 32; }
+
+/* Tiles across the shorter side. */
+static inline int64_t tiles_few(const over_rows *p) { return by(tall(p) ? p->v_columns : p->u_columns, 32) / 16; }
+
+/* Tiles of the shorter side, which all threads read. */
+static inline int64_t tiles_shared(const over_rows *p) { return tiles_few(p) * tiles_deep(p); }
+
+/* The shorter side in tiles, by a team, which has to wait for them. */
+static void shorter_side(const over_rows *p, tile *all) {
+    int64_t deep = tiles_deep(p);
+#pragma omp for schedule(static) nowait
+    for (int64_t k = 0; k < deep; k++)
+        if (tall(p))
+            tiles_of_columns(p->v + k * 32 * p->v_row, p->v_row, p->rows - k * 32, p->v_columns, 0, all + k, deep);
+        else
+            tiles_of_columns(p->u + k * 32 * p->u_row, p->u_row, p->rows - k * 32, p->u_columns, 1, all + k, deep);
+}
+
+/* What one thread of a team does of it, some of the longer side; nobody waits for the others. */
+static int over_rows_in_team(const over_rows *p, const tile *all) {
+    int64_t few = tiles_few(p), deep = tiles_deep(p), many = tall(p) ? p->u_columns : p->v_columns;
+    range share = share_of(by(many, 32) / 32, omp_get_thread_num(), omp_get_num_threads());
+    int64_t start = share.start * 32, own = least(share.stop * 32, many) - start, wide = by(own, 32) / 16;
+    if (own <= 0) return 0;
+    tile *strips = aligned_alloc(64, (size_t)(wide * (SOME + few)) * sizeof(tile)), *sums = strips + wide * SOME;
+    if (!strips) return 1;
+    set_matrix_unit();
+    for (int64_t first = 0; first < deep; first += SOME) {
+        int64_t some = least(deep - first, SOME);
+        for (int64_t k = 0; k < some; k++) {
+            int64_t row = (first + k) * 32, left = p->rows - row;
+            if (tall(p)) tiles_of_columns(p->u + row * p->u_row + start, p->u_row, left, own, 1, strips + k, SOME);
+            else tiles_of_columns(p->v + row * p->v_row + start, p->v_row, left, own, 0, strips + k, SOME);
+        }
+        if (tall(p))
+            tile_product(wide, few, some, strips, (strides){SOME, 1}, all + first, (strides){1, deep}, sums,
+                         (strides){few, 1}, first > 0);
+        else
+            tile_product(few, wide, some, all + first, (strides){deep, 1}, strips, (strides){1, SOME}, sums,
+                         (strides){wide, 1}, first > 0);
+    }
+    if (tall(p)) put_wide(sums, wide, few, p->y + start * p->v_columns, own, p->v_columns, p->v_columns);
+    else put_wide(sums, few, wide, p->y + start, p->u_columns, own, p->v_columns);
+    _tile_release();
+    free(strips);
+    return 0;
+}
+
 int product_over_rows(const bf16 *u, int64_t u_row, int64_t u_columns, const bf16 *v, int64_t v_row, int64_t v_columns,
                       int64_t rows, float *y) {
-    int tall = u_columns >= v_columns;
-    int64_t few = by(tall ? v_columns : u_columns, 32) / 16, many = tall ? u_columns : v_columns;
-    int64_t deep = by(rows, 32) / 32;
-    tile *all = aligned_alloc(64, (size_t)(few * deep) * sizeof(tile));
+    over_rows p = {u, v, u_row, u_columns, v_row, v_columns, rows, y};
+    tile *all = aligned_alloc(64, (size_t)tiles_shared(&p) * sizeof(tile));
     if (!all) return 1;
     int failed = 0;
 #pragma omp parallel
     {
-        range share = share_of(by(many, 32) / 32, omp_get_thread_num(), omp_get_num_threads());
-        int64_t start = share.start * 32, own = least(share.stop * 32, many) - start, wide = by(own, 32) / 16;
-        tile *strips = aligned_alloc(64, (size_t)(wide * (SOME + few) + 1) * sizeof(tile));
-        tile *sums = strips + wide * SOME;
-        if (!strips) failed = 1;
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < deep; k++)
-            if (tall) tiles_of_columns(v + k * 32 * v_row, v_row, rows - k * 32, v_columns, 0, all + k, deep);
-            else tiles_of_columns(u + k * 32 * u_row, u_row, rows - k * 32, u_columns, 1, all + k, deep);
-        set_matrix_unit();
-        for (int64_t first = 0; strips && own > 0 && first < deep; first += SOME) {
-            int64_t some = least(deep - first, SOME);
-            for (int64_t k = 0; k < some; k++) {
-                int64_t row = (first + k) * 32;
-                if (tall) tiles_of_columns(u + row * u_row + start, u_row, rows - row, own, 1, strips + k, SOME);
-                else tiles_of_columns(v + row * v_row + start, v_row, rows - row, own, 0, strips + k, SOME);
-            }
-            if (tall)
-                tile_product(wide, few, some, strips, (strides){SOME, 1}, all + first, (strides){1, deep}, sums,
-                             (strides){few, 1}, first > 0);
-            else
-                tile_product(few, wide, some, all + first, (strides){deep, 1}, strips, (strides){1, SOME}, sums,
-                             (strides){wide, 1}, first > 0);
-        }
-        if (strips && own > 0 && tall) put_wide(sums, wide, few, y + start * v_columns, own, v_columns, v_columns);
-        if (strips && own > 0 && !tall) put_wide(sums, few, wide, y + start, u_columns, own, v_columns);
-        _tile_release();
-        free(strips);
+        shorter_side(&p, all);
+#pragma omp barrier
+        if (over_rows_in_team(&p, all)) failed = 1;
     }
     free(all);
     return failed;

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
+from loratune.kernels.adapted import Adapted
 from loratune.kernels.deviation import deviation, furthest
 from loratune.kernels.lanes import table_of
 
@@ -218,4 +219,31 @@ def _sums(kernels: ModuleType, device: torch.device) -> Pairs:
             yield "the product over rows", kernels.product_over_rows(left, side), left.float().T @ side.float()
 
 
-_TRIALS: tuple[Callable[[ModuleType, torch.device], Pairs], ...] = (_norms, _products, _turns, _attentions, _sums)
+def _adaptations(kernels: ModuleType, device: torch.device) -> Pairs:
+    """Two projections of one x, of which one has a bias, masters in fp32 and bf16, and W by rows and by columns."""
+    if not kernels.in_tiles(torch.bfloat16):
+        return
+    drawn = _drawn(device, (50, 40), (72, 40), (40, 24), (72,), (4, 40), (72, 4), (20, 40), (24, 20))
+    x, w, turned, b = (t.detach().bfloat16() for t in drawn[:4])
+    A, B, other_A, other_B = ((t.detach() / 4).bfloat16() for t in drawn[4:])
+    projections = [Adapted(w, A.float(), B.float(), 0.5, b), Adapted(turned.T, other_A, other_B, 2.0)]
+    with torch.no_grad():
+        ys, h = kernels.low_rank_forward(x, projections)
+        parts, grads, gx = h.split([4, 20], 1), [(y + 1).detach() for y in ys], torch.zeros(50, 40)
+        found = kernels.low_rank_backward(x, h, grads, projections, [(True, True)] * 2, wants_x=True)
+        for p, y, part, gy, gA, gB in zip(projections, ys, parts, grads, *found[1:], strict=True):
+            weight, A, B = (t.float() for t in (p.weight, p.A, p.B))
+            right = (x.float() @ A.T * p.scale).bfloat16()
+            yield "A x", part, right
+            shift = 0.0 if p.bias is None else p.bias.float()
+            yield "W x + B A x", y, (x.float() @ weight.T + shift + part.float() @ B.T).bfloat16()
+            gh = (gy.float() @ B * p.scale).bfloat16().float()
+            gx += gy.float() @ weight + gh @ A
+            yield "the gradient of A", gA, gh.T @ x.float()
+            yield "the gradient of B", gB, gy.float().T @ part.float()
+        yield "the gradient of x", found[0], gx.bfloat16()
+
+
+_TRIALS: tuple[Callable[[ModuleType, torch.device], Pairs], ...] = (
+    _norms, _products, _turns, _attentions, _sums, _adaptations,
+)  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from loratune.kernels.chosen import has_plain_memory, kernels_for
 
 # With fewer rows a tile is hardly filled; of a longer sum there is room for the right factors of a few columns only.
-_FEWEST, _LONGEST = 32, 6144
+_FEWEST, LONGEST = 32, 6144
 
 Product = tuple[Tensor, Tensor]
 
@@ -40,7 +40,7 @@ def _sums(products: Sequence[Product]) -> list[list[Product]]:
     terms = 0
     for product in products:
         terms += product[0].shape[1]
-        if terms > _LONGEST or not sums:
+        if terms > LONGEST or not sums:
             sums.append([])
             terms = product[0].shape[1]
         sums[-1].append(product)
@@ -89,14 +89,19 @@ def has_tiles(products: Sequence[Product]) -> bool:
 def _kernels_of(products: Sequence[Product], into: Tensor | None = None) -> ModuleType | None:
     by_row = [x for x, _ in products]
     kernels = _tiles(by_row if into is None else [*by_row, into], [w for _, w in products])
-    return kernels if kernels is not None and sum(x.shape[1] for x in by_row) <= _LONGEST else None
+    return kernels if kernels is not None and sum(x.shape[1] for x in by_row) <= LONGEST else None
+
+
+def tiles_for(x: Tensor) -> ModuleType | None:
+    """The kernels, if they have tiles for products of x, (rows, inner)."""
+    kernels = kernels_for(x) if x.dtype == torch.bfloat16 and x.shape[0] >= _FEWEST else None
+    return kernels if kernels is not None and kernels.in_tiles(torch.bfloat16) else None
 
 
 def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
     """The kernels, if they have products of these in tiles: matrices whose rows are contiguous, and rows or columns."""
-    first = by_row[0]
-    kernels = kernels_for(first) if first.dtype == torch.bfloat16 else None
-    if kernels is None or not kernels.in_tiles(torch.bfloat16) or first.shape[0] < _FEWEST:
+    kernels = tiles_for(by_row[0])
+    if kernels is None:
         return None
     with_gradients = torch.is_grad_enabled()
     for tensors, turned in ((by_row, False), (either, True)):

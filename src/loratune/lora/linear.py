@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from loratune.errors import AdapterStateError
-from loratune.kernels import product_over_rows, sum_in_tiles, sum_of_products
+from loratune.kernels import (
+    Adapted,
+    adapted_in_tiles,
+    gradients_in_tiles,
+    product_over_rows,
+    sum_in_tiles,
+    sum_of_products,
+)
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -91,29 +98,41 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], dropped: Linear |
 
 
 class _Computed(NamedTuple):
-    """What a forward pass gives, and made on the way: the As below each other and each B, rounded, and s · A x."""
+    """What a forward pass gives, and made on the way: s · A x of all beside each other, (tokens, Σ r), and, where
+    torch saw them, the rounded factors."""
 
     ys: tuple[Tensor, ...]
-    A: Tensor
-    Bs: list[Tensor]
-    h: tuple[Tensor, ...]
+    h: Tensor
+    rounded: Sequence[Tensor] = ()
 
 
 def _computed(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> _Computed:
-    A, Bs = _rounded(projections, x.dtype)
-    h = _inner(x, A, projections, dropped)
-    ys = tuple(_with_update(x, p, part, B) for p, part, B in zip(projections, h, Bs, strict=True))
-    return _Computed(ys, A, Bs, h)
+    if dropped is None and all(p.tiled for p in projections):
+        weights = _held([p.weight for p in projections], x.dtype)
+        told = [Adapted(W, p.A, p.B, p.scale, p.bias) for W, p in zip(weights, projections, strict=False)]
+        found = adapted_in_tiles(x.reshape(-1, x.shape[-1]), told)
+        if found is not None:
+            return _Computed(tuple(y.view(*x.shape[:-1], y.shape[1]) for y in found[0]), found[1])
+    rounded = _rounded([p.A for p in projections], [p.B for p in projections], x.dtype)
+    h = _inner(x, rounded[0], projections, dropped)
+    parts = h.split([len(p.A) for p in projections], 1)
+    ys = tuple(_with_update(x, p, part, B) for p, part, B in zip(projections, parts, rounded[1:], strict=True))
+    return _Computed(ys, h, rounded)
 
 
-def _rounded(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def _held(weights: Sequence[Weight], dtype: torch.dtype) -> list[Tensor]:
+    """All weights at once; none where one would not last until the others are there."""
+    return [weight.lent(dtype) for weight in weights] if all(weight.lasting for weight in weights) else []
+
+
+def _rounded(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The As below each other (Σ r, in_features), and each B."""
-    As = [p.A.to(dtype) for p in projections]
-    return As[0] if len(As) == 1 else torch.cat(As), [p.B.to(dtype) for p in projections]
+    A = [A.to(dtype) for A in As]
+    return [A[0] if len(A) == 1 else torch.cat(A), *(B.to(dtype) for B in Bs)]
 
 
-def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> tuple[Tensor, ...]:
-    """s · A x of each: (tokens, r), beside each other in one tensor.
+def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> Tensor:
+    """s · A x of each, (tokens, r), beside each other.
 
     Scaling it costs r multiplications a token, scaling the result would cost out_features.
     """
@@ -121,11 +140,10 @@ def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Lin
     scales = [p.scale for p in projections]
     alike = len(set(scales)) == 1
     h = sum_of_products([(seen.reshape(-1, x.shape[-1]), A.T)], scales[0] if alike else 1.0)
-    parts: tuple[Tensor, ...] = h.split([len(p.A) for p in projections], 1)
     if not alike:
-        for part, scale in zip(parts, scales, strict=True):
+        for part, scale in zip(h.split([len(p.A) for p in projections], 1), scales, strict=True):
             part.mul_(scale)
-    return parts
+    return h
 
 
 def _with_update(x: Tensor, p: Projection, h: Tensor, B: Tensor) -> Tensor:
@@ -152,21 +170,25 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: Sequence[Projection], dropped: Linear | None, *_: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ys, A, Bs, h = _computed(x, projections, dropped)
-        ctx.save_for_backward(x, A, *(p.A for p in projections), *(p.B for p in projections), *Bs, *h)
+        ys, h, rounded = _computed(x, projections, dropped)
+        ctx.save_for_backward(x, h, *(p.A for p in projections), *(p.B for p in projections), *rounded)
         ctx.frozen = [Frozen(p.weight, p.weight.version, p.scale) for p in projections]
         ctx.dropped = dropped
         return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, *kept = ctx.saved_tensors
+        x, h, *kept = ctx.saved_tensors
         number = len(ctx.frozen)
-        As, Bs, rounded_Bs, h = (kept[begin : begin + number] for begin in range(0, 4 * number, number))
+        As, Bs, rounded = kept[:number], kept[number : 2 * number], kept[2 * number :]
         refuse_changed(ctx.frozen)
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
+        in_tiles = _gradients_in_tiles(ctx, x, h, As, Bs, flat)
+        if in_tiles is not None:
+            return in_tiles
+        A, *rounded_Bs = rounded or _rounded(As, Bs, x.dtype)
         by_projection = [
             sum_of_products([(gy, B)], base.scale) for gy, B, base in zip(flat, rounded_Bs, ctx.frozen, strict=True)
         ]
@@ -175,16 +197,37 @@ class _LoraLinears(torch.autograd.Function):
         gA: Sequence[Tensor | None] = [None] * number
         if any(ctx.needs_input_grad[3::3]):
             seen = x if ctx.dropped is None else ctx.dropped(x)
-            parts = product_over_rows(gh, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
+            each = product_over_rows(gh, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
             # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
-            gA = [part.to(own.dtype, copy=number > 1) for part, own in zip(parts, As, strict=True)]
+            gA = [part.to(own.dtype, copy=number > 1) for part, own in zip(each, As, strict=True)]
         found: list[Tensor | None] = []
-        for i, (gy, part, B) in enumerate(zip(flat, h, Bs, strict=True)):
+        parts = h.split([len(own) for own in As], 1)
+        for i, (gy, part, B) in enumerate(zip(flat, parts, Bs, strict=True)):
             wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
             found.append(gA[i] if wants_A else None)
             found.append(product_over_rows(gy, part).to(B.dtype) if wants_B else None)
             found.append(gy.sum(0) if wants_bias else None)
         return gx, None, None, *found
+
+
+def _gradients_in_tiles(
+    ctx: Any, x: Tensor, h: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], flat: Sequence[Tensor]
+) -> tuple[Tensor | None, ...] | None:
+    """What `backward` returns, where a kernel computes it."""
+    weights = [] if ctx.dropped is not None else _held([base.weight for base in ctx.frozen], x.dtype)
+    told = [Adapted(W, A, B, base.scale) for W, A, B, base in zip(weights, As, Bs, ctx.frozen, strict=False)]
+    needed = ctx.needs_input_grad
+    wanted = [(needed[i], needed[i + 1]) for i in range(3, 3 + 3 * len(flat), 3)]
+    gradients = gradients_in_tiles(x.reshape(-1, x.shape[-1]), h, flat, told, wanted, wants_x=needed[0])
+    if gradients is None:
+        return None
+    gx, gAs, gBs = gradients
+    found: list[Tensor | None] = []
+    for i, (gy, gA, gB, A, B) in enumerate(zip(flat, gAs, gBs, As, Bs, strict=True)):
+        found.append(None if gA is None else gA.to(A.dtype))
+        found.append(None if gB is None else gB.to(B.dtype))
+        found.append(gy.sum(0) if needed[5 + 3 * i] else None)
+    return gx if gx is None else gx.view(x.shape), None, None, *found
 
 
 def refuse_changed(frozen: Sequence[Frozen]) -> None:
