@@ -203,6 +203,28 @@ def test_families_that_change_their_logits_have_a_separate_head() -> None:
         assert summed_loss(model, batch).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("often", [None, torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_by_torch_as_by_a_kernel(dtype: torch.dtype, often: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(5, 70).mul(5).to(dtype), torch.tensor([0, 69, 3, 8, 35])
+    found = []
+    for kernels_for in (loss_module.kernels_for, lambda _: None):
+        monkeypatch.setattr(loss_module, "kernels_for", kernels_for)
+        mine = logits.clone().requires_grad_()
+        lost = loss_module.cross_entropy(mine, targets, often)
+        found.append((lost.detach(), *torch.autograd.grad(lost, mine)))
+    torch.testing.assert_close(found[0], found[1], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scored", "parts"), [(1, [1]), (383, [383]), (385, [193, 192]), (1020, [255] * 4), (0, [])])
+def test_logits_come_in_equal_parts(scored: int, parts: list[int]) -> None:
+    """A few positions that are left over would take nearly as long as many."""
+    size, fine = loss_module.positions_at_once("cpu", scored)
+    assert [len(part) for part in torch.arange(scored).split(size) if len(part)] == parts
+    assert fine == min(32, scored)
+
+
 class Elsewhere(torch.nn.Module):
     """A model that mixes into its logits what its head never sees."""
 

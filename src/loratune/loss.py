@@ -19,6 +19,7 @@ from loratune.data.labelled import LabelBatch
 from loratune.data.located import LocatedBatch
 from loratune.data.matched import MatchBatch
 from loratune.data.translated import TranslatedBatch
+from loratune.kernels import kernels_for
 from loratune.lora import selecting
 from loratune.model import has_separate_head, hidden_at, logits_from, only_positions, packed_inputs
 
@@ -209,13 +210,13 @@ class _SummedLoss(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
         gradients: list[Tensor | None] = [torch.empty_like(hidden) if wanted[0] else None, *(None for _ in trained)]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        size, _ = positions_at_once(hidden.device.type)
+        size, _ = positions_at_once(hidden.device.type, len(targets))
         for begin in range(0, len(targets), size):
             part = slice(begin, begin + size)
             with torch.set_grad_enabled(any(wanted)):
                 some = hidden[part].detach().requires_grad_(wanted[0])
                 logits = logits_of(some, part)
-            slope = torch.empty_like(logits)
+            slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
             often = None if times is None else times[part]
             total += _loss_and_slope(logits.detach(), targets[part], often, slope)
             inputs = [t for t, want in zip((some, *trained), wanted, strict=True) if want]
@@ -243,25 +244,32 @@ def _gather(gradients: list[Tensor | None], part: slice, found: list[Tensor | No
             gradients[number] = some if before is None else before.add_(some)
 
 
-def positions_at_once(device_type: str) -> tuple[int, int]:
-    """How many positions have logits at the same time, and how many of them probabilities in fp32."""
-    return _CHUNK.get(device_type, _WIDE_CHUNK), _CACHED.get(device_type, _WIDE_CHUNK)
+def positions_at_once(device_type: str, scored: int) -> tuple[int, int]:
+    """How many of the scored positions have logits at the same time, and how many of them probabilities in fp32.
+
+    In equal parts, since a few that are left over would take nearly as long as many.
+    """
+    parts = max(1, round(scored / _CHUNK.get(device_type, _WIDE_CHUNK)))
+    return max(1, -(-scored // parts)), min(scored, _CACHED.get(device_type, _WIDE_CHUNK))
 
 
 def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
     """Σ −times · log p(target); puts its derivative by the logits, times · (p - [target]), into `slope`."""
-    _, size = positions_at_once(logits.device.type)
+    if (kernels := kernels_for(logits)) is not None and hasattr(kernels, "cross_entropy"):
+        lost: Tensor = kernels.cross_entropy(logits, targets, times, slope)
+        return lost.sum()
+    _, size = positions_at_once(logits.device.type, len(logits))
     wide = torch.promote_types(logits.dtype, torch.float32)
-    buffer = torch.empty(min(size, len(logits)), logits.shape[-1], dtype=wide, device=logits.device)
-    lost = []
+    buffer = torch.empty(size, logits.shape[-1], dtype=wide, device=logits.device)
+    parts = []
     for some, chosen, out in zip(logits.split(size), targets[:, None].split(size), slope.split(size), strict=True):
         exact = buffer[: len(some)].copy_(some)
         highest = exact.amax(-1)
         p = torch.softmax(exact, -1, out=exact)
         # log p of the likeliest token says what the softmax divided by; p of the target itself may be zero in fp32.
-        lost.append(highest - p.amax(-1).log() - some.gather(1, chosen)[:, 0].to(wide))
+        parts.append(highest - p.amax(-1).log() - some.gather(1, chosen)[:, 0].to(wide))
         out.copy_(p.scatter_add_(1, chosen, -torch.ones_like(chosen, dtype=wide)))
-    by_position = torch.cat(lost)
+    by_position = torch.cat(parts)
     if times is not None:
         by_position = by_position * times
         slope.mul_(times[:, None].to(slope.dtype))

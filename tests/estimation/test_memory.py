@@ -159,7 +159,7 @@ def test_memory() -> None:
     assert many.working == (2 * (1 << 19) * 3 + (1 << 16) * (3 * 12 + 4 * 5)) * 2
     # With a large vocabulary the logits of a chunk outweigh a layer's gradients.
     wide = replace(SHAPE, vocabulary=100_000)
-    logits = (2 * 256 * 2 + 32 * 4) * 100_000 + 2 * 600 * 10 * 2
+    logits = (2 * 300 * 2 + 32 * 4) * 100_000 + 2 * 600 * 10 * 2
     assert estimate_memory(plan, wide, Pass(2, tokens=64, scored=600, longest=8), BASE).working == logits
 
 

@@ -183,6 +183,7 @@ def plain_kernels(**faults: Any) -> Any:
         "attend_backward": c_blocks.attend_backward,
         "in_tiles": c_blocks.in_tiles,
         "sum_of_products": c_blocks.sum_of_products,
+        "cross_entropy": c_blocks.cross_entropy,
         "product_over_rows": c_blocks.product_over_rows,
         "low_rank_forward": c_blocks.low_rank_forward,
         "low_rank_backward": c_blocks.low_rank_backward,
@@ -252,6 +253,14 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             {"product_over_rows": lambda u, v: c_blocks.product_over_rows(u[1:], v[1:])},
             "the product over rows deviates",
             marks=in_tiles,
+        ),
+        (
+            {"cross_entropy": lambda *told: c_blocks.cross_entropy(*told) * 1.001},
+            "cross-entropy deviates",
+        ),
+        (
+            {"cross_entropy": lambda logits, *told: c_blocks.cross_entropy(logits, *told[:2], logits.clone())},
+            "cross-entropy's gradient deviates",
         ),
         pytest.param(
             {"low_rank_forward": lambda x, told: c_blocks.low_rank_forward(x, [p._replace(bias=None) for p in told])},

@@ -107,11 +107,11 @@ def fused_llama() -> Any:
     return model
 
 
-def test_a_model_is_fused_with_them_but_for_its_head() -> None:
+def test_a_model_is_fused_with_them() -> None:
     model = fused_llama()
     tiled = {name for name, module in model.named_modules() if isinstance(module, TiledLinear)}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert tiled == linears - {"lm_head"}
+    assert tiled == linears
     unfuse(model)
     assert not any(isinstance(module, TiledLinear) for module in model.modules())
 

@@ -253,7 +253,7 @@ def estimate_memory(
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
     # A and B in the base's dtype, of all layers or of the one that is computed again.
     rounded = plan.trainable * size // (shape.layers if through.recompute else 1)
-    chunk, fine = (min(number, through.scored) for number in positions_at_once(through.device_type))
+    chunk, fine = positions_at_once(through.device_type, through.scored)
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before
     # the head, with its gradient.
     logits = (2 * chunk * size + fine * 4) * shape.vocabulary + 2 * through.scored * shape.hidden * size

@@ -10,6 +10,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <math.h>
 
@@ -188,6 +189,7 @@ TURN(f32, f32, f32)
 TURN(bf16, bf16, bf16)
 TURN(bf16, f32, f32)
 
+#include "c_loss.c"
 #include "c_lanes.c"
 #include "c_attention.c"
 #include "c_tiles.c"

@@ -88,6 +88,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     return y
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
+    """−times · log softmax(logits)[target] of each row, (N,) in fp32.
+
+    Args:
+        logits: (N, choices) in fp32 or bf16; targets: (N,), of them. times: (N,), 1 where there are none.
+        slope: contiguous, of logits' shape and dtype; their derivative goes into it.
+    """
+    logits, targets = logits.contiguous(), targets.contiguous()
+    often = None if times is None else times.float().contiguous()
+    lost = logits.new_empty(len(logits), dtype=torch.float32)
+    pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (logits, targets, often, slope, lost))
+    if getattr(_library, f"cross_entropy_{_NAMES[logits.dtype]}")(*pointers, *map(_Number, logits.shape)):
+        raise MemoryError("no room for the probabilities of a row")
+    return lost
+
+
 class _Work(ctypes.Structure):
     """`work` of c_lanes.c."""
 

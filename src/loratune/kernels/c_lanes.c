@@ -1,6 +1,5 @@
 /* A packed row as attention reads it: runs of lanes behind one path. As in lanes.py. Included by c_blocks.c. */
 
-#include <stdlib.h>
 
 /* A tensor of (tokens, heads, dim): elements from token to token and from head to head. */
 typedef struct {

@@ -203,6 +203,17 @@ def _attention(kernels: ModuleType, device: torch.device, dtype: torch.dtype) ->
             yield "attention's gradient", found, right
 
 
+def _losses(kernels: ModuleType, device: torch.device) -> Pairs:
+    if not hasattr(kernels, "cross_entropy"):
+        return
+    logits, times = _drawn(device, (5, 700), (5,))
+    targets = torch.tensor([0, 699, 3, 8, 350], device=device)
+    lost = F.cross_entropy(logits * 9, targets, reduction="none") * times
+    slope = torch.full_like(logits, torch.nan).detach()
+    yield "cross-entropy", kernels.cross_entropy((logits * 9).detach(), targets, times.detach(), slope), lost
+    yield "cross-entropy's gradient", slope * 9, torch.autograd.grad(lost.sum(), logits)[0]
+
+
 def _sums(kernels: ModuleType, device: torch.device) -> Pairs:
     """Of two products, whose right factors lie by rows and by columns, added to something; and over rows."""
     if not kernels.in_tiles(torch.bfloat16):
@@ -245,5 +256,5 @@ def _adaptations(kernels: ModuleType, device: torch.device) -> Pairs:
 
 
 _TRIALS: tuple[Callable[[ModuleType, torch.device], Pairs], ...] = (
-    _norms, _products, _turns, _attentions, _sums, _adaptations,
+    _norms, _products, _turns, _attentions, _losses, _sums, _adaptations,
 )  # fmt: skip

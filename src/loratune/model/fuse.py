@@ -32,9 +32,8 @@ def fuse(model: nn.Module) -> int:
     """
     kinds = (fuse_norm, fuse_gated, fuse_attention)
     found = sum(any(kind(module) for kind in kinds) for _, module in base_modules(model))
-    head = cast(Any, model).get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if found:  # of chunks of its output only, which are multiplied elsewhere
-        found += sum(fuse_linear(module) for _, module in base_modules(model) if module is not head)
+    if found:
+        found += sum(fuse_linear(module) for _, module in base_modules(model))
     return found + fuse_last(model)
 
 
