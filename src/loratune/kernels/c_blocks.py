@@ -82,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     y = torch.empty(x.shape, dtype=dtype)
     flat = x.reshape(-1, heads, dim)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    cos, sin = (angle.to(dtype).expand(*x.shape[:-2], 1, dim).reshape(-1, dim).contiguous() for angle in (cos, sin))
+    cos, sin = (_angles(angle, x, dtype) for angle in (cos, sin))
     sizes = (flat.stride(0), flat.stride(1), flat.shape[0], heads, dim // 2, int(back))
     _call(f"turn_{_NAMES[x.dtype]}", cos, (flat, cos, sin, y), sizes)
     return y
@@ -102,6 +102,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: 
     if getattr(_library, f"cross_entropy_{_NAMES[logits.dtype]}")(*pointers, *map(_Number, logits.shape)):
         raise MemoryError("no room for the probabilities of a row")
     return lost
+
+
+def _angles(angle: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those of each token, one row after the other: as they are wherever they lie so, since each layer asks."""
+    dim = x.shape[-1]
+    if angle.dtype == dtype and angle.is_contiguous() and angle.numel() * x.shape[-2] == x.numel():
+        return angle
+    return angle.to(dtype).expand(*x.shape[:-2], 1, dim).reshape(-1, dim).contiguous()
 
 
 class _Work(ctypes.Structure):

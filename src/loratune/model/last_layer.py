@@ -61,7 +61,7 @@ def _last_layer(model: nn.Module) -> nn.Module | None:
 
 def ends_early(model: nn.Module) -> bool:
     """Whether the last layer takes `scored`."""
-    return any(isinstance(module, FusedLast) for module in model.modules())
+    return isinstance(_last_layer(model), FusedLast)
 
 
 def _tried(layer: nn.Module) -> bool:

@@ -74,7 +74,13 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float) -> torch.
 
 def clipped_norm(parameters: Sequence[nn.Parameter], most: float) -> float:
     """The norm of all gradients together, which are scaled down to `most` where it is larger."""
-    return float(whole(nn.utils.clip_grad_norm_(parameters, most)))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    found = float(whole(norm))
+    # Where torch's factor, most / (norm + 1e-6), is one at least, gradients would be read and written for nothing.
+    if not found + 1e-6 <= most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return found
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, peak: float) -> None:
