@@ -1,7 +1,7 @@
 """Are both sides' gradients those of the plain formula? `python parity.py JOB RESULT`; fails when they are not.
 
 The reference: fp32, row by row, no padding, logits of every position, cross-entropy over the supervised ones in fp64:
-where the model is nearly certain, what fp32 leaves of 1 - p is off by 3e-5 of the gradients, one way for all who use it.
+where the model is nearly certain, what fp32 leaves of 1 - p puts gradients off by 3e-5, all of them in one way.
 """
 
 from __future__ import annotations
