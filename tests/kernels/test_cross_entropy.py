@@ -58,6 +58,21 @@ def test_what_is_no_number_is_seen(odd: float) -> None:
     assert slope.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("target", [-1, 5, 2**40])
+def test_a_target_that_is_none_of_the_choices(target: int) -> None:
+    logits, slope = torch.zeros(2, 5), torch.full((2, 5), 7.0)
+    with pytest.raises(IndexError, match="none of the 5 choices"):
+        c_blocks.cross_entropy(logits, torch.tensor([0, target]), None, slope)
+    assert (slope == 7).all()
+
+
+def test_targets_of_another_width() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
+    for mine, right in zip(found_for(logits, targets.int()), found_for(logits, targets), strict=True):
+        assert torch.equal(mine, right)
+
+
 def test_threads_change_no_bit() -> None:
     logits, targets = torch.randn(7, 5000), torch.randint(5000, (7,))
     threads, found = torch.get_num_threads(), []

@@ -94,13 +94,18 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: 
     Args:
         logits: (N, choices) in fp32 or bf16; targets: (N,), of them. times: (N,), 1 where there are none.
         slope: contiguous, of logits' shape and dtype; their derivative goes into it.
+
+    Raises:
+        IndexError: a target is none of the choices.
     """
-    logits, targets = logits.contiguous(), targets.contiguous()
+    logits, targets = logits.contiguous(), targets.to(torch.int64).contiguous()
     often = None if times is None else times.float().contiguous()
     lost = logits.new_empty(len(logits), dtype=torch.float32)
     pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (logits, targets, often, slope, lost))
-    if getattr(_library, f"cross_entropy_{_NAMES[logits.dtype]}")(*pointers, *map(_Number, logits.shape)):
-        raise MemoryError("no room for the probabilities of a row")
+    failed = getattr(_library, f"cross_entropy_{_NAMES[logits.dtype]}")(*pointers, *map(_Number, logits.shape))
+    if failed:
+        odd = IndexError(f"a target is none of the {logits.shape[1]} choices")
+        raise odd if failed == 2 else MemoryError("no room for the probabilities of a row")
     return lost
 
 

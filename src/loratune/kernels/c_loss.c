@@ -5,7 +5,7 @@
 #define SUMMED 512
 
 /* lost = -times log softmax(x)[target], slope = times (softmax(x) - [target]); `times` is 1 where there are none. `e`
-   has room for a row. */
+   has room for a row. Returns 1 where there is no such room, 2 where a target is none of the choices. */
 #define CROSS_ENTROPY(T)                                                                                               \
     static float loss_of_row_##T(const T *x, int64_t target, float times, int64_t choices, T *slope, float *e) {       \
         float most = -INFINITY;                                                                                        \
@@ -32,6 +32,8 @@
     int cross_entropy_##T(const T *x, const int64_t *targets, const float *times, T *slope, float *lost, int64_t rows, \
                           int64_t choices) {                                                                           \
         int failed = 0;                                                                                                \
+        for (int64_t row = 0; row < rows; row++)                                                                       \
+            if (targets[row] < 0 || targets[row] >= choices) return 2;                                                 \
         _Pragma("omp parallel")                                                                                        \
         {                                                                                                              \
             float *e = malloc((size_t)choices * sizeof(float));                                                        \
