@@ -33,7 +33,7 @@ from loratune.estimation import (
 from loratune.kernels import kernels_of
 from loratune.lora import base_modules
 from loratune.loss import summed_loss
-from loratune.model import fuse, recompute_activations, use_packed_attention
+from loratune.model import ends_early, fuse, recompute_activations, use_packed_attention
 from loratune.quant import FORMATS, quantize, stored_in
 from loratune.training.sharding import units_of
 from tests.models import PAD, rows_of, tiny
@@ -210,8 +210,37 @@ def test_planned_peak_against_the_allocators(family: str, how: str) -> None:
     step()  # gradients stand from here on
     held = most_held(step)
     through = Pass(2, batch.computed_tokens, batch.supervised, 128, how == "recomputed", how != "stock")
+    through = replace(through, ends_early=ends_early(model))
     memory = estimate_memory(lora.plan(), Shape.of(model), through, planned)
     assert memory.activations + memory.working == pytest.approx(held, rel=0.15)
+
+
+def test_planned_peak_of_a_last_layer_that_ends_early() -> None:
+    """Few tokens are scored, so that the last of two layers keeps little beside its keys and values."""
+    model = tiny("llama", **WIDTHS).to(torch.bfloat16)
+    use_packed_attention(model)
+    lora = lt.attach(model, lt.LoraConfig(r=8, target_modules="all-linear"))
+    assert fuse(model)
+    assert ends_early(model)
+    rows = [replace(row, supervised=(False,) * 120 + (True,) * 8) for row in rows_of(*[128] * 8)]
+    batch = make_batch(rows, packed=True, pad_id=PAD)
+
+    def step() -> None:
+        summed_loss(model, batch).backward()
+
+    step()
+    held = most_held(step)
+    through = Pass(2, batch.computed_tokens, batch.supervised, 128)
+    found, without = (
+        estimate_memory(lora.plan(), Shape.of(model), replace(through, ends_early=early), BaseMemory(0))
+        for early in (True, False)
+    )
+    assert found.activations + found.working == pytest.approx(held, rel=0.15)
+    assert without.activations + without.working > 1.2 * held
+    again = replace(through, ends_early=True, recompute=True)
+    assert estimate_memory(lora.plan(), Shape.of(model), again, BASE) == estimate_memory(
+        lora.plan(), Shape.of(model), replace(again, ends_early=False), BASE
+    )
 
 
 def most_held(step: Callable[[], object]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import loratune as lt
 from loratune.data.batch import make_batch
@@ -209,6 +210,29 @@ def test_recomputed_layers_keep_only_their_input() -> None:
     assert again == pytest.approx(loss, rel=1e-6)
     assert_close(found, gradients, rel=1e-5)
     assert fused_bytes <= stock
+
+
+def test_nothing_is_held_when_gradients_are_there() -> None:
+    """Whoever still has the loss does not have the activations with it; a graph that is kept goes backward twice."""
+    model, handle = attached("llama")
+    use_packed_attention(model)
+    assert fuse(model)
+    batch = make_batch(rows_of(*[60] * 8), packed=True, pad_id=PAD)
+    losses: list[Tensor] = []
+
+    def step() -> None:
+        losses.append(summed_loss(model, batch))
+        losses[-1].backward()
+
+    step()  # gradients stand from here on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sum(event.nbytes() for event in events) < batch.computed_tokens * 4
+
+    loss = summed_loss(model, batch)
+    once = torch.autograd.grad(loss, handle.parameters(), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(loss, handle.parameters()), strict=True))
 
 
 def test_exact_in_float64() -> None:

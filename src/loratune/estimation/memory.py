@@ -123,6 +123,7 @@ class Pass:
         longest: tokens of its longest row.
         recompute: whether only each layer's input is kept. fused: whether norms and gated blocks keep less.
         device_type: decides how many positions have logits at once, and how many pairs of tokens scores.
+        ends_early: whether the last layer is computed at scored positions only.
     """
 
     itemsize: int
@@ -132,6 +133,7 @@ class Pass:
     recompute: bool = False
     fused: bool = True
     device_type: str = "cpu"
+    ends_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +270,18 @@ def estimate_memory(
         gradients=_part(trained, parts),
         optimizer=_part(2 * trained if optimizer is None else optimizer, parts),
         gathered=_gathered(base, trained, shape.layers) if parts > 1 else 0,
-        activations=through.tokens * kept + rounded,
+        activations=through.tokens * kept - _left_out(shape, through) + rounded,
         logits=logits,
         layer=max(through.tokens * layer, beside) + base.decoded,
     )
+
+
+def _left_out(shape: Shape, through: Pass) -> int:
+    """What a last layer that ends early does not keep: behind its keys and values, of tokens that are not scored."""
+    if not through.ends_early or through.recompute:
+        return 0
+    of_token = 2 * shape.query + shape.hidden + 2 * shape.intermediate
+    return (through.tokens - through.scored) * of_token * through.itemsize
 
 
 def _part(size: int, parts: int) -> int:

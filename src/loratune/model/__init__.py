@@ -25,6 +25,7 @@ from loratune.model.fingerprint import exact_hash, fingerprint
 from loratune.model.fuse import fuse, fused, may_be_fused, unfuse, why_not_fused
 from loratune.model.given import given_back
 from loratune.model.head import has_separate_head, hidden_at, logits_from, only_positions
+from loratune.model.last_layer import ends_early
 from loratune.model.load import (
     Base,
     base_of,
@@ -67,6 +68,7 @@ __all__ = [
     "exact_hash",
     "fingerprint",
     "freed_memory_kept",
+    "ends_early",
     "fuse",
     "fused",
     "given_back",

@@ -35,7 +35,6 @@ class _Halves:
     def __init__(self, activation: str) -> None:
         self.name = activation
         self.act, self.gradient = _ACTIVATIONS[activation]
-        self.kept: tuple[Tensor, Tensor] | None = None
         self.active: Tensor | None = None
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -47,9 +46,7 @@ class _Halves:
         """The product as the families compute it, rounded twice."""
         return self.act(gate).mul_(up)
 
-    def product_again(self) -> Tensor:
-        assert self.kept is not None, "the backward pass of a block comes to its last projection first"
-        gate, up = self.kept
+    def product_again(self, gate: Tensor, up: Tensor) -> Tensor:
         if kernels_for(gate) is not None:
             return self.product(gate, up)
         self.active = self.act(gate)
@@ -95,20 +92,23 @@ class FusedGated(Fused):
         if not product.requires_grad or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             # Somebody else decides what is kept: recomputation of the whole layer, say.
             return cast(Tensor, down_proj(product))
-        halves.kept = gate.detach(), up.detach()
         with torch.autograd.graph.saved_tensors_hooks(*_made_again(product, halves)):
             return cast(Tensor, down_proj(product))
 
 
 def _made_again(product: Tensor, halves: _Halves) -> tuple[Any, Any]:
     """Hooks that keep nothing in place of `product` and make it again."""
-    where, numel = product.data_ptr(), product.numel()
+    where, numel, node = product.data_ptr(), product.numel(), product.grad_fn
 
     def pack(kept: Tensor) -> Tensor | torch.Size:
         return kept.shape if kept.data_ptr() == where and kept.numel() == numel else kept
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else halves.product_again().view(kept)
+        if isinstance(kept, Tensor):
+            return kept
+        # What autograd has for the product's own gradient goes with it, however long somebody holds the loss.
+        gate, up = cast(Any, node).saved_tensors
+        return halves.product_again(gate.detach(), up.detach()).view(kept)
 
     return pack, unpack
 

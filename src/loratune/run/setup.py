@@ -38,6 +38,7 @@ from loratune.model import (
     Base,
     Head,
     context_of,
+    ends_early,
     kernels_of,
     total_memory,
     why_no_shared_prefixes,
@@ -313,7 +314,8 @@ def _decide_memory(
     tokens = decisions.decide("micro_batch_tokens", tokens, why)
     tokens = min(tokens, decisions["batch_size"] * longest)
     scored = round(tokens * prepared.fit.supervised_tokens / prepared.fit.tokens)
-    through = Pass(itemsize, tokens, scored, longest, recompute, fused, device.type)
+    early = decisions["pack"] and ends_early(base.model)
+    through = Pass(itemsize, tokens, scored, longest, recompute, fused, device.type, early)
     return estimate_memory(targets, shape, through, held, optimizer=optimizer, parts=spread.parts)
 
 
