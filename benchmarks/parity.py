@@ -25,7 +25,8 @@ from job import Job, Row, Workload
 from torch import Tensor
 from weights import load_model
 
-LARGEST = 5e-4  # of a tensor: cross-entropy in fp32, as peers have it, explains 2.3e-4
+# Of a tensor. torch's cross-entropy in fp32 takes peers further off the reference: 2.3e-4 was seen, of dense rows.
+LARGEST = {"ours": 1e-4, "peft-best": 5e-4}
 LONGEST = 1024  # tokens of a row: all logits and layers of a large model have to stand in fp32 at once
 SIDES = {"ours": side_ours.gradients, "peft-best": side_peft.gradients}
 
@@ -51,7 +52,7 @@ def check(deviations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """Raise unless every side's fp32 gradients are the reference's."""
     for side, by_dtype in deviations.items():
         worst = by_dtype["fp32"]["worst"]
-        if not worst <= LARGEST:  # also of NaN
+        if not worst <= LARGEST[side]:  # also of NaN
             raise NoParityError(f"{side}: an fp32 gradient is {worst:.1e} off the reference: no speed counts")
 
 

@@ -217,6 +217,30 @@ def test_by_torch_as_by_a_kernel(dtype: torch.dtype, often: Any, monkeypatch: py
     torch.testing.assert_close(found[0], found[1], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+def test_logits_in_another_order_of_memory() -> None:
+    torch.manual_seed(0)
+    columns, targets = torch.randn(70, 5), torch.tensor([0, 69, 3, 8, 35])
+    found = []
+    for logits in (columns.T, columns.T.contiguous()):
+        mine = logits.detach().requires_grad_()
+        lost = loss_module.cross_entropy(mine, targets)
+        found.append((lost.detach(), *torch.autograd.grad(lost, mine)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused_as_ever() -> None:
+    logits, targets = torch.randn(4, 9), torch.tensor([0, 8, 3, 1])
+    for odd, times in (
+        (targets, torch.ones(2)),
+        (targets.float(), None),
+        (torch.cat([targets, targets[:2]]), None),
+        (targets + 1, None),
+        (targets - 1, None),
+    ):
+        with pytest.raises((RuntimeError, IndexError, ValueError)):
+            loss_module.cross_entropy(logits, odd, times)
+
+
 @pytest.mark.parametrize(("scored", "parts"), [(1, [1]), (383, [383]), (385, [193, 192]), (1020, [255] * 4), (0, [])])
 def test_logits_come_in_equal_parts(scored: int, parts: list[int]) -> None:
     """A few positions that are left over would take nearly as long as many."""

@@ -247,7 +247,8 @@ def _gather(gradients: list[Tensor | None], part: slice, found: list[Tensor | No
 def positions_at_once(device_type: str, scored: int) -> tuple[int, int]:
     """How many of the scored positions have logits at the same time, and how many of them probabilities in fp32.
 
-    In equal parts, since a few that are left over would take nearly as long as many.
+    In equal parts, since a few that are left over would take nearly as long as many: up to half as many again as
+    where no number of parts comes closer.
     """
     parts = max(1, round(scored / _CHUNK.get(device_type, _WIDE_CHUNK)))
     return max(1, -(-scored // parts)), min(scored, _CACHED.get(device_type, _WIDE_CHUNK))
@@ -255,7 +256,9 @@ def positions_at_once(device_type: str, scored: int) -> tuple[int, int]:
 
 def _loss_and_slope(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
     """Σ −times · log p(target); puts its derivative by the logits, times · (p - [target]), into `slope`."""
-    if (kernels := kernels_for(logits)) is not None and hasattr(kernels, "cross_entropy"):
+    kernels, rows = kernels_for(logits), logits.shape[:1]
+    fits = targets.dtype == torch.int64 and all(t.shape == rows for t in (targets, times) if t is not None)
+    if fits and kernels is not None and hasattr(kernels, "cross_entropy"):  # of what does not fit torch says so
         lost: Tensor = kernels.cross_entropy(logits, targets, times, slope)
         return lost.sum()
     _, size = positions_at_once(logits.device.type, len(logits))

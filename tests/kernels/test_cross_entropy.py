@@ -66,11 +66,23 @@ def test_a_target_that_is_none_of_the_choices(target: int) -> None:
     assert (slope == 7).all()
 
 
-def test_targets_of_another_width() -> None:
+@pytest.mark.parametrize("certain", [False, True])
+def test_the_others_are_not_lost_beside_a_token_that_is_nearly_certain(certain: bool) -> None:
+    """Log-probability and 1 - p are made of what is left, which is below a unit in the last place of 1."""
+    logits = torch.randn(3, 512)
+    logits[:, 7] = 20.0
+    targets = torch.full((3,), 7 if certain else 8)
+    for mine, right in zip(found_for(logits, targets), exact_for(logits, targets, None), strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=3e-6, atol=0)
+
+
+def test_long_sums_keep_their_digits() -> None:
     torch.manual_seed(0)
-    logits, targets = torch.randn(6, 9), torch.randint(9, (6,))
-    for mine, right in zip(found_for(logits, targets.int()), found_for(logits, targets), strict=True):
-        assert torch.equal(mine, right)
+    logits, targets = torch.rand(4, 1_000_000), torch.arange(4)
+    lost, slope = found_for(logits, targets)
+    right, _ = exact_for(logits, targets, None)
+    assert float((lost.double() - right).abs().max()) < 1e-6
+    assert float(slope.double().sum(1).abs().max()) < 1e-7
 
 
 def test_threads_change_no_bit() -> None:

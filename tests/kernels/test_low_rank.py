@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loratune.kernels import (
@@ -167,38 +168,109 @@ def test_longer_sums_are_left_to_others(longest: int, forth: bool, back: bool, m
     assert (found is not None) == back
 
 
+class Passing(DenseWeight):
+    """One whose memory is another's once that is asked for."""
+
+    @property
+    def lasting(self) -> bool:
+        return False
+
+
+def weight_of(out: int, kind: type[DenseWeight] = DenseWeight) -> DenseWeight:
+    return kind("Linear", torch.nn.Parameter(drawn(out, 64), requires_grad=False), False)
+
+
+def halved(x: Tensor) -> Tensor:
+    """In the place of dropout: linear, and the same whenever it is called."""
+    return x * torch.tensor([0.0, 2.0], dtype=x.dtype).repeat(x.shape[-1] // 2)
+
+
+def projection_of(weight: DenseWeight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Projection:
+    def base(seen: Tensor) -> Tensor:
+        return F.linear(seen, weight.dense(), bias)
+
+    return Projection(base, weight, bias, A, B, scale, tiled=True)
+
+
+def in_fp64(p: Projection) -> Projection:
+    tensors = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in (p.bias, p.A, p.B)]
+    own = DenseWeight("Linear", torch.nn.Parameter(p.weight.dense().double(), requires_grad=False), False)
+    return projection_of(own, *tensors, p.scale)  # type: ignore[arg-type]
+
+
+def gradients_of(projections: list[Projection], x: Tensor, dropped: Any) -> list[Tensor]:
+    ys = lora_linears(x, projections, dropped)
+    trained = [t for p in projections for t in (p.A, p.B, p.bias) if t is not None and t.requires_grad]
+    factors = [torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) for y in ys]
+    loss = sum(((y * factor.to(y.dtype)).sum() for y, factor in zip(ys, factors, strict=True)), x.new_zeros(()))
+    return [*ys, *torch.autograd.grad(loss, [x, *trained])]
+
+
+@pytest.mark.parametrize("kind", [DenseWeight, Passing])
+@pytest.mark.parametrize("dropped", [None, halved])
+@pytest.mark.parametrize("trained", [None, False, True])
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (0.3, 0.7)])
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
-def test_the_step_of_autograd_has_the_same_bits_either_way(
-    master: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_the_step_of_autograd(
+    master: torch.dtype,
+    scales: tuple[float, float],
+    trained: bool | None,
+    dropped: Any,
+    kind: type[DenseWeight],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The same bits with the kernel, which is for weights that last and no mask, and without it; fp64's numbers."""
     torch.manual_seed(0)
-    weights = [
-        DenseWeight("Linear", torch.nn.Parameter(drawn(out, 64), requires_grad=False), False) for out in (48, 32)
-    ]
-    masters = [
-        (torch.randn(8, 64).to(master).requires_grad_(), torch.randn(out, 8).to(master).requires_grad_())
-        for out in (48, 32)
-    ]
-    x = drawn(120, 64).view(3, 40, 64).requires_grad_()
-    calls: list[str] = []
-
-    def step() -> list[Tensor]:
-        def base(weight: DenseWeight) -> Any:
-            return lambda seen: sum_of_products([(seen.reshape(-1, 64), weight.dense().T)]).view(3, 40, -1)
-
-        told = [Projection(base(w), w, None, A, B, 0.5, tiled=True) for w, (A, B) in zip(weights, masters, strict=True)]
-        ys = lora_linears(x, told)
-        grads = torch.autograd.grad([y.square().sum() for y in ys], [x, *(t for pair in masters for t in pair)])
-        return [*ys, *grads]
-
+    x, projections = drawn(120, 64).view(3, 40, 64).requires_grad_(), []
+    for out, scale in zip((48, 32), scales, strict=True):
+        A, B = ((torch.randn(*shape) / 4).to(master).requires_grad_() for shape in ((8, 64), (out, 8)))
+        bias = None if trained is None else drawn(1, out)[0].clone().requires_grad_(trained)
+        projections.append(projection_of(weight_of(out, kind), bias, A, B, scale))
+    answers: list[bool] = []
     for name in ("adapted_in_tiles", "gradients_in_tiles"):
         real = getattr(linear, name)
-        monkeypatch.setattr(
-            linear, name, lambda *a, _real=real, _name=name, **k: (calls.append(_name), _real(*a, **k))[1]
-        )
-    fast = step()
-    assert calls == ["adapted_in_tiles", "gradients_in_tiles"]
+
+        def listened(*told: Any, _real: Any = real, **more: Any) -> Any:
+            found = _real(*told, **more)
+            answers.append(found is not None)
+            return found
+
+        monkeypatch.setattr(linear, name, listened)
+    fast = gradients_of(projections, x, dropped)
+    assert answers == ([True, True] if dropped is None and kind is DenseWeight else [])
     for name in ("adapted_in_tiles", "gradients_in_tiles"):
         monkeypatch.setattr(linear, name, lambda *_, **__: None)
-    assert all(torch.equal(a, b) for a, b in zip(fast, step(), strict=True))
-    assert [t.dtype for t in fast[3:]] == [master] * 4
+    slow = gradients_of(projections, x, dropped)
+    assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
+    right = gradients_of([in_fp64(p) for p in projections], x.detach().double().requires_grad_(), dropped)
+    for mine, exact in zip(fast, right, strict=True):
+        assert float((mine.double() - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("width", [63, 65, 96, 16])
+def test_shapes_that_do_not_fit_reach_no_kernel(width: int) -> None:
+    """They would be read past their end."""
+    x, one = drawn(40, 64), Adapted(drawn(48, 64), torch.randn(4, 64), torch.randn(48, 4), 1.0, drawn(1, 48)[0])
+    wide = drawn(40, width)
+    for seen, odd in (
+        (wide, one),
+        (x, one._replace(weight=drawn(48, width))),
+        (x, one._replace(weight=drawn(width, 64))),
+        (x, one._replace(A=torch.randn(4, width))),
+        (x, one._replace(A=torch.randn(5, 64))),
+        (x, one._replace(B=torch.randn(width, 4))),
+        (x, one._replace(bias=drawn(1, width)[0])),
+    ):
+        assert adapted_in_tiles(seen, [odd]) is None
+    h, gy, every = drawn(40, 4), drawn(40, 48), [(True, True)]
+    assert gradients_in_tiles(x, h, [gy], [one], every, wants_x=True) is not None
+    for kept, grad in (
+        (drawn(39, 4), gy),
+        (drawn(40, 5), gy),
+        (drawn(40, 9)[:, :4], gy),
+        (h, drawn(39, 48)),
+        (h, wide),
+    ):
+        assert gradients_in_tiles(x, kept, [grad], [one], every, wants_x=True) is None
+    with pytest.raises(RuntimeError, match="shapes"):
+        lora_linears(wide, [projection_of(weight_of(48), None, one.A, one.B, 1.0)])

@@ -253,7 +253,7 @@ def estimate_memory(
     """
     size = through.itemsize
     kept, layer = bytes_per_token(shape, plan, size, recompute=through.recompute, fused=through.fused)
-    # A and B in the base's dtype, of all layers or of the one that is computed again.
+    # A and B in the base's dtype, of all layers or of the one that is computed again; where a kernel rounds them, none.
     rounded = plan.trainable * size // (shape.layers if through.recompute else 1)
     chunk, fine = positions_at_once(through.device_type, through.scored)
     # Logits and their gradient in the base's dtype, probabilities of a few positions in fp32, and what stands before

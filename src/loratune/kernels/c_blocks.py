@@ -1,7 +1,8 @@
-"""The norm, the gated product, the rotary embedding and attention on a processor.
+"""The norm, the gated product, the rotary embedding, cross-entropy, attention and low-rank adaptation on a processor.
 
-Each reads and writes once. The formulas are those of `norm`, `gated`, `rotary` and `lane_attention`; everything is
-computed in fp32 and rounded once, but for what goes into products in tiles, which is rounded to bf16 before them.
+Each reads and writes once. The formulas are those of `norm`, `gated`, `rotary`, `loss`, `lane_attention` and
+`lora.linear`; everything is computed in fp32 at least and rounded once, but for what goes into products in tiles, which
+is rounded to bf16 before them.
 Importing this compiles `c_blocks.c` where that has not been done: `chosen.kernels_for` says where that may be. A tensor
 whose last dimension is not contiguous is copied first.
 """
@@ -92,13 +93,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: 
     """−times · log softmax(logits)[target] of each row, (N,) in fp32.
 
     Args:
-        logits: (N, choices) in fp32 or bf16; targets: (N,), of them. times: (N,), 1 where there are none.
+        logits: (N, choices) in fp32 or bf16; targets: (N,), int64. times: (N,), 1 where there are none.
         slope: contiguous, of logits' shape and dtype; their derivative goes into it.
 
     Raises:
         IndexError: a target is none of the choices.
     """
-    logits, targets = logits.contiguous(), targets.to(torch.int64).contiguous()
+    logits, targets = logits.contiguous(), targets.contiguous()
     often = None if times is None else times.float().contiguous()
     lost = logits.new_empty(len(logits), dtype=torch.float32)
     pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (logits, targets, often, slope, lost))

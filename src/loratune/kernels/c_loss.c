@@ -1,7 +1,8 @@
 /* Cross-entropy over rows of logits, and its derivative, each row by one thread: read once from memory, then from its
    cache. Included by c_blocks.c. */
 
-/* Terms that are summed in fp32 before the sum goes on in fp64. */
+/* Terms that are summed in fp32 before the sum goes on in fp64; the likeliest choice's, which is 1, stands apart: of a
+   token that is nearly certain the others are what is left. */
 #define SUMMED 512
 
 /* lost = -times log softmax(x)[target], slope = times (softmax(x) - [target]); `times` is 1 where there are none. `e`
@@ -9,9 +10,11 @@
 #define CROSS_ENTROPY(T)                                                                                               \
     static float loss_of_row_##T(const T *x, int64_t target, float times, int64_t choices, T *slope, float *e) {       \
         float most = -INFINITY;                                                                                        \
-        double total = 0.0;                                                                                            \
         _Pragma("omp simd reduction(max : most)")                                                                      \
         for (int64_t i = 0; i < choices; i++) most = from_##T(x[i]) > most ? from_##T(x[i]) : most;                    \
+        int64_t top = 0;                                                                                               \
+        while (top < choices - 1 && from_##T(x[top]) != most) top++;                                                   \
+        double rest = 0.0;                                                                                             \
         for (int64_t first = 0; first < choices; first += SUMMED) {                                                    \
             int64_t stop = first + SUMMED < choices ? first + SUMMED : choices;                                        \
             float sum = 0.0f;                                                                                          \
@@ -19,15 +22,17 @@
             for (int64_t i = first; i < stop; i++) {                                                                   \
                 float below = from_##T(x[i]) - most;                                                                   \
                 e[i] = below < -87.0f ? 0.0f : exp_of(below);                                                          \
-                sum += e[i];                                                                                           \
+                sum += i == top ? e[i] - 1.0f : e[i];                                                                  \
             }                                                                                                          \
-            total += (double)sum;                                                                                      \
+            rest += (double)sum;                                                                                       \
         }                                                                                                              \
+        double total = 1.0 + rest;                                                                                     \
         float share = (float)((double)times / total);                                                                  \
         _Pragma("omp simd")                                                                                            \
         for (int64_t i = 0; i < choices; i++) slope[i] = to_##T(e[i] * share);                                         \
-        slope[target] = to_##T((float)(((double)e[target] / total - 1.0) * (double)times));                            \
-        return (float)(((double)most + log(total) - (double)from_##T(x[target])) * (double)times);                     \
+        double over = target == top ? -rest / total : (double)e[target] / total - 1.0;                                 \
+        slope[target] = to_##T((float)(over * (double)times));                                                         \
+        return (float)(((double)most + log1p(rest) - (double)from_##T(x[target])) * (double)times);                    \
     }                                                                                                                  \
     int cross_entropy_##T(const T *x, const int64_t *targets, const float *times, T *slope, float *lost, int64_t rows, \
                           int64_t choices) {                                                                           \

@@ -1,8 +1,8 @@
 /* The equation of low-rank adaptation and its gradients, for projections of one x: y = W x + b + s B A x.
 
    The sums, and the order in them, are those of sum_of_products and product_over_rows, called one after the other as
-   lora/linear.py does elsewhere. Here each way is one call: threads wait for each other three times, not for each
-   product. Included by c_blocks.c, after c_products.c. */
+   lora/linear.py does elsewhere. Here each way is one call, in which threads wait for each other where one reads what
+   another wrote, not after each product. Included by c_blocks.c, after c_products.c. */
 
 #ifdef AMX
 
@@ -38,22 +38,22 @@ static adaptation adaptation_of(projection *p, int64_t number, const bf16 *x, in
 }
 
 /* Bytes, so that what comes next begins at a line. */
-static inline int64_t lines(int64_t elements, int64_t size) { return by(elements * size, 64); }
+static inline int64_t bytes_of(int64_t elements, int64_t size) { return by(elements * size, 64); }
 
 static int64_t bytes_rounded(const adaptation *t) {
-    int64_t bytes = lines(t->ranks * t->inner, sizeof(bf16));
-    for (int64_t i = 0; i < t->number; i++) bytes += lines(t->p[i].out * t->p[i].r, sizeof(bf16));
+    int64_t bytes = bytes_of(t->ranks * t->inner, sizeof(bf16));
+    for (int64_t i = 0; i < t->number; i++) bytes += bytes_of(t->p[i].out * t->p[i].r, sizeof(bf16));
     return bytes;
 }
 
 /* Where the rounded factors go: the As below each other, then each B. */
 static void place_rounded(const adaptation *t, char *room) {
-    char *b = room + lines(t->ranks * t->inner, sizeof(bf16));
+    char *b = room + bytes_of(t->ranks * t->inner, sizeof(bf16));
     for (int64_t i = 0; i < t->number; i++) {
         projection *p = t->p + i;
         p->rounded_a = (bf16 *)room + p->first * t->inner;
         p->rounded_b = (bf16 *)b;
-        b += lines(p->out * p->r, sizeof(bf16));
+        b += bytes_of(p->out * p->r, sizeof(bf16));
     }
 }
 
@@ -175,8 +175,8 @@ int low_rank_backward(projection *p, int64_t number, const bf16 *x, int64_t x_ro
     adaptation t = adaptation_of(p, number, x, x_row, rows, inner, NULL);
     int any = 0;
     for (int64_t i = 0; i < number; i++) any |= p[i].ga != NULL;
-    int64_t own_ga = any && number > 1 ? lines(t.ranks * inner, sizeof(float)) : 0;
-    int64_t gh = lines(rows * t.ranks, sizeof(bf16));
+    int64_t own_ga = any && number > 1 ? bytes_of(t.ranks * inner, sizeof(float)) : 0;
+    int64_t gh = bytes_of(rows * t.ranks, sizeof(bf16));
     char *room = aligned_alloc(64, (size_t)(gh + own_ga + bytes_rounded(&t)));
     if (!room) return 1;
     t.h = (bf16 *)room;

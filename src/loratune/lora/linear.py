@@ -107,9 +107,9 @@ class _Computed(NamedTuple):
 
 
 def _computed(x: Tensor, projections: Sequence[Projection], dropped: Linear | None) -> _Computed:
-    if dropped is None and all(p.tiled for p in projections):
-        weights = _held([p.weight for p in projections], x.dtype)
-        told = [Adapted(W, p.A, p.B, p.scale, p.bias) for W, p in zip(weights, projections, strict=False)]
+    # All weights at once: each has to last until the others are there.
+    if dropped is None and all(p.tiled and p.weight.lasting for p in projections):
+        told = [Adapted(p.weight.lent(x.dtype), p.A, p.B, p.scale, p.bias) for p in projections]
         found = adapted_in_tiles(x.reshape(-1, x.shape[-1]), told)
         if found is not None:
             return _Computed(tuple(y.view(*x.shape[:-1], y.shape[1]) for y in found[0]), found[1])
@@ -118,11 +118,6 @@ def _computed(x: Tensor, projections: Sequence[Projection], dropped: Linear | No
     parts = h.split([len(p.A) for p in projections], 1)
     ys = tuple(_with_update(x, p, part, B) for p, part, B in zip(projections, parts, rounded[1:], strict=True))
     return _Computed(ys, h, rounded)
-
-
-def _held(weights: Sequence[Weight], dtype: torch.dtype) -> list[Tensor]:
-    """All weights at once; none where one would not last until the others are there."""
-    return [weight.lent(dtype) for weight in weights] if all(weight.lasting for weight in weights) else []
 
 
 def _rounded(As: Sequence[Tensor], Bs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -136,14 +131,12 @@ def _inner(x: Tensor, A: Tensor, projections: Sequence[Projection], dropped: Lin
 
     Scaling it costs r multiplications a token, scaling the result would cost out_features.
     """
-    seen = x if dropped is None else dropped(x)
+    seen = (x if dropped is None else dropped(x)).reshape(-1, x.shape[-1])
     scales = [p.scale for p in projections]
-    alike = len(set(scales)) == 1
-    h = sum_of_products([(seen.reshape(-1, x.shape[-1]), A.T)], scales[0] if alike else 1.0)
-    if not alike:
-        for part, scale in zip(h.split([len(p.A) for p in projections], 1), scales, strict=True):
-            part.mul_(scale)
-    return h
+    if len(set(scales)) == 1:
+        return sum_of_products([(seen, A.T)], scales[0])
+    As = A.split([len(p.A) for p in projections])
+    return torch.cat([sum_of_products([(seen, A.T)], scale) for A, scale in zip(As, scales, strict=True)], 1)
 
 
 def _with_update(x: Tensor, p: Projection, h: Tensor, B: Tensor) -> Tensor:
@@ -214,8 +207,9 @@ def _gradients_in_tiles(
     ctx: Any, x: Tensor, h: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], flat: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...] | None:
     """What `backward` returns, where a kernel computes it."""
-    weights = [] if ctx.dropped is not None else _held([base.weight for base in ctx.frozen], x.dtype)
-    told = [Adapted(W, A, B, base.scale) for W, A, B, base in zip(weights, As, Bs, ctx.frozen, strict=False)]
+    if ctx.dropped is not None or not all(base.weight.lasting for base in ctx.frozen):
+        return None
+    told = [Adapted(base.weight.lent(x.dtype), A, B, base.scale) for base, A, B in zip(ctx.frozen, As, Bs, strict=True)]
     needed = ctx.needs_input_grad
     wanted = [(needed[i], needed[i + 1]) for i in range(3, 3 + 3 * len(flat), 3)]
     gradients = gradients_in_tiles(x.reshape(-1, x.shape[-1]), h, flat, told, wanted, wants_x=needed[0])

@@ -77,7 +77,7 @@ def clipped_norm(parameters: Sequence[nn.Parameter], most: float) -> float:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     found = float(whole(norm))
-    # Where torch's factor, most / (norm + 1e-6), is one at least, gradients would be read and written for nothing.
+    # Where torch's factor, most / (norm + 1e-6), is cut to one, gradients would be read and written for nothing.
     if not found + 1e-6 <= most:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return found
