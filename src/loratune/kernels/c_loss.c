@@ -30,7 +30,7 @@
         float share = (float)((double)times / total);                                                                  \
         _Pragma("omp simd")                                                                                            \
         for (int64_t i = 0; i < choices; i++) slope[i] = to_##T(e[i] * share);                                         \
-        double over = target == top ? -rest / total : (double)e[target] / total - 1.0;                                 \
+        double over = (double)e[target] / total - 1.0;                                                                 \
         slope[target] = to_##T((float)(over * (double)times));                                                         \
         return (float)(((double)most + log1p(rest) - (double)from_##T(x[target])) * (double)times);                    \
     }                                                                                                                  \
