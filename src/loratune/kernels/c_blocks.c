@@ -198,9 +198,5 @@ TURN(bf16, f32, f32)
 #include "c_low_rank.c"
 
 const char *compiler(void) {
-#if defined(__clang__)
-    return __VERSION__;
-#else
     return "GCC " __VERSION__;
-#endif
 }

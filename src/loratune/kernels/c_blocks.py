@@ -89,6 +89,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     return y
 
 
+def _angles(angle: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those of each token, one row after the other: as they are wherever they lie so, since each layer asks."""
+    dim = x.shape[-1]
+    if angle.dtype == dtype and angle.is_contiguous() and angle.numel() * x.shape[-2] == x.numel():
+        return angle
+    return angle.to(dtype).expand(*x.shape[:-2], 1, dim).reshape(-1, dim).contiguous()
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: Tensor) -> Tensor:
     """−times · log softmax(logits)[target] of each row, (N,) in fp32.
 
@@ -104,18 +112,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, times: Tensor | None, slope: 
     lost = logits.new_empty(len(logits), dtype=torch.float32)
     pointers = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (logits, targets, often, slope, lost))
     failed = getattr(_library, f"cross_entropy_{_NAMES[logits.dtype]}")(*pointers, *map(_Number, logits.shape))
+    if failed == 2:
+        raise IndexError(f"a target is none of the {logits.shape[1]} choices")
     if failed:
-        odd = IndexError(f"a target is none of the {logits.shape[1]} choices")
-        raise odd if failed == 2 else MemoryError("no room for the probabilities of a row")
+        raise MemoryError("no room for the probabilities of a row")
     return lost
-
-
-def _angles(angle: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Those of each token, one row after the other: as they are wherever they lie so, since each layer asks."""
-    dim = x.shape[-1]
-    if angle.dtype == dtype and angle.is_contiguous() and angle.numel() * x.shape[-2] == x.numel():
-        return angle
-    return angle.to(dtype).expand(*x.shape[:-2], 1, dim).reshape(-1, dim).contiguous()
 
 
 class _Work(ctypes.Structure):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratune.kernels.adapted import Adapted
 from loratune.kernels.chosen import has_plain_memory
-from loratune.kernels.products import LONGEST, tiles_for
+from loratune.kernels.products import LONGEST, lies, tiles_for
 
 _MASTERS = (torch.float32, torch.bfloat16)
 
@@ -50,10 +50,10 @@ def gradients_in_tiles(
     kernels = _kernels_of(x, projections)
     if kernels is None or sum(len(p.B) + len(p.A) for p in projections) > LONGEST:
         return None
-    if not _lies(h, 1) or not h.is_contiguous() or h.shape != (len(x), sum(len(p.A) for p in projections)):
+    if not lies(h, 1) or not h.is_contiguous() or h.shape != (len(x), sum(len(p.A) for p in projections)):
         return None
     for gy, p in zip(grads, projections, strict=True):
-        if not _lies(gy, 1) or gy.shape != (len(x), len(p.B)):
+        if not lies(gy, 1) or gy.shape != (len(x), len(p.B)):
             return None
     found: tuple[Tensor | None, list[Tensor | None], list[Tensor | None]] = kernels.low_rank_backward(
         x, h, grads, projections, wanted, wants_x=wants_x
@@ -64,23 +64,18 @@ def gradients_in_tiles(
 def _kernels_of(x: Tensor, projections: Sequence[Adapted]) -> ModuleType | None:
     """The kernels, where they take these; of shapes that do not fit torch says so."""
     kernels = tiles_for(x)
-    if kernels is None or not projections or not _lies(x, 1):
+    if kernels is None or not projections or not lies(x, 1):
         return None
     for weight, A, B, _, bias in projections:
         (r, inner), (out, also_r) = A.shape, B.shape
         if x.shape[1] != inner or also_r != r or weight.shape != (out, inner):
             return None
-        if not _lies(weight, 1) and not _lies(weight, 0):
+        if not lies(weight, 1) and not lies(weight, 0):
             return None
         if not (A.dtype in _MASTERS and B.dtype in _MASTERS and has_plain_memory(A) and has_plain_memory(B)):
             return None
         if not (A.is_contiguous() and B.is_contiguous() and A.numel() and B.numel() and A.is_cpu and B.is_cpu):
             return None
-        if bias is not None and (not _lies(bias, 0) or bias.shape != (out,)):
+        if bias is not None and (not lies(bias, 0) or bias.shape != (out,)):
             return None
     return kernels
-
-
-def _lies(t: Tensor, along: int) -> bool:
-    """Whether it is bf16 where it seems to be, one element beside the other along a dimension."""
-    return has_plain_memory(t) and t.dtype == torch.bfloat16 and t.is_cpu and t.stride(along) == 1 and bool(t.numel())

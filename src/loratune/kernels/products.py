@@ -98,6 +98,11 @@ def tiles_for(x: Tensor) -> ModuleType | None:
     return kernels if kernels is not None and kernels.in_tiles(torch.bfloat16) else None
 
 
+def lies(t: Tensor, along: int) -> bool:
+    """Whether it is bf16 where it seems to be, one element beside the other along a dimension."""
+    return has_plain_memory(t) and t.dtype == torch.bfloat16 and t.is_cpu and t.stride(along) == 1 and bool(t.numel())
+
+
 def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | None:
     """The kernels, if they have products of these in tiles: matrices whose rows are contiguous, and rows or columns."""
     kernels = tiles_for(by_row[0])
@@ -106,9 +111,7 @@ def _tiles(by_row: Sequence[Tensor], either: Sequence[Tensor]) -> ModuleType | N
     with_gradients = torch.is_grad_enabled()
     for tensors, turned in ((by_row, False), (either, True)):
         for t in tensors:
-            if not has_plain_memory(t) or t.dtype != torch.bfloat16 or not t.is_cpu or not t.numel():
-                return None
-            if t.stride(1) != 1 and not (turned and t.stride(0) == 1):
+            if not lies(t, 1) and not (turned and lies(t, 0)):
                 return None
             if with_gradients and t.requires_grad:
                 return None

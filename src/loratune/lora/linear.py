@@ -178,50 +178,53 @@ class _LoraLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             return _differentiable(ctx, x, As, Bs, grads)
         flat = [gy.reshape(-1, gy.shape[-1]) for gy in grads]
-        in_tiles = _gradients_in_tiles(ctx, x, h, As, Bs, flat)
-        if in_tiles is not None:
-            return in_tiles
-        A, *rounded_Bs = rounded or _rounded(As, Bs, x.dtype)
-        by_projection = [
-            sum_of_products([(gy, B)], base.scale) for gy, B, base in zip(flat, rounded_Bs, ctx.frozen, strict=True)
-        ]
-        gh = by_projection[0] if number == 1 else torch.cat(by_projection, 1)
-        gx = of_input(ctx.frozen, ctx.dropped, x.shape, A, flat, gh) if ctx.needs_input_grad[0] else None
-        gA: Sequence[Tensor | None] = [None] * number
-        if any(ctx.needs_input_grad[3::3]):
-            seen = x if ctx.dropped is None else ctx.dropped(x)
-            each = product_over_rows(gh, seen.reshape(-1, x.shape[-1])).split([len(own) for own in As])
-            # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
-            gA = [part.to(own.dtype, copy=number > 1) for part, own in zip(each, As, strict=True)]
+        gradients = _gradients_in_tiles(ctx, x, h, As, Bs, flat)
+        if gradients is None:
+            gradients = _gradients(ctx, x, h, As, rounded or _rounded(As, Bs, x.dtype), flat)
+        gx, gAs, gBs = gradients
         found: list[Tensor | None] = []
-        parts = h.split([len(own) for own in As], 1)
-        for i, (gy, part, B) in enumerate(zip(flat, parts, Bs, strict=True)):
-            wants_A, wants_B, wants_bias = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
-            found.append(gA[i] if wants_A else None)
-            found.append(product_over_rows(gy, part).to(B.dtype) if wants_B else None)
-            found.append(gy.sum(0) if wants_bias else None)
-        return gx, None, None, *found
+        for gy, gA, gB, A, B, wants in zip(flat, gAs, gBs, As, Bs, ctx.needs_input_grad[5::3], strict=True):
+            found += [None if g is None else g.to(own.dtype) for g, own in ((gA, A), (gB, B))]
+            found.append(gy.sum(0) if wants else None)
+        return gx if gx is None else gx.view(x.shape), None, None, *found
+
+
+# Of x, of each A and of each B; none where it is not wanted.
+Gradients = tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]
+
+
+def _gradients(
+    ctx: Any, x: Tensor, h: Tensor, As: Sequence[Tensor], rounded: Sequence[Tensor], flat: Sequence[Tensor]
+) -> Gradients:
+    """By one product after the other."""
+    A, *Bs = rounded
+    ghs = [sum_of_products([(gy, B)], base.scale) for gy, B, base in zip(flat, Bs, ctx.frozen, strict=True)]
+    gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs, 1)
+    gx = of_input(ctx.frozen, ctx.dropped, x.shape, A, flat, gh) if ctx.needs_input_grad[0] else None
+    ranks, wants_A, wants_B = [len(own) for own in As], ctx.needs_input_grad[3::3], ctx.needs_input_grad[4::3]
+    gAs: Sequence[Tensor | None] = [None] * len(As)
+    if any(wants_A):
+        seen = x if ctx.dropped is None else ctx.dropped(x)
+        each = product_over_rows(gh, seen.reshape(-1, x.shape[-1])).split(ranks)
+        # Each a tensor of its own: who keeps or writes one gradient does not want the others with it.
+        gAs = [
+            part.to(own.dtype, copy=len(As) > 1) if wants else None
+            for part, own, wants in zip(each, As, wants_A, strict=True)
+        ]
+    parts = zip(flat, h.split(ranks, 1), wants_B, strict=True)
+    return gx, gAs, [product_over_rows(gy, part) if wants else None for gy, part, wants in parts]
 
 
 def _gradients_in_tiles(
     ctx: Any, x: Tensor, h: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], flat: Sequence[Tensor]
-) -> tuple[Tensor | None, ...] | None:
-    """What `backward` returns, where a kernel computes it."""
+) -> Gradients | None:
+    """By a kernel, where there is one for it."""
     if ctx.dropped is not None or not all(base.weight.lasting for base in ctx.frozen):
         return None
     told = [Adapted(base.weight.lent(x.dtype), A, B, base.scale) for base, A, B in zip(ctx.frozen, As, Bs, strict=True)]
     needed = ctx.needs_input_grad
-    wanted = [(needed[i], needed[i + 1]) for i in range(3, 3 + 3 * len(flat), 3)]
-    gradients = gradients_in_tiles(x.reshape(-1, x.shape[-1]), h, flat, told, wanted, wants_x=needed[0])
-    if gradients is None:
-        return None
-    gx, gAs, gBs = gradients
-    found: list[Tensor | None] = []
-    for i, (gy, gA, gB, A, B) in enumerate(zip(flat, gAs, gBs, As, Bs, strict=True)):
-        found.append(None if gA is None else gA.to(A.dtype))
-        found.append(None if gB is None else gB.to(B.dtype))
-        found.append(gy.sum(0) if needed[5 + 3 * i] else None)
-    return gx if gx is None else gx.view(x.shape), None, None, *found
+    wanted = list(zip(needed[3::3], needed[4::3], strict=True))
+    return gradients_in_tiles(x.reshape(-1, x.shape[-1]), h, flat, told, wanted, wants_x=needed[0])
 
 
 def refuse_changed(frozen: Sequence[Frozen]) -> None:
